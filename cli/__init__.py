@@ -1,0 +1,1 @@
+"""The `concord` command: the outermost layer, which starts every other room."""

@@ -1,0 +1,1 @@
+"""What the data means: schema, Feast repository, behaviours, ranking signals, importers and materialization."""

@@ -1,0 +1,156 @@
+"""The model bundle: the one thing that passes from training/ to server/. A folder with a manifest and checksummed files."""
+
+import hashlib
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import fsspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MANIFEST = "manifest.json"
+ENCODER = "encoder.onnx"
+RANKER = "ranker.onnx"
+TOKENIZER = "tokenizer.json"
+ITEMS = "items.npz"
+COLLABORATIVE = "collaborative.npz"
+GOLDEN = "golden.npz"
+REQUIRED_FILES = (ENCODER, RANKER, TOKENIZER, ITEMS, COLLABORATIVE, GOLDEN)
+
+
+class BundleError(Exception):
+    """A bundle is missing, damaged or not of a format this release reads; the message names the file."""
+
+
+class FeatureRef(BaseModel):
+    """One feature a model was trained on: ``view:feature`` and its Feast type as text, such as ``Array(String)``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    ref: str
+    dtype: str
+
+
+class FeatureContract(BaseModel):
+    """The Feast feature service a bundle was trained on; a server refuses a bundle the registry no longer satisfies."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    features: tuple[FeatureRef, ...]
+
+
+class Manifest(BaseModel):
+    """What a bundle says of itself.
+
+    Attributes:
+        format: layout of the folder; this release reads 1.
+        model_version: name of the version, unique in the registry.
+        created_at: when it was exported (UTC).
+        base_model: the pretrained BERT it was fine-tuned from.
+        tower: kind of user tower.
+        vector_size: components of item and user vectors.
+        item_tokens, user_tokens: the encoder truncates item texts and behaviour texts to these many tokens.
+        behaviour_limit: phrases written into a behaviour text at the most.
+        half_life_days: of features.signals.SignalConfig.
+        ranking_features: columns of the ranker's input, in order.
+        candidate_count: rows of the ranker's input.
+        contract: the feature service and its types.
+        metrics: holdout metrics of this model and its baselines, e.g. ``ndcg_at_10`` and ``popularity_ndcg_at_10``.
+        parity: largest absolute difference between PyTorch and ONNX Runtime outputs, by graph.
+        data_from, data_until: window of the events it was trained on.
+        settings: the training configuration, for the record.
+        files: SHA-256 of every file, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    format: Literal[1] = 1
+    model_version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    created_at: datetime
+    base_model: str
+    tower: Literal["text", "sequence"]
+    vector_size: int
+    item_tokens: int
+    user_tokens: int
+    behaviour_limit: int
+    half_life_days: float
+    ranking_features: tuple[str, ...]
+    candidate_count: int
+    contract: FeatureContract
+    metrics: dict[str, float]
+    parity: dict[str, float]
+    data_from: datetime
+    data_until: datetime
+    settings: dict[str, str | int | float | bool | None]
+    files: dict[str, str]
+
+
+def checksum(path: Path) -> str:
+    """Returns the SHA-256 of a file as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder: Path) -> Mapping[str, str]:
+    """Returns the checksum of every file of a bundle folder but its manifest."""
+    return {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes ``manifest.json``: the last step of an export."""
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def read_bundle(folder: Path) -> Manifest:
+    """Reads and verifies a bundle folder: the manifest, every file it names and every file the format requires.
+
+    Raises:
+        BundleError: naming the file that is missing, unreadable or whose checksum differs.
+    """
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise BundleError(f"{folder.name}: {MANIFEST} is missing") from None
+    except (OSError, ValidationError, ValueError) as error:
+        raise BundleError(f"{folder.name}: {MANIFEST} cannot be read: {_first_line(error)}") from None
+    for name in REQUIRED_FILES:
+        if name not in manifest.files:
+            raise BundleError(f"{manifest.model_version}: {MANIFEST} names no {name}")
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{manifest.model_version}: {name} is missing")
+        if checksum(path) != expected:
+            raise BundleError(f"{manifest.model_version}: checksum of {name} differs from the manifest")
+    return manifest
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copies a bundle folder to ``url`` (any fsspec URL); the manifest goes last, so a half-copied bundle is never read."""
+    filesystem, target = fsspec.core.url_to_fs(url)
+    filesystem.makedirs(target, exist_ok=True)
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
+    for name in [*names, MANIFEST]:
+        filesystem.put_file(str(folder / name), f"{target}/{name}")
+
+
+def fetch(url: str, folder: Path) -> Manifest:
+    """Copies the bundle at ``url`` into ``folder`` unless it is already there whole, and verifies it.
+
+    Raises:
+        BundleError: nothing readable stands at ``url``, or what was fetched is damaged.
+    """
+    if (folder / MANIFEST).is_file():
+        return read_bundle(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    filesystem, source = fsspec.core.url_to_fs(url)
+    try:
+        names = sorted(str(entry).rsplit("/", 1)[-1] for entry in filesystem.ls(source, detail=False))
+        for name in [name for name in names if name != MANIFEST] + [MANIFEST]:
+            filesystem.get_file(f"{source}/{name}", str(folder / name))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"no bundle at the registered address: {_first_line(error)}") from None
+    return read_bundle(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,124 @@
+"""The catalogue of one index epoch as columns: what candidates and ranking features are computed from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from psycopg import Connection
+from psycopg.rows import TupleRow
+
+from features.catalogue import item_text
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+
+POPULARITY = ("purchases_7d", "purchases_28d", "purchases_total", "views_7d", "views_28d", "buyers_28d")
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """Columns of n items in item-id order; equal index versions give equal tables on every replica.
+
+    Attributes:
+        index_version: the epoch these columns belong to.
+        ids: item ids, ascending.
+        titles: item titles.
+        texts: what the text encoder reads of each item.
+        content_hashes: identity of each description.
+        categories: int32[n], code of each item's category; 0 is "no category".
+        brands: int32[n], code of each item's brand; 0 is "no brand".
+        log_price: float32[n], natural logarithm of the reference price in major units; NaN where there is none.
+        popularity: float32[n, 6], the counts named by POPULARITY.
+        age_days: float32[n], days from listing to the popularity snapshot, at least 0.
+        relation_from, relation_to, relation_weight: knowledge-graph edges between rows, sorted by source row.
+    """
+
+    index_version: int
+    ids: tuple[str, ...]
+    titles: tuple[str, ...]
+    texts: tuple[str, ...]
+    content_hashes: tuple[str, ...]
+    categories: IntArray
+    brands: IntArray
+    log_price: FloatArray
+    popularity: FloatArray
+    age_days: FloatArray
+    relation_from: IntArray
+    relation_to: IntArray
+    relation_weight: FloatArray
+    listed_days: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Item id to row."""
+        return {item: row for row, item in enumerate(self.ids)}
+
+    def title_of(self, item_id: str) -> str | None:
+        """Returns the title of an item, None when this epoch does not hold it."""
+        row = self.rows.get(item_id)
+        return None if row is None else self.titles[row]
+
+    def with_popularity(self, popularity: FloatArray, as_of_day: float) -> "ItemTable":
+        """Returns the table as it stood at another snapshot time (days since 1970): for point-in-time training rows."""
+        age = np.maximum(as_of_day - self.listed_days, 0).astype(np.float32)
+        return replace(self, popularity=popularity, age_days=age)
+
+
+_ITEMS = """
+SELECT x.item_id, x.title, x.text, x.category, x.brand, x.price_micros, x.content_hash, extract(epoch FROM x.listed_at) / 86400.0,
+       p.purchases_7d, p.purchases_28d, p.purchases_total, p.views_7d, p.views_28d, p.buyers_28d
+FROM index_items x LEFT JOIN item_popularity p ON p.item_id = x.item_id AND p.event_timestamp = %(as_of)s
+WHERE x.valid_from <= %(version)s AND (x.valid_to IS NULL OR x.valid_to > %(version)s)
+ORDER BY x.item_id COLLATE "C"
+"""
+_RELATIONS = "SELECT item_id, related_item_id, weight FROM item_relations WHERE valid_from <= %s ORDER BY 1, 2, relation"
+
+
+def load_item_table(connection: Connection[TupleRow], index_version: int | None = None) -> ItemTable:
+    """Reads the table of one epoch (by default the newest); before the first epoch the table is empty with version 0."""
+    if index_version is None:
+        row = connection.execute("SELECT index_version FROM fleet_state").fetchone()
+        index_version = int(row[0]) if row else 0
+    epoch = connection.execute("SELECT features_as_of, published_at FROM index_epochs WHERE index_version = %s", [index_version]).fetchone()
+    as_of: datetime | None = epoch[0] if epoch else None
+    items = connection.execute(_ITEMS, {"version": index_version, "as_of": as_of}).fetchall()
+    edges = connection.execute(_RELATIONS, [index_version]).fetchall()
+    as_of_day = ((as_of or (epoch[1] if epoch else datetime.now(UTC))).timestamp()) / 86400.0
+    return _build(index_version, items, edges, as_of_day)
+
+
+def _build(index_version: int, items: Sequence[TupleRow], edges: Sequence[TupleRow], as_of_day: float) -> ItemTable:
+    ids = tuple(row[0] for row in items)
+    position = {item: k for k, item in enumerate(ids)}
+    prices = np.array([row[5] if row[5] else np.nan for row in items], np.float64)
+    listed = np.array([float(row[7]) for row in items], np.float64)
+    kept = [(position[a], position[b], w) for a, b, w in edges if a in position and b in position]
+    kept.sort()
+    return ItemTable(
+        index_version=index_version,
+        ids=ids,
+        titles=tuple(row[1] for row in items),
+        texts=tuple(item_text(row[1], row[2], row[3], row[4]) for row in items),
+        content_hashes=tuple(row[6] for row in items),
+        categories=_codes([row[3] for row in items]),
+        brands=_codes([row[4] for row in items]),
+        log_price=np.log(prices / 1e6).astype(np.float32),
+        popularity=np.array([[value or 0 for value in row[8:14]] for row in items], np.float32).reshape(len(ids), len(POPULARITY)),
+        age_days=np.maximum(as_of_day - listed, 0).astype(np.float32),
+        relation_from=np.array([k[0] for k in kept], np.int32),
+        relation_to=np.array([k[1] for k in kept], np.int32),
+        relation_weight=np.array([k[2] for k in kept], np.float32),
+        listed_days=listed,
+    )
+
+
+def _codes(names: Sequence[str]) -> IntArray:
+    """Numbers names in alphabetical order from 1; an empty name is 0."""
+    order = {name: code for code, name in enumerate(sorted(set(names) - {""}), start=1)}
+    return np.array([order.get(name, 0) for name in names], np.int32)

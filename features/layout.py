@@ -1,0 +1,175 @@
+"""Feast's published Redis layout: which key and fields hold a view's values, and how they are encoded.
+
+Keys and field names come from Feast's own helpers, so whatever a Feast client writes is found and whatever is written here
+a Feast client reads. One hash per entity holds all of its views; a value is a serialized ``feast.types.Value``.
+Source: Feast, docs/specs/online_store_format.md (version 3 of the entity key).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from typing import Any
+
+from feast import FeatureStore
+from feast.feature_view import FeatureView
+from feast.infra.online_stores.helpers import _mmh3, _redis_key
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
+from google.protobuf.timestamp_pb2 import Timestamp
+
+# Feast type name → (oneof field of feast.types.Value, whether it is a list)
+_KIND = {
+    "Int32": ("int32_val", False),
+    "Int64": ("int64_val", False),
+    "Float32": ("float_val", False),
+    "Float64": ("double_val", False),
+    "String": ("string_val", False),
+    "Bool": ("bool_val", False),
+    "Array(Int64)": ("int64_list_val", True),
+    "Array(Float32)": ("float_list_val", True),
+    "Array(Float64)": ("double_list_val", True),
+    "Array(String)": ("string_list_val", True),
+}
+
+
+class LayoutError(Exception):
+    """A view cannot be stored in Feast's Redis layout as it is defined; the message names the view and the reason."""
+
+
+class Status(Enum):
+    """Whether a value can be relied on: there, never written, or older than its view's time to live."""
+
+    PRESENT = "present"
+    MISSING = "missing"
+    STALE = "stale"
+
+
+@dataclass(frozen=True)
+class FeatureValue:
+    """A value read online, with its status and the event time of its view (None when MISSING)."""
+
+    value: Any
+    status: Status
+    event_timestamp: datetime | None
+
+
+@dataclass(frozen=True)
+class ViewLayout:
+    """Where one feature view stands in an entity's hash.
+
+    Attributes:
+        name: the view's name.
+        join_key: the entity's join key.
+        features: feature names in schema order.
+        dtypes: their Feast types as text.
+        fields: the hash field of each feature.
+        timestamp_field: the hash field of the view's event time.
+        ttl: how long values stay fresh after their event time; zero means for ever.
+    """
+
+    name: str
+    join_key: str
+    features: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    fields: tuple[bytes, ...]
+    timestamp_field: bytes
+    ttl: timedelta
+
+    def encode(self, values: Mapping[str, Any], event_timestamp: datetime) -> dict[bytes, bytes]:
+        """Returns the hash fields and bytes that hold ``values`` (one per feature; None becomes an unset Value)."""
+        stamp = Timestamp()
+        stamp.FromDatetime(event_timestamp)
+        mapping = {self.timestamp_field: stamp.SerializeToString()}
+        for name, dtype, field in zip(self.features, self.dtypes, self.fields, strict=True):
+            mapping[field] = encode_value(dtype, values[name])
+        return mapping
+
+    def decode(self, replies: Sequence[bytes | None], now: datetime) -> dict[str, FeatureValue]:
+        """Reads the reply of HMGET over ``hash_fields``.
+
+        Feast itself reports PRESENT for absent entities, stored nulls and expired values; here each is told apart.
+        """
+        stamp = replies[-1]
+        if stamp is None:
+            return {name: FeatureValue(None, Status.MISSING, None) for name in self.features}
+        at = decode_timestamp(stamp)
+        fresh = Status.STALE if self.ttl and now - at > self.ttl else Status.PRESENT
+        decoded = {}
+        for name, reply in zip(self.features, replies, strict=False):
+            value = None if reply is None else decode_value(reply)
+            decoded[name] = FeatureValue(value, Status.MISSING if value is None else fresh, at)
+        return decoded
+
+    @property
+    def hash_fields(self) -> tuple[bytes, ...]:
+        """Fields to ask for: the features in order, then the event time."""
+        return (*self.fields, self.timestamp_field)
+
+
+def view_layout(view: FeatureView) -> ViewLayout:
+    """Returns the layout of one Feast view.
+
+    Raises:
+        LayoutError: it has several join keys, a type outside the supported ones, or two features share a 32-bit field.
+    """
+    if len(view.join_keys) != 1:
+        raise LayoutError(f"{view.name}: {len(view.join_keys)} join keys; views here have exactly one")
+    features = tuple(field.name for field in view.features)
+    dtypes = tuple(str(field.dtype) for field in view.features)
+    for name, dtype in zip(features, dtypes, strict=True):
+        if dtype not in _KIND:
+            raise LayoutError(f"{view.name}:{name}: type {dtype} has no online form here")
+    fields = tuple(_mmh3(f"{view.name}:{name}") for name in features)
+    return ViewLayout(view.name, view.join_keys[0], features, dtypes, fields, f"_ts:{view.name}".encode(), view.ttl or timedelta(0))
+
+
+def load_layouts(store: FeatureStore) -> dict[str, ViewLayout]:
+    """Returns the layouts of all views that are served online, by name.
+
+    Raises:
+        LayoutError: two features of one entity share a 32-bit hash field, or a view cannot be laid out.
+    """
+    layouts = {view.name: view_layout(view) for view in store.list_feature_views() if view.online}
+    owners: dict[tuple[str, bytes], str] = {}
+    for layout in layouts.values():
+        for name, field in zip(layout.features, layout.fields, strict=True):
+            other = owners.setdefault((layout.join_key, field), f"{layout.name}:{name}")
+            if other != f"{layout.name}:{name}":
+                raise LayoutError(f"{layout.name}:{name} and {other} share one hash field; rename one of them")
+    return layouts
+
+
+def entity_key(join_key: str, value: str, project: str) -> bytes:
+    """Returns the Redis key of an entity's hash."""
+    key: bytes = _redis_key(project, EntityKey(join_keys=[join_key], entity_values=[Value(string_val=value)]))
+    return key
+
+
+def encode_value(dtype: str, value: Any) -> bytes:
+    """Serializes a value as ``feast.types.Value``; None becomes an unset Value, which reads as MISSING."""
+    kind, is_list = _KIND[dtype]
+    message = Value()
+    if value is not None and is_list:
+        target = getattr(message, kind)
+        target.SetInParent()
+        target.val.extend(value)
+    elif value is not None:
+        setattr(message, kind, value)
+    encoded: bytes = message.SerializeToString()
+    return encoded
+
+
+def decode_value(data: bytes) -> Any:
+    """Reads a serialized ``feast.types.Value`` as a Python scalar or list; an unset one is None."""
+    message = Value.FromString(data)
+    kind = message.WhichOneof("val")
+    if kind is None:
+        return None
+    value = getattr(message, kind)
+    return list(value.val) if kind.endswith("_list_val") else value
+
+
+def decode_timestamp(data: bytes) -> datetime:
+    """Reads a serialized Timestamp as an aware UTC time."""
+    return Timestamp.FromString(data).ToDatetime(UTC)

@@ -1,0 +1,203 @@
+"""Materialization: feature snapshots in PostgreSQL, an index epoch over them, and everything into the online store."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import redis
+from feast import FeatureStore
+from psycopg import Connection
+from psycopg.rows import TupleRow, dict_row
+
+from features.activity import READ_STATE, WRITE_STATE, UserStateCodec
+from features.behaviour import ACTION_WEIGHT
+from features.catalogue import publish_epoch
+from features.layout import load_layouts
+from features.settings import Settings
+from features.store import feature_store
+
+BATCH_VIEWS = ("user_profile", "item_profile", "item_popularity")
+_USERS_PER_BATCH = 500
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage name, steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class SnapshotReport:
+    """Rows a snapshot wrote, and the time it describes."""
+
+    as_of: datetime
+    user_count: int
+    item_count: int
+
+
+@dataclass(frozen=True)
+class MaterializeReport:
+    """What a materialization did."""
+
+    snapshot: SnapshotReport
+    index_version: int
+    users_online: int
+
+
+_USER_PROFILE = """
+INSERT INTO user_profile
+WITH weights (action, weight) AS (SELECT * FROM unnest(%(actions)s::text[], %(weights)s::double precision[])),
+e AS (
+    SELECT e.user_id, e.channel, e.action, e.value, e.quantity, e.occurred_at, i.category, i.brand, coalesce(w.weight, 0) AS weight
+    FROM events e LEFT JOIN items i USING (item_id) LEFT JOIN weights w USING (action)
+    WHERE e.occurred_at <= %(as_of)s
+), base AS (
+    SELECT user_id, count(*) AS event_count,
+        count(*) FILTER (WHERE action = 'purchase') AS purchase_count,
+        coalesce(sum(value) FILTER (WHERE action = 'purchase'), 0) - coalesce(sum(value) FILTER (WHERE action = 'return'), 0) AS spent,
+        extract(epoch FROM %(as_of)s - max(occurred_at)) / 86400.0 AS since_event,
+        extract(epoch FROM %(as_of)s - max(occurred_at) FILTER (WHERE action = 'purchase')) / 86400.0 AS since_purchase,
+        avg(value / quantity) FILTER (WHERE action = 'purchase' AND quantity > 0) AS price_mean,
+        percentile_cont(ARRAY[0.2, 0.8]) WITHIN GROUP (ORDER BY value / quantity)
+            FILTER (WHERE action = 'purchase' AND quantity > 0 AND value IS NOT NULL) AS band
+    FROM e GROUP BY user_id
+), category_shares AS (SELECT user_id, 'category' AS kind, category AS name, sum(weight) AS mass FROM e WHERE category <> '' GROUP BY 1, 3),
+brand_shares AS (SELECT user_id, 'brand' AS kind, brand AS name, sum(weight) AS mass FROM e WHERE brand <> '' GROUP BY 1, 3),
+channel_shares AS (SELECT user_id, 'channel' AS kind, channel AS name, count(*)::double precision AS mass FROM e GROUP BY 1, 3),
+ranked AS (
+    SELECT user_id, kind, name, mass / sum(mass) OVER (PARTITION BY user_id, kind) AS share,
+           row_number() OVER (PARTITION BY user_id, kind ORDER BY mass DESC, name) AS place
+    FROM (TABLE category_shares UNION ALL TABLE brand_shares UNION ALL TABLE channel_shares) s WHERE mass > 0
+), tops AS (
+    SELECT user_id, kind, array_agg(name ORDER BY place) AS names, array_agg(share::double precision ORDER BY place) AS shares
+    FROM ranked WHERE place <= 5 OR kind = 'channel' GROUP BY user_id, kind
+)
+SELECT b.user_id, %(as_of)s, b.event_count, b.purchase_count, b.spent, b.since_event, b.since_purchase,
+       b.price_mean, b.band[1], b.band[2],
+       coalesce(c.names, '{}'), coalesce(c.shares, '{}'), coalesce(r.names, '{}'), coalesce(r.shares, '{}'),
+       coalesce(h.names, '{}'), coalesce(h.shares, '{}')
+FROM base b
+LEFT JOIN tops c ON c.user_id = b.user_id AND c.kind = 'category'
+LEFT JOIN tops r ON r.user_id = b.user_id AND r.kind = 'brand'
+LEFT JOIN tops h ON h.user_id = b.user_id AND h.kind = 'channel'
+"""
+
+_ITEM_POPULARITY = """
+INSERT INTO item_popularity
+SELECT i.item_id, %(as_of)s,
+    count(*) FILTER (WHERE bought AND occurred_at > %(as_of)s - interval '7 days'),
+    count(*) FILTER (WHERE bought AND occurred_at > %(as_of)s - interval '28 days'),
+    count(*) FILTER (WHERE bought),
+    count(*) FILTER (WHERE looked AND occurred_at > %(as_of)s - interval '7 days'),
+    count(*) FILTER (WHERE looked AND occurred_at > %(as_of)s - interval '28 days'),
+    count(DISTINCT user_id) FILTER (WHERE bought AND occurred_at > %(as_of)s - interval '28 days')
+FROM items i LEFT JOIN (
+    SELECT item_id, user_id, occurred_at, action = 'purchase' AS bought, action IN ('view', 'click') AS looked
+    FROM events WHERE occurred_at <= %(as_of)s AND item_id IS NOT NULL
+) e USING (item_id)
+GROUP BY i.item_id
+"""
+
+
+def take_snapshot(connection: Connection[TupleRow], as_of: datetime) -> SnapshotReport:
+    """Computes ``user_profile`` and ``item_popularity`` from the events up to and including ``as_of``; repeating it replaces."""
+    for table in ("user_profile", "item_popularity"):
+        connection.execute(f"DELETE FROM {table} WHERE event_timestamp = %s", [as_of])  # noqa: S608 - constant names
+    parameters = {"as_of": as_of, "actions": list(ACTION_WEIGHT), "weights": list(ACTION_WEIGHT.values())}
+    users = connection.execute(_USER_PROFILE, parameters).rowcount
+    items = connection.execute(_ITEM_POPULARITY, parameters).rowcount
+    return SnapshotReport(as_of, users, items)
+
+
+def snapshot_grid(connection: Connection[TupleRow], *, every_days: int = 7, until: datetime | None = None) -> list[datetime]:
+    """Returns snapshot times from one step after the first event to the last one (or ``until``), ascending."""
+    row = connection.execute("SELECT min(occurred_at), max(occurred_at) FROM events").fetchone()
+    if row is None or row[0] is None:
+        return []
+    first, last, step = row[0], until or row[1], timedelta(days=every_days)
+    return [first + step * k for k in range(1, int((last - first) / step) + 1)]
+
+
+def newest_event_time(connection: Connection[TupleRow]) -> datetime | None:
+    """Returns the time of the newest event, never later than now; None when there are no events."""
+    row = connection.execute("SELECT least(max(occurred_at), now()) FROM events WHERE occurred_at <= now()").fetchone()
+    return row[0] if row else None
+
+
+def materialize(settings: Settings, *, as_of: datetime | None = None, progress: Progress = lambda _s, _d, _t: None) -> MaterializeReport:
+    """Takes a snapshot, publishes an index epoch over it, and writes all views to the online store.
+
+    Batch views go through Feast's own materialization engine; ``user_activity`` is recomputed from the events and written by
+    compare-and-set, so that a materialization never takes a customer back.
+
+    Args:
+        settings: where PostgreSQL, Redis and the Feast project are.
+        as_of: snapshot time; by default that of the newest event (so that windows of an imported history are not empty).
+        progress: called per stage and batch.
+    """
+    with psycopg.connect(settings.postgres_dsn) as connection:
+        as_of = as_of or newest_event_time(connection) or datetime.now(UTC)
+        progress("snapshot", 0, 1)
+        snapshot = take_snapshot(connection, as_of)
+        progress("snapshot", 1, 1)
+        index_version = publish_epoch(connection)
+    store = feature_store(settings)
+    _materialize_views(store, as_of, progress)
+    users = rebuild_users(settings, store, progress=progress)
+    return MaterializeReport(snapshot, index_version, users)
+
+
+def _materialize_views(store: FeatureStore, as_of: datetime, progress: Progress) -> None:
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    for done, view in enumerate(BATCH_VIEWS):
+        progress("feast materialize", done, len(BATCH_VIEWS))
+        start, end = (epoch, datetime.now(UTC)) if view == "item_profile" else (as_of, as_of)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Feast and pandas warn of their own internals here
+            store.materialize(start, end, feature_views=[view])
+    progress("feast materialize", len(BATCH_VIEWS), len(BATCH_VIEWS))
+
+
+def rebuild_users(settings: Settings, store: FeatureStore, *, progress: Progress = lambda _s, _d, _t: None) -> int:
+    """Writes every customer's online state from PostgreSQL; customers already up to date are left as they are.
+
+    Returns:
+        How many customers were looked at.
+    """
+    codec = UserStateCodec(load_layouts(store), settings.project)
+    done = 0
+    with (
+        psycopg.connect(settings.postgres_dsn, row_factory=dict_row) as connection,
+        contextlib.closing(redis.Redis.from_url(settings.redis_url)) as client,
+    ):
+        row = connection.execute("SELECT count(*) AS n FROM users WHERE merged_into IS NULL").fetchone()
+        total = int(row["n"]) if row else 0
+        script = client.register_script(WRITE_STATE)
+        for users in _user_batches(connection):
+            pipeline = client.pipeline(transaction=False)
+            states = [codec.state(row) for row in connection.execute(READ_STATE, [users])]
+            for state in states:
+                script(keys=[state.key], args=list(state.arguments), client=pipeline)
+            pipeline.execute()
+            connection.execute(
+                "DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version) "
+                "WHERE o.user_id = s.user_id AND o.version <= s.version",
+                [[state.user_id for state in states], [state.version for state in states]],
+            )
+            connection.commit()
+            done += len(users)
+            progress("online user state", done, total)
+    return done
+
+
+def _user_batches(connection: "Connection[dict[str, object]]") -> Iterator[Sequence[str]]:
+    last = ""
+    while True:
+        rows = connection.execute(
+            "SELECT user_id FROM users WHERE merged_into IS NULL AND user_id > %s ORDER BY user_id LIMIT %s", [last, _USERS_PER_BATCH]
+        ).fetchall()
+        if not rows:
+            return
+        last = str(rows[-1]["user_id"])
+        yield [str(row["user_id"]) for row in rows]

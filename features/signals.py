@@ -1,0 +1,115 @@
+"""Signals about items for one customer: weighted history, collaborative scores, relations. Shared by training and serving.
+
+Ages count from the customer's newest behaviour, not from now: so a signal depends on versions only, and the same versions
+give the same slate whenever it is computed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from features.behaviour import ACTION_WEIGHT, MICROS_PER_DAY, Activity
+from features.item_table import FloatArray, IntArray, ItemTable
+
+
+@dataclass(frozen=True)
+class SignalConfig:
+    """Constants the ranker was trained with; they travel in the bundle's manifest.
+
+    Attributes:
+        half_life_days: age at which a behaviour counts half.
+    """
+
+    half_life_days: float = 30.0
+
+
+@dataclass(frozen=True)
+class History:
+    """The items a customer touched, newest first: rows int32[h], weights float32[h] in (0, 1], bought bool[h], ages in days float32[h]."""
+
+    rows: IntArray
+    weights: FloatArray
+    bought: npt.NDArray[np.bool_]
+    ages: FloatArray
+
+
+@dataclass(frozen=True)
+class CollaborativeWeights:
+    """Item-to-item weights in compressed sparse rows over n items: "what similar customers did next".
+
+    Attributes:
+        indptr: int64[n + 1]; indices: int32[nnz], the rows each item speaks for; weights: float32[nnz].
+    """
+
+    indptr: npt.NDArray[np.int64]
+    indices: IntArray
+    weights: FloatArray
+
+    def scores(self, rows: IntArray, weights: FloatArray) -> FloatArray:
+        """Returns float32[n]: the sum of the weights that the history rows give to every item."""
+        total = np.zeros(len(self.indptr) - 1, np.float64)
+        for row, weight in zip(rows.tolist(), weights.tolist(), strict=True):
+            span = slice(self.indptr[row], self.indptr[row + 1])
+            total[self.indices[span]] += weight * self.weights[span]
+        return total.astype(np.float32)
+
+    def remapped(self, old_rows: dict[str, int], table: ItemTable) -> "CollaborativeWeights":
+        """Returns the weights over ``table``'s rows; items it lacks drop out, items it adds have no weights."""
+        new_of_old = np.full(len(self.indptr) - 1, -1, np.int64)
+        for item, old in old_rows.items():
+            new_of_old[old] = table.rows.get(item, -1)
+        source = np.repeat(np.arange(len(new_of_old)), np.diff(self.indptr))
+        keep = (new_of_old[source] >= 0) & (new_of_old[self.indices] >= 0)
+        rows, columns, weights = new_of_old[source[keep]], new_of_old[self.indices[keep]], self.weights[keep]
+        order = np.lexsort((columns, rows))
+        indptr = np.zeros(len(table) + 1, np.int64)
+        np.cumsum(np.bincount(rows, minlength=len(table)), out=indptr[1:])
+        return CollaborativeWeights(indptr, columns[order].astype(np.int32), weights[order])
+
+    @staticmethod
+    def empty(count: int) -> "CollaborativeWeights":
+        """Returns weights over ``count`` items that say nothing."""
+        return CollaborativeWeights(np.zeros(count + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+
+def history(activity: Activity, table: ItemTable, config: SignalConfig) -> History:
+    """Merges recent behaviours and past purchases into one weighted item history; unknown items drop out.
+
+    An item counts once, with the largest of its action weights, each halved every ``half_life_days``.
+    """
+    newest = activity.newest
+    weight: dict[int, float] = {}
+    age: dict[int, float] = {}
+    bought: set[int] = set()
+
+    def add(item_id: str, strength: float, age_days: float) -> None:
+        row = table.rows.get(item_id)
+        if row is None or strength <= 0:
+            return
+        weight[row] = max(weight.get(row, 0.0), strength * 0.5 ** (age_days / config.half_life_days))
+        age[row] = min(age.get(row, age_days), age_days)
+
+    for behaviour in activity.behaviours:
+        add(behaviour.item_id, ACTION_WEIGHT.get(behaviour.action, 0.0), (newest - behaviour.occurred_at) / MICROS_PER_DAY)
+    for item_id, day in zip(activity.purchased_items, activity.purchased_days, strict=True):
+        # The day of a purchase is known, not its hour: count from the start of the newest behaviour's day, never below zero.
+        add(item_id, 1.0, max(newest // MICROS_PER_DAY - day, 0))
+        if (row := table.rows.get(item_id)) is not None:
+            bought.add(row)
+    rows = sorted(weight, key=lambda row: (age[row], row))
+    return History(
+        np.array(rows, np.int32),
+        np.array([weight[row] for row in rows], np.float32),
+        np.array([row in bought for row in rows], np.bool_),
+        np.array([age[row] for row in rows], np.float32),
+    )
+
+
+def relation_scores(past: History, table: ItemTable) -> FloatArray:
+    """Returns float32[n]: how strongly the knowledge graph ties each item to the history."""
+    strength = np.zeros(len(table), np.float32)
+    strength[past.rows] = past.weights
+    total = np.zeros(len(table), np.float64)
+    np.add.at(total, table.relation_to, (strength[table.relation_from] * table.relation_weight).astype(np.float64))
+    return total.astype(np.float32)

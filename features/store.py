@@ -1,0 +1,56 @@
+"""The door to Feast: a FeatureStore on this shop's settings, applying the repository, and the contracts of its services."""
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+
+from feast import FeatureStore
+from feast.repo_config import load_repo_config
+from feast.repo_operations import apply_total
+
+from features.bundle import FeatureContract, FeatureRef
+from features.settings import Settings
+
+REPOSITORY = Path(__file__).parent
+
+
+def feature_store(settings: Settings) -> FeatureStore:
+    """Returns a Feast store on the shop's PostgreSQL and Redis."""
+    os.environ.update(settings.feast_environment())
+    return FeatureStore(repo_path=str(REPOSITORY))
+
+
+def apply_repository(settings: Settings) -> None:
+    """Registers entities, views and services, exactly as ``feast -c features apply`` does; running it twice changes nothing."""
+    os.environ.update(settings.feast_environment())
+    # Feast imports definitions.py from the path, changes the working directory and prints its plan: none of it may leak.
+    sys.path.append(str(REPOSITORY))
+    try:
+        _apply()
+    finally:
+        sys.path.remove(str(REPOSITORY))
+
+
+def _apply() -> None:
+    with contextlib.chdir(REPOSITORY), contextlib.redirect_stdout(io.StringIO()):
+        config = load_repo_config(REPOSITORY, REPOSITORY / "feature_store.yaml")
+        apply_total(config, REPOSITORY, skip_source_validation=True)
+
+
+def contract_of(store: FeatureStore, service: str) -> FeatureContract:
+    """Returns names and types of a feature service's features as the registry has them now.
+
+    Raises:
+        feast.errors.FeatureServiceNotFoundException: the registry has no such service.
+    """
+    projections = store.get_feature_service(service).feature_view_projections
+    refs = [FeatureRef(ref=f"{p.name_to_use()}:{f.name}", dtype=str(f.dtype)) for p in projections for f in p.features]
+    return FeatureContract(name=service, features=tuple(refs))
+
+
+def unmet(contract: FeatureContract, store: FeatureStore) -> list[str]:
+    """Returns what the registry no longer offers of a contract, empty when it is met; extra features do not matter."""
+    offered = {f.ref: f.dtype for f in contract_of(store, contract.name).features}
+    return [f"{f.ref} ({f.dtype}, offered: {offered.get(f.ref, 'nothing')})" for f in contract.features if offered.get(f.ref) != f.dtype]

@@ -1,0 +1,1 @@
+"""Online: RPCs, ingest, recommendation, inference. Contains no torch."""

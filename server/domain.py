@@ -1,0 +1,177 @@
+"""The server's domain values: what services take and answer. No protobuf, no Redis, no PostgreSQL."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from uuid import UUID
+
+from features.behaviour import Activity
+from features.candidates import Source
+from features.layout import FeatureValue
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who a request is about: a user id, or an identity in a channel. Exactly one of the two is set."""
+
+    user_id: str = ""
+    channel: str = ""
+    channel_user_id: str = ""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A consistency token: whoever carries it sees this customer at ``version`` or later."""
+
+    user_id: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What an answer was computed from. ``model_version`` is empty when no model is active."""
+
+    user_version: int
+    model_version: str
+    index_version: int
+    offer_version: int
+
+
+class Stored(Enum):
+    """What became of an event."""
+
+    STORED = "stored"
+    DUPLICATE = "duplicate"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True)
+class IncomingEvent:
+    """An event to be recorded, already validated; ``action`` is one of features.behaviour.ACTIONS."""
+
+    subject: Subject
+    event_id: UUID
+    channel: str
+    action: str
+    occurred_at: datetime
+    item_id: str | None = None
+    text: str | None = None
+    value: float | None = None
+    quantity: float | None = None
+    session_id: str | None = None
+    slate_id: str | None = None
+
+
+@dataclass(frozen=True)
+class EventOutcome:
+    """What became of one event; ``reason``, ``field`` and ``message`` are set when it was rejected."""
+
+    status: Stored
+    user_id: str = ""
+    reason: str = ""
+    field: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class RecordOutcome:
+    """One outcome per event in request order, one token per customer, and whether the online store has caught up."""
+
+    outcomes: tuple[EventOutcome, ...]
+    tokens: tuple[Token, ...]
+    online: bool
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The customer behind a subject; ``user_id`` is empty when the identity is unknown and was not created."""
+
+    user_id: str
+    user_version: int
+    created: bool
+
+
+@dataclass(frozen=True)
+class Linked:
+    """The surviving customer of a link, and the customers merged into it by this call."""
+
+    token: Token
+    merged_user_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ItemFilter:
+    """Which items of a slate to show; empty members do not filter. Filters only remove, never reorder."""
+
+    categories: frozenset[str] = frozenset()
+    brands: frozenset[str] = frozenset()
+    min_price_micros: int | None = None
+    max_price_micros: int | None = None
+    in_stock_only: bool = False
+    exclude_item_ids: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class RecommendQuery:
+    """A validated request for recommendations."""
+
+    subject: Subject
+    channel: str
+    surface: str
+    limit: int
+    page_token: str = ""
+    context_item_ids: tuple[str, ...] = ()
+    filters: ItemFilter = field(default_factory=ItemFilter)
+    token: Token | None = None
+    log_exposure: bool = True
+
+
+@dataclass(frozen=True)
+class ShownItem:
+    """One item of an answer: its place in the slate, score, live offer and why it is there.
+
+    ``newcomer`` is set when the customer has no history, so that nothing but popularity and novelty spoke for the item.
+    """
+
+    item_id: str
+    title: str
+    category: str
+    brand: str
+    image_ref: str
+    score: float
+    position: int
+    price_micros: int | None
+    currency: str
+    in_stock: bool
+    sources: Source
+    newcomer: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A page of a slate with everything needed to audit it. ``stages`` maps stage names to seconds."""
+
+    user_id: str
+    items: tuple[ShownItem, ...]
+    versions: Versions
+    slate_id: str
+    as_of: datetime
+    token: Token | None
+    next_page_token: str = ""
+    stale: bool = False
+    degraded_reasons: tuple[str, ...] = ()
+    stages: Mapping[str, float] = field(default_factory=dict)
+    unknown_item_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CustomerProfile:
+    """A customer's whole profile: identities as (channel, channel_user_id), activity, and the decoded profile view."""
+
+    user_id: str
+    user_version: int
+    identities: Sequence[tuple[str, str]]
+    activity: Activity
+    counters: Mapping[str, int]
+    profile: Mapping[str, FeatureValue]

@@ -1,0 +1,40 @@
+"""Settings of the server, on top of the shared ones: addresses, limits, inference and policy."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from features.settings import Settings
+
+
+class ServerSettings(Settings):
+    """Everything ``concord serve`` can be told."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces.")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one and prints it.")
+    metrics_port: int = Field(9464, ge=-1, le=65535, description="Prometheus port; 0 picks a free one, -1 switches it off.")
+    reflection: bool = Field(True, description="Serve gRPC reflection (for grpcurl); switch off in production.")
+    default_deadline_seconds: float = Field(5.0, gt=0, description="Deadline imposed on a call whose client set none, in seconds.")
+    drain_seconds: float = Field(10.0, ge=0, description="How long calls in flight may finish after SIGTERM, in seconds.")
+    max_message_bytes: int = Field(4 * 1024 * 1024, gt=0, description="Largest message accepted, in bytes.")
+    redis_timeout_seconds: float = Field(0.5, gt=0, description="Timeout of one Redis round trip, in seconds; no retries inside.")
+    postgres_timeout_seconds: float = Field(
+        3.0, gt=0, description="Timeout of a PostgreSQL statement and of waiting for a connection, in seconds."
+    )
+    postgres_pool_size: int = Field(8, ge=2, description="PostgreSQL connections per server process.")
+    onnx_provider: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto uses CUDA where it works; cuda refuses to start without it."
+    )
+    onnx_threads: int = Field(2, ge=1, le=64, description="Threads of one inference; equal on all replicas, since bits may depend on it.")
+    slate_ttl_seconds: float = Field(900.0, gt=0, description="How long a committed slate stands, in seconds.")
+    slate_size: int = Field(200, ge=1, le=256, description="Items in a slate; filters and paging act within it.")
+    exclude_purchased: bool = Field(True, description="Leave items the customer already bought out of slates.")
+    max_per_category: int = Field(4, ge=1, description="At most this many items of one category among any 10 consecutive places.")
+    hide_out_of_stock: bool = Field(True, description="Leave items out of stock out of answers; otherwise they are flagged.")
+    ingest_queue_events: int = Field(20_000, gt=0, description="Events waiting for commit before RecordEvents answers RESOURCE_EXHAUSTED.")
+    ingest_batch_events: int = Field(2_000, gt=0, description="Events committed in one transaction at the most.")
+    journal_queue: int = Field(10_000, gt=0, description="Exposures waiting to be written; beyond it they are dropped and counted.")
+    journal_seconds: float = Field(0.25, gt=0, description="Pause between writes of exposures, in seconds: the most that a kill -9 loses.")
+    refresh_seconds: float = Field(0.5, gt=0, description="Pause between looks at the versions in PostgreSQL, in seconds.")
+    recovery_seconds: float = Field(2.0, gt=0, description="Age at which a customer whose online state lags is recomputed, in seconds.")
+    epoch_seconds: float = Field(1.0, gt=0, description="Shortest time between index epochs while items change, in seconds.")

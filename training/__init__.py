@@ -1,0 +1,1 @@
+"""Offline: dataset, model, train, evaluate, export, publish."""
