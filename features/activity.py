@@ -16,10 +16,11 @@ from features.ranking import Profile
 ACTIVITY_VIEW = "user_activity"
 PROFILE_VIEW = "user_profile"
 
-# One statement, so one snapshot: version and behaviours can never be of different moments.
+# One statement, so one snapshot: version and behaviours can never be of different moments. Merged customers have no row.
 READ_STATE = """
 SELECT u.user_id, to_jsonb(p.*) - 'user_id' - 'event_timestamp' AS profile, p.event_timestamp AS profile_timestamp, a.*
 FROM unnest(%s::text[]) AS u (user_id)
+JOIN users k ON k.user_id = u.user_id AND k.merged_into IS NULL
 CROSS JOIN LATERAL user_activity_at(u.user_id, 'infinity') a
 LEFT JOIN LATERAL (
     SELECT * FROM user_profile p WHERE p.user_id = u.user_id ORDER BY p.event_timestamp DESC LIMIT 1

@@ -28,12 +28,14 @@ class ItemTable:
         titles: item titles.
         texts: what the text encoder reads of each item.
         content_hashes: identity of each description.
+        category_names, brand_names: category and brand of each item, empty where it has none.
         categories: int32[n], code of each item's category; 0 is "no category".
         brands: int32[n], code of each item's brand; 0 is "no brand".
         log_price: float32[n], natural logarithm of the reference price in major units; NaN where there is none.
         popularity: float32[n, 6], the counts named by POPULARITY.
         age_days: float32[n], days from listing to the popularity snapshot, at least 0.
         relation_from, relation_to, relation_weight: knowledge-graph edges between rows, sorted by source row.
+        listed_days: float64[n], when each item was listed, in days since 1970.
     """
 
     index_version: int
@@ -41,6 +43,8 @@ class ItemTable:
     titles: tuple[str, ...]
     texts: tuple[str, ...]
     content_hashes: tuple[str, ...]
+    category_names: tuple[str, ...]
+    brand_names: tuple[str, ...]
     categories: IntArray
     brands: IntArray
     log_price: FloatArray
@@ -106,6 +110,8 @@ def _build(index_version: int, items: Sequence[TupleRow], edges: Sequence[TupleR
         titles=tuple(row[1] for row in items),
         texts=tuple(item_text(row[1], row[2], row[3], row[4]) for row in items),
         content_hashes=tuple(row[6] for row in items),
+        category_names=tuple(row[3] for row in items),
+        brand_names=tuple(row[4] for row in items),
         categories=_codes([row[3] for row in items]),
         brands=_codes([row[4] for row in items]),
         log_price=np.log(prices / 1e6).astype(np.float32),

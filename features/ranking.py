@@ -72,8 +72,9 @@ def ranking_matrix(
     touched, recency = np.zeros(count, np.float32), np.zeros(count, np.float32)
     touched[past.rows] = past.weights
     recency[past.rows] = 1.0 / (1.0 + np.arange(len(past.rows), dtype=np.float32))
-    # The history is newest first, so its first row is the last item touched.
-    last = vectors[rows] @ vectors[past.rows[0]] if len(past.rows) else np.zeros(len(rows), np.float32)
+    # The history is newest first, so its first row is the last item touched. einsum, not BLAS: each dot product by itself,
+    # so its bits depend neither on the number of rows nor on threads.
+    last = np.einsum("cd,d->c", vectors[rows], vectors[past.rows[0]]) if len(past.rows) else np.zeros(len(rows), np.float32)
     gap, distance, inside = price_features(table.log_price[rows], profile)
     columns = [
         signals.vector[rows],

@@ -4,6 +4,7 @@ ConcordError
 ├── InvalidRequestError          a field breaks a rule                               INVALID_ARGUMENT
 ├── NotFoundError                something named in the request does not exist       NOT_FOUND
 ├── PreconditionError            the request is fine, the state is not               FAILED_PRECONDITION
+├── ConflictError                a concurrent change won; start again                ABORTED
 ├── OverloadedError              a bounded queue is full; try again after a pause    RESOURCE_EXHAUSTED
 └── UnavailableError             a store or the model cannot answer now; retry       UNAVAILABLE
     └── StaleStateError          the state a token asks for is not visible in time   UNAVAILABLE
@@ -38,6 +39,10 @@ class NotFoundError(ConcordError):
 
 class PreconditionError(ConcordError):
     """The request is well-formed but the state of the system does not allow it."""
+
+
+class ConflictError(ConcordError):
+    """A concurrent change won; start again from the call before."""
 
 
 class OverloadedError(ConcordError):

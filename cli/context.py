@@ -1,0 +1,42 @@
+"""What every command shares: settings, the stack it runs on, progress on the terminal, and errors without tracebacks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from cli.stack import running_stack
+from features.settings import Settings, load_settings
+
+S = TypeVar("S", bound=Settings)
+
+console = Console(stderr=True)
+"""Progress and notes go to standard error, results to standard output."""
+
+
+@contextmanager
+def shop(kind: type[S]) -> Iterator[S]:
+    """Yields settings of ``kind`` with a PostgreSQL and a Redis behind them, embedded where the environment names none.
+
+    Raises:
+        SettingsError: a setting is unknown or invalid.
+    """
+    with running_stack(load_settings(Settings).data_dir):
+        yield load_settings(kind)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function (stage, done, in all) that keeps one bar per stage on the terminal."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show

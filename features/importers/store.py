@@ -1,0 +1,127 @@
+"""Events into PostgreSQL, a batch a transaction: staged by COPY, stored once, counted into the users' versions."""
+
+from dataclasses import dataclass
+from io import BytesIO
+
+import psycopg
+import pyarrow as pa
+import pyarrow.csv
+from psycopg import Connection
+from psycopg.rows import TupleRow
+
+from features.importers.event_rows import EVENT_COLUMNS
+
+_ATTEMPTS = 5
+
+_STAGE = """
+CREATE TEMP TABLE staged_events (
+    line bigint, user_id text, channel_user_id text, event_id uuid, channel text, action text, item_id text, text text,
+    value double precision, quantity double precision, session_id text, slate_id text, occurred_at timestamptz
+) ON COMMIT DELETE ROWS
+"""
+
+# A customer known only by a channel's own id keeps the user that identity has; a new one gets an id made of it, so that two
+# imports of the same file make the same user. Identities are read back after the insert: another writer may have been first.
+_NEW_USERS = """
+WITH named AS (
+    SELECT coalesce(s.user_id, i.user_id, 'u-' || md5(s.channel || E'\\x1f' || s.channel_user_id)) AS user_id
+    FROM staged_events s LEFT JOIN identities i USING (channel, channel_user_id)
+)
+INSERT INTO users (user_id) SELECT DISTINCT user_id FROM named ORDER BY user_id ON CONFLICT DO NOTHING
+"""
+_NEW_IDENTITIES = """
+INSERT INTO identities (channel, channel_user_id, user_id)
+SELECT DISTINCT ON (channel, channel_user_id) channel, channel_user_id,
+       coalesce(user_id, 'u-' || md5(channel || E'\\x1f' || channel_user_id))
+FROM staged_events ORDER BY channel, channel_user_id, line ON CONFLICT DO NOTHING
+"""
+_RESOLVE = """
+UPDATE staged_events s SET user_id = i.user_id FROM identities i
+WHERE s.user_id IS NULL AND i.channel = s.channel AND i.channel_user_id = s.channel_user_id
+"""
+
+# Locked in one order by every writer. NO KEY: new identities of these users need not wait.
+_LOCK = """
+SELECT count(*) FROM (
+    SELECT 1 FROM users WHERE user_id IN (SELECT user_id FROM staged_events) ORDER BY user_id FOR NO KEY UPDATE
+) locked
+"""
+_FOLLOW_MERGES = """
+UPDATE staged_events s SET user_id = u.merged_into FROM users u WHERE u.user_id = s.user_id AND u.merged_into IS NOT NULL
+"""
+
+# This import's own events carry its start as received_at: that tells a repeated row from one an earlier import stored.
+_DROP_STORED = """
+DELETE FROM staged_events s USING events e
+WHERE e.user_id = s.user_id AND e.event_id = s.event_id RETURNING s.line, e.received_at = %s
+"""
+_DROP_REPEATED = """
+DELETE FROM staged_events s USING (
+    SELECT line, row_number() OVER (PARTITION BY user_id, event_id ORDER BY line) AS occurrence FROM staged_events
+) o
+WHERE o.line = s.line AND o.occurrence > 1 RETURNING s.line
+"""
+_STORE = """
+INSERT INTO events (user_id, event_id, channel, action, item_id, text, value, quantity, session_id, slate_id, occurred_at, received_at)
+SELECT user_id, event_id, channel, action, item_id, text, value, quantity, session_id, slate_id, occurred_at, %s FROM staged_events
+"""
+_COUNT = """
+WITH added AS (
+    SELECT user_id, count(*) AS event_count FROM staged_events GROUP BY user_id
+), moved AS (
+    UPDATE users u SET version = u.version + added.event_count FROM added WHERE u.user_id = added.user_id
+    RETURNING u.user_id, u.version
+)
+INSERT INTO online_outbox (user_id, version) SELECT user_id, version FROM moved ORDER BY user_id
+ON CONFLICT (user_id) DO UPDATE SET version = excluded.version, enqueued_at = excluded.enqueued_at
+"""
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """What became of a batch: events stored, rows stored by an earlier import, and lines that repeat an earlier row of this one."""
+
+    stored: int
+    already_stored: int
+    repeated_lines: frozenset[int]
+
+
+class EventStore:
+    """Stores batches of events over one connection."""
+
+    def __init__(self, connection: Connection[TupleRow]) -> None:
+        self._connection = connection
+        row = connection.execute("SELECT clock_timestamp()").fetchone()
+        assert row is not None
+        self._received_at = row[0]
+        connection.execute(_STAGE)
+        connection.commit()
+
+    def add(self, events: pa.Table) -> StoredBatch:
+        """Stores events (columns ``EVENT_COLUMNS``) in one transaction, again when it lost a deadlock or a race for an event id."""
+        data = BytesIO()
+        pa.csv.write_csv(events, data, pa.csv.WriteOptions(include_header=False))
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                with self._connection.transaction():
+                    return self._add(data.getbuffer())
+            except (psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
+                if attempt == _ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _add(self, data: memoryview) -> StoredBatch:
+        execute = self._connection.execute
+        with self._connection.cursor() as cursor:
+            with cursor.copy(f"COPY staged_events ({', '.join(EVENT_COLUMNS)}) FROM STDIN (FORMAT csv)") as copy:
+                copy.write(data)
+        for statement in ("ANALYZE staged_events", _NEW_USERS, _NEW_IDENTITIES, _RESOLVE, _LOCK):
+            execute(statement)
+        while execute(_FOLLOW_MERGES).rowcount:
+            execute(_LOCK)
+        known = execute(_DROP_STORED, [self._received_at]).fetchall()
+        repeated = {line for line, by_this_import in known if by_this_import}
+        repeated.update(line for (line,) in execute(_DROP_REPEATED))
+        stored = execute(_STORE, [self._received_at]).rowcount
+        execute(_COUNT)
+        return StoredBatch(stored, sum(not by_this_import for _, by_this_import in known), frozenset(repeated))

@@ -1,0 +1,1 @@
+"""The catalogue online: offers joined live, index epochs published."""

@@ -1,0 +1,136 @@
+"""A loaded bundle: encoder and ranker sessions, tokenizer, item vectors and collaborative weights, proved by golden outputs."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from features.behaviour import Activity, behaviour_text
+from features.bundle import COLLABORATIVE, ENCODER, GOLDEN, ITEMS, RANKER, TOKENIZER, BundleError, Manifest, read_bundle
+from features.item_table import FloatArray, ItemTable
+from features.ranking import RANKING_FEATURES
+from features.signals import CollaborativeWeights, SignalConfig
+from server.inference.session import open_session, provider_of
+
+# What the golden outputs may differ by: other processors sum in other orders. On the exporting machine the difference is 0.
+_GOLDEN_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything a bundle brings, ready to answer. Runs are single and unpadded (encoder) or of one fixed shape (ranker).
+
+    Attributes:
+        item_rows: bundle row of each item id.
+        item_hashes: content hash each bundle vector was made from.
+        item_vectors: float32[m, d], unit length.
+        collaborative: weights over the bundle's m rows.
+    """
+
+    manifest: Manifest
+    encoder: ort.InferenceSession
+    ranker: ort.InferenceSession
+    tokenizer: Tokenizer
+    item_rows: dict[str, int]
+    item_hashes: tuple[str, ...]
+    item_vectors: FloatArray
+    collaborative: CollaborativeWeights
+
+    @property
+    def model_version(self) -> str:
+        """The bundle's version name."""
+        return self.manifest.model_version
+
+    @property
+    def provider(self) -> str:
+        """``cuda`` or ``cpu``."""
+        return provider_of(self.encoder)
+
+    @cached_property
+    def signals(self) -> SignalConfig:
+        """Constants of the signals the ranker was trained with."""
+        return SignalConfig(self.manifest.half_life_days)
+
+    def user_vector(self, activity: Activity, table: ItemTable) -> FloatArray | None:
+        """Returns the unit user vector, float32[d], or None when the behaviours say nothing the encoder could read."""
+        text = behaviour_text(activity, table.title_of, limit=self.manifest.behaviour_limit)
+        return self._encode(text, "user_vector", self.manifest.user_tokens) if text else None
+
+    def item_vector(self, text: str) -> FloatArray:
+        """Returns the unit vector of an item the bundle does not carry, float32[d]."""
+        return self._encode(text, "item_vector", self.manifest.item_tokens)
+
+    def _encode(self, text: str, output: str, limit: int) -> FloatArray:
+        ids = self.tokenizer.encode(text).ids
+        if len(ids) > limit:  # a truncated text still ends with the terminator the encoder learned
+            ids = [*ids[: limit - 1], ids[-1]]
+        return self._run_encoder(np.array([ids], np.int64), output)
+
+    def _run_encoder(self, ids: "np.ndarray[tuple[int, int], np.dtype[np.int64]]", output: str) -> FloatArray:
+        vector: FloatArray = self.encoder.run([output], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0]
+        return vector
+
+    def rank(self, matrix: FloatArray) -> FloatArray:
+        """Scores candidates: float32[c, f] → float32[c], in runs of the graph's fixed height."""
+        height = self.manifest.candidate_count
+        scores = []
+        for start in range(0, len(matrix), height):
+            part = matrix[start : start + height]
+            padded = np.zeros((height, matrix.shape[1]), np.float32)
+            padded[: len(part)] = part
+            scores.append(self.ranker.run(["scores"], {"features": padded})[0][: len(part)])
+        return np.concatenate(scores) if scores else np.zeros(0, np.float32)
+
+    def check_golden(self, folder: Path) -> None:
+        """Compares this machine's outputs with those recorded at export; a damaged or wrong graph cannot pass.
+
+        Raises:
+            BundleError: an output differs by more than the tolerance.
+        """
+        golden = np.load(folder / GOLDEN)
+        for k, length in enumerate(golden["lengths"]):
+            ids = golden["input_ids"][k : k + 1, :length]
+            for output in ("user_vector", "item_vector"):
+                self._compare(output, self._run_encoder(ids, output), golden[output][k])
+        self._compare("scores", self.rank(golden["features"]), golden["scores"])
+
+    def _compare(self, name: str, seen: FloatArray, expected: FloatArray) -> None:
+        difference = float(np.abs(seen - expected).max())
+        if not difference <= _GOLDEN_TOLERANCE:  # also catches NaN
+            raise BundleError(f"{self.model_version}: {name} differs from the golden output by {difference:.2g}")
+
+
+def load_model(folder: Path, *, provider: str, threads: int) -> LoadedModel:
+    """Opens a bundle folder: checksums, sessions, then golden outputs.
+
+    Raises:
+        BundleError: the bundle is damaged, of another format, or its ranker expects other features than this release computes.
+        UnavailableError: CUDA was demanded and is not there.
+    """
+    manifest = read_bundle(folder)
+    if manifest.ranking_features != RANKING_FEATURES:
+        raise BundleError(f"{manifest.model_version}: {RANKER} was trained on other ranking features than this release computes")
+    try:
+        encoder = open_session(folder / ENCODER, provider=provider, threads=threads)
+        ranker = open_session(folder / RANKER, provider="cpu", threads=1)  # 256 × 23 numbers: the copy to a GPU costs more
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        items, weights = np.load(folder / ITEMS), np.load(folder / COLLABORATIVE)
+    except (ort.capi.onnxruntime_pybind11_state.Fail, ort.capi.onnxruntime_pybind11_state.InvalidGraph, OSError, ValueError) as error:
+        raise BundleError(f"{manifest.model_version}: cannot be opened: {str(error).splitlines()[0]}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    model = LoadedModel(
+        manifest=manifest,
+        encoder=encoder,
+        ranker=ranker,
+        tokenizer=tokenizer,
+        item_rows={str(item): row for row, item in enumerate(items["item_ids"])},
+        item_hashes=tuple(str(h) for h in items["content_hashes"]),
+        item_vectors=items["vectors"].astype(np.float32, copy=False),
+        collaborative=CollaborativeWeights(weights["indptr"], weights["indices"], weights["weights"]),
+    )
+    model.check_golden(folder)
+    return model

@@ -1,0 +1,1 @@
+"""From an event to durable, visible state: identities, group commit and recovery."""

@@ -1,0 +1,127 @@
+"""Group commit: events of concurrent calls share one transaction, then their customers become visible in Redis together."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import psycopg
+import redis.exceptions
+import structlog
+
+from server.domain import IncomingEvent, RecordOutcome
+from server.errors import OverloadedError
+from server.ingest.writer import EventWriter, Written
+from server.metrics import Metrics
+from server.online.store import OnlineStore
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass
+class _Waiting:
+    events: Sequence[IncomingEvent]
+    done: "asyncio.Future[tuple[Written, bool]]"
+    since: float
+
+
+class EventRecorder:
+    """Collects events while a transaction is under way and commits them together in the next one.
+
+    Batching by waiting for the previous commit needs no timer: a lone call commits at once, a busy server commits large groups.
+    """
+
+    def __init__(self, writer: EventWriter, online: OnlineStore, metrics: Metrics, *, queue_events: int, batch_events: int) -> None:
+        self._writer = writer
+        self._online = online
+        self._metrics = metrics
+        self._queue: deque[_Waiting] = deque()
+        self._queued_events = 0
+        self._queue_events = queue_events
+        self._batch_events = batch_events
+        self._wake = asyncio.Event()
+
+    async def record(self, events: Sequence[IncomingEvent]) -> RecordOutcome:
+        """Stores events and makes them visible; returns after PostgreSQL committed.
+
+        Raises:
+            OverloadedError: the queue is full; nothing was stored.
+            psycopg.Error: PostgreSQL did not commit (or its answer was lost: retry with the same event ids).
+        """
+        if self._queued_events + len(events) > self._queue_events:
+            raise OverloadedError("too many events are waiting to be committed", reason="INGEST_QUEUE_FULL")
+        waiting = _Waiting(events, asyncio.get_running_loop().create_future(), perf_counter())
+        self._queue.append(waiting)
+        self._queued_events += len(events)
+        self._wake.set()
+        written, online = await waiting.done
+        for outcome in written.outcomes:
+            self._metrics.events(outcome.status.value)
+        return RecordOutcome(written.outcomes, written.tokens, online)
+
+    async def run(self) -> None:
+        """Commits batches until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while batch := self._take():
+                await self._commit(batch)
+
+    def _take(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        count = 0
+        while self._queue and (not batch or count + len(self._queue[0].events) <= self._batch_events):
+            waiting = self._queue.popleft()
+            count += len(waiting.events)
+            batch.append(waiting)
+        self._queued_events -= count
+        return batch
+
+    async def _commit(self, batch: list[_Waiting]) -> None:
+        started = perf_counter()
+        for waiting in batch:
+            self._metrics.observe_ingest_stage("queue", started - waiting.since)
+        try:
+            written = await self._writer.write([waiting.events for waiting in batch])
+        except psycopg.DataError as error:
+            await self._commit_apart(batch, error)
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to the waiting calls, not to this loop
+            for waiting in batch:
+                _settle(waiting, error)
+            return
+        self._metrics.observe_ingest_stage("commit", perf_counter() - started)
+        online = await self._publish(written)
+        for waiting, part in zip(batch, written, strict=True):
+            _settle(waiting, (part, online))
+
+    async def _commit_apart(self, batch: list[_Waiting], error: psycopg.DataError) -> None:
+        """One call's bad value must not fail its neighbours: each call is committed by itself."""
+        if len(batch) == 1:
+            _settle(batch[0], error)
+            return
+        for waiting in batch:
+            await self._commit([waiting])
+
+    async def _publish(self, written: Sequence[Written]) -> bool:
+        """Writes the recomputed customers to Redis; if that fails the outbox still names them."""
+        states = written[0].states
+        started = perf_counter()
+        try:
+            await self._online.write_users(states)
+        except redis.exceptions.RedisError as error:
+            _log.warning("online store missed a write; the outbox holds it", error=type(error).__name__, users=len(states))
+            return False
+        self._metrics.observe_ingest_stage("online_write", perf_counter() - started)
+        self._writer.caught_up(states)
+        return True
+
+
+def _settle(waiting: _Waiting, result: tuple[Written, bool] | Exception) -> None:
+    if waiting.done.done():  # the caller was cancelled; its events are stored all the same
+        return
+    if isinstance(result, Exception):
+        waiting.done.set_exception(result)
+    else:
+        waiting.done.set_result(result)

@@ -1,0 +1,57 @@
+"""Recovery: customers whose online state lags (a process died, Redis was away) are recomputed from PostgreSQL."""
+
+import asyncio
+
+import psycopg
+import redis.exceptions
+import structlog
+
+from server.database import Pool
+from server.metrics import Metrics
+from server.online.states import UserStates
+from server.online.store import OnlineStore
+
+_log = structlog.get_logger(__name__)
+_BATCH = 500
+_LAGGING = """
+SELECT user_id, extract(epoch FROM now() - enqueued_at)::double precision FROM online_outbox
+WHERE enqueued_at < now() - make_interval(secs => %s) ORDER BY enqueued_at LIMIT %s FOR UPDATE SKIP LOCKED
+"""
+
+
+class Recovery:
+    """Walks the outbox. Several replicas may do so at once: each takes rows nobody else holds."""
+
+    def __init__(self, pool: Pool, states: UserStates, online: OnlineStore, metrics: Metrics, *, after_seconds: float) -> None:
+        self._pool = pool
+        self._states = states
+        self._online = online
+        self._metrics = metrics
+        self._after = after_seconds
+
+    async def run(self) -> None:
+        """Recovers until cancelled; while a store is away it tries again."""
+        while True:
+            try:
+                recovered = await self.recover()
+            except (psycopg.Error, redis.exceptions.RedisError) as error:
+                _log.warning("recovery waits for a store", error=type(error).__name__)
+                recovered = 0
+            if recovered < _BATCH:
+                await asyncio.sleep(self._after / 2)
+
+    async def recover(self) -> int:
+        """Recomputes one batch of lagging customers; returns how many there were."""
+        async with self._pool.connection() as connection, connection.transaction():
+            rows = await (await connection.execute(_LAGGING, [self._after, _BATCH])).fetchall()
+            self._metrics.set_online_lag(rows[0][1] if rows else 0.0)
+            if not rows:
+                return 0
+            users = [str(row[0]) for row in rows]
+            states = await self._states.recompute(connection, users)
+            await self._online.write_users(states)
+            await self._online.forget_users(sorted(set(users) - {state.user_id for state in states}))
+            # The rows are locked, so no newer version can have been enqueued since.
+            await connection.execute("DELETE FROM online_outbox WHERE user_id = ANY(%s)", [users])
+        _log.info("recovered online state", users=len(users))
+        return len(users)

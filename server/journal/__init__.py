@@ -1,0 +1,1 @@
+"""What was shown: exposures on their way to PostgreSQL."""

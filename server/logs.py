@@ -1,0 +1,74 @@
+"""Structured logs on stderr: JSON lines for machines, coloured text on a terminal; never request bodies, never secrets."""
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import structlog
+from google.protobuf.message import Message
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+_SECRET_KEY = re.compile(r"password|passwd|secret|authorization|api_key|dsn|redis_url|(^|_)token$", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+(?=@)")
+_CONNINFO_PASSWORD = re.compile(r"(password\s*=\s*)('[^']*'|\S+)", re.IGNORECASE)
+_HIDDEN = "***"
+
+
+def configure(*, level: str = "info", stream: TextIO | None = None, json: bool | None = None) -> structlog.stdlib.BoundLogger:
+    """Sends structlog's and the standard library's logs to one place in one form, and returns the root logger.
+
+    Args:
+        level: lowest level written: debug, info, warning or error.
+        stream: where to write; stderr by default.
+        json: JSON lines or readable text; by default text when the stream is a terminal.
+    """
+    out = sys.stderr if stream is None else stream
+    as_json = not out.isatty() if json is None else json
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_final(as_json, out.isatty())))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("concord")
+    return logger
+
+
+def _final(as_json: bool, colours: bool) -> list[Processor]:
+    """Tracebacks become text before redaction, so that what an exception says is redacted too; locals are never shown."""
+    renderer: Processor = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=colours)
+    return [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        structlog.processors.format_exc_info,
+        redact,
+        renderer,
+    ]
+
+
+def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Hides values under secret-sounding keys, passwords inside URLs and connection strings, and whole protobuf messages."""
+    return {key: _HIDDEN if _SECRET_KEY.search(key) else _clean(value) for key, value in event.items()}
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return _CONNINFO_PASSWORD.sub(rf"\1{_HIDDEN}", _URL_PASSWORD.sub(rf"\1{_HIDDEN}", value))
+    if isinstance(value, Message):
+        return f"<{type(value).__name__}, {value.ByteSize()} bytes>"
+    if isinstance(value, Mapping):
+        return {key: _HIDDEN if _SECRET_KEY.search(str(key)) else _clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else _clean(str(value))

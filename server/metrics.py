@@ -1,0 +1,145 @@
+"""Prometheus metrics of a server process: calls, stages of the data path, slates, ingest, journal and the active model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from time import perf_counter
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+# The nouns of the recommendation path, in order; the same ones stand in an answer's stage timings.
+STAGES = (
+    "identity",
+    "online_read",
+    "snapshot",
+    "rebuild",
+    "features",
+    "user_vector",
+    "candidates",
+    "ranking",
+    "policy",
+    "commit",
+    "offers",
+    "answer",
+)
+INGEST_STAGES = ("queue", "commit", "online_write")
+
+# 0.25 ms to 10 s: a slate hit takes under 1 ms, a miss some tens, and no call outlives the default deadline by much.
+_BUCKETS = (0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+class Metrics:
+    """All metrics of one process, registered in ``registry``; durations are in seconds."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._rpc_count = Counter("concord_rpc", "Calls answered.", ["method", "code", "channel"], registry=registry)
+        self._rpc_seconds = Histogram(
+            "concord_rpc_seconds", "Time from request to answer.", ["method", "channel"], buckets=_BUCKETS, registry=registry
+        )
+        self._in_flight = Gauge("concord_rpc_in_flight", "Calls being answered now.", registry=registry)
+        self._stage = Histogram(
+            "concord_stage_seconds", "Time of one stage of a recommendation.", ["stage"], buckets=_BUCKETS, registry=registry
+        )
+        self._ingest_stage = Histogram(
+            "concord_ingest_stage_seconds", "Time of one stage of recording events.", ["stage"], buckets=_BUCKETS, registry=registry
+        )
+        for name in STAGES:  # shown from the start, with zero observations
+            self._stage.labels(name)
+        for name in INGEST_STAGES:
+            self._ingest_stage.labels(name)
+        self._slates = Counter("concord_slate", "Slates asked for, by whether one stood committed.", ["result"], registry=registry)
+        self._hits, self._misses = self._slates.labels("hit"), self._slates.labels("miss")
+        self._events = Counter("concord_ingest_events", "Events received, by what became of them.", ["status"], registry=registry)
+        self._journal = Counter(
+            "concord_journal", "Exposures written, or dropped because the queue was full.", ["result"], registry=registry
+        )
+        self._lag = Gauge(
+            "concord_online_lag_seconds", "Age of the oldest customer whose online state lags, 0 when none does.", registry=registry
+        )
+        self._model = Gauge(
+            "concord_active_model_info", "1 for the model version this process answers with.", ["version"], registry=registry
+        )
+
+    def observe_rpc(self, method: str, code: str, *, channel: str, seconds: float) -> None:
+        """Counts one answered call; ``channel`` must be a registered channel or empty, so that labels stay bounded."""
+        self._rpc_count.labels(method, code, channel).inc()
+        self._rpc_seconds.labels(method, channel).observe(seconds)
+
+    def call_started(self) -> None:
+        """One more call is being answered."""
+        self._in_flight.inc()
+
+    def call_finished(self) -> None:
+        """One call fewer is being answered."""
+        self._in_flight.dec()
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        """Records the time of one stage of a recommendation: one of STAGES, or a rarer one such as a rebuild."""
+        self._stage.labels(stage).observe(seconds)
+
+    def observe_ingest_stage(self, stage: str, seconds: float) -> None:
+        """Records the time of one of INGEST_STAGES."""
+        self._ingest_stage.labels(stage).observe(seconds)
+
+    @contextmanager
+    def stage(self, stage: str) -> Iterator[None]:
+        """Times the body as one stage of a recommendation, whether it succeeds or not."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.observe_stage(stage, perf_counter() - started)
+
+    def slate_hit(self) -> None:
+        """A committed slate was found."""
+        self._hits.inc()
+
+    def slate_miss(self) -> None:
+        """A slate had to be computed."""
+        self._misses.inc()
+
+    def events(self, status: str, count: int = 1) -> None:
+        """Counts events by status: stored, duplicate or rejected."""
+        self._events.labels(status).inc(count)
+
+    def journal_written(self, count: int) -> None:
+        """Counts exposures written to the journal."""
+        self._journal.labels("written").inc(count)
+
+    def journal_dropped(self, count: int = 1) -> None:
+        """Counts exposures dropped because the journal's queue was full."""
+        self._journal.labels("dropped").inc(count)
+
+    def set_online_lag(self, seconds: float) -> None:
+        """Sets the age of the oldest customer whose online state lags behind PostgreSQL."""
+        self._lag.set(seconds)
+
+    def set_active_model(self, version: str) -> None:
+        """Names the model version this process answers with; empty when there is none."""
+        self._model.clear()
+        if version:
+            self._model.labels(version).set(1)
+
+
+class MetricsEndpoint:
+    """A running HTTP endpoint at ``port``; ``close`` ends it."""
+
+    def __init__(self, server: WSGIServer, thread: Thread) -> None:
+        self._server, self._thread = server, thread
+        self.port = server.server_port
+
+    def close(self) -> None:
+        """Stops serving and frees the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> MetricsEndpoint:
+    """Serves ``registry`` over HTTP in a thread; port 0 picks a free one.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    return MetricsEndpoint(*start_http_server(port, host, registry))

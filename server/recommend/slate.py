@@ -1,0 +1,92 @@
+"""The slate: the ranked answer to (customer, surface, context) under its versions, as values and as the bytes in Redis."""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import IntFlag
+
+import numpy as np
+import numpy.typing as npt
+
+from features.item_table import FloatArray, IntArray
+
+_HEADER = struct.Struct("<BBHq")  # layout, flags, item count, as_of in microseconds
+_LAYOUT = 1
+
+
+class SlateFlag(IntFlag):
+    """What the reader should know of how a slate was made."""
+
+    PROFILE_STALE = 1
+    NEWCOMER = 2
+    NO_MODEL = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a slate is shown: the surface and its context items, in order."""
+
+    surface: str
+    context_item_ids: tuple[str, ...] = ()
+
+    def slot(self, model_version: str, index_version: int) -> str:
+        """Returns the field of the customer's slates hash that holds the slate under these versions."""
+        context = hashlib.sha256("\x1f".join(self.context_item_ids).encode()).hexdigest()[:16] if self.context_item_ids else ""
+        return f"{self.surface}|{context}|{model_version}|{index_version}"
+
+
+@dataclass(frozen=True)
+class Slate:
+    """A ranked answer. Rows refer to the item table of its index_version.
+
+    Attributes:
+        slate_id: content-addressed: equal ids mean equal customer, place, versions, time, order and scores.
+        user_version: what it was computed from.
+        as_of: when the request that computed it was made (Redis's clock).
+        expires_at: until when it stands.
+        flags: see SlateFlag.
+        rows: int32[k] item rows, best first; scores: float32[k]; sources: uint8[k] bit sets of Source.
+    """
+
+    slate_id: str
+    user_version: int
+    as_of: datetime
+    expires_at: datetime
+    flags: SlateFlag
+    rows: IntArray
+    scores: FloatArray
+    sources: npt.NDArray[np.uint8]
+
+
+def encode_payload(rows: IntArray, scores: FloatArray, sources: npt.NDArray[np.uint8], *, flags: SlateFlag, as_of: datetime) -> bytes:
+    """Returns the bytes that are committed: 12 bytes of header and 9 bytes an item."""
+    header = _HEADER.pack(_LAYOUT, int(flags), len(rows), _micros(as_of))
+    return header + rows.astype("<i4").tobytes() + scores.astype("<f4").tobytes() + sources.tobytes()
+
+
+def decode_slate(standing: bytes, user_id: str, slot: str) -> Slate | None:
+    """Reads what Redis holds (``<user_version>:<expires ms>:<payload>``); None when it is not of a layout this release knows."""
+    version, expires, payload = standing.split(b":", 2)
+    if len(payload) < _HEADER.size or payload[0] != _LAYOUT:
+        return None
+    _, flags, count, as_of = _HEADER.unpack_from(payload)
+    parts: Sequence[int] = [_HEADER.size, _HEADER.size + 4 * count, _HEADER.size + 8 * count]
+    if len(payload) != parts[2] + count:
+        return None
+    digest = hashlib.sha256(b"\x1f".join((user_id.encode(), slot.encode(), version, payload)))
+    return Slate(
+        slate_id=digest.hexdigest()[:32],
+        user_version=int(version),
+        as_of=datetime.fromtimestamp(as_of / 1e6, UTC),
+        expires_at=datetime.fromtimestamp(int(expires) / 1e3, UTC),
+        flags=SlateFlag(flags),
+        rows=np.frombuffer(payload, "<i4", count, parts[0]),
+        scores=np.frombuffer(payload, "<f4", count, parts[1]),
+        sources=np.frombuffer(payload, np.uint8, count, parts[2]),
+    )
+
+
+def _micros(at: datetime) -> int:
+    return round(at.timestamp() * 1e6)

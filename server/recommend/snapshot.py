@@ -1,0 +1,106 @@
+"""A snapshot: one model over one index epoch, everything candidates and ranking need besides the customer."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psycopg
+import structlog
+
+from features.item_table import FloatArray, ItemTable, load_item_table
+from features.signals import CollaborativeWeights, SignalConfig
+from server.database import Pool
+from server.inference.model import LoadedModel
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Immutable; equal (model_version, index_version) mean equal contents on every replica.
+
+    Attributes:
+        model: None while no model is active; then popularity alone orders items.
+        table: the epoch's n items.
+        vectors: float32[n, d] unit item vectors ([n, 0] without a model).
+        collaborative: weights over the table's rows.
+    """
+
+    model: LoadedModel | None
+    table: ItemTable
+    vectors: FloatArray
+    collaborative: CollaborativeWeights
+
+    @property
+    def model_version(self) -> str:
+        """The model's version, empty when none is active."""
+        return self.model.model_version if self.model else ""
+
+    @property
+    def index_version(self) -> int:
+        """The epoch."""
+        return self.table.index_version
+
+    @property
+    def signals(self) -> SignalConfig:
+        """Constants of the signals; defaults without a model."""
+        return self.model.signals if self.model else SignalConfig()
+
+
+class SnapshotBuilder:
+    """Builds snapshots off the event loop. Vectors the bundle lacks are encoded once for the fleet and stored in PostgreSQL."""
+
+    def __init__(self, pool: Pool, *, dsn: str) -> None:
+        self._pool = pool
+        self._dsn = dsn
+
+    async def build(self, model: LoadedModel | None, index_version: int) -> Snapshot:
+        """Returns the snapshot of ``model`` over an epoch."""
+        table = await asyncio.to_thread(self._table, index_version)
+        if model is None:
+            return Snapshot(None, table, np.zeros((len(table), 0), np.float32), CollaborativeWeights.empty(len(table)))
+        vectors = np.zeros((len(table), model.manifest.vector_size), np.float32)
+        missing = _fill_from_bundle(vectors, model, table)
+        if missing:
+            await self._fill_encoded(vectors, model, table, missing)
+        return Snapshot(model, table, vectors, model.collaborative.remapped(model.item_rows, table))
+
+    def _table(self, index_version: int) -> ItemTable:
+        with psycopg.connect(self._dsn) as connection:
+            return load_item_table(connection, index_version)
+
+    async def _fill_encoded(self, vectors: FloatArray, model: LoadedModel, table: ItemTable, rows: Sequence[int]) -> None:
+        hashes = sorted({table.content_hashes[row] for row in rows})
+        stored = await self._stored(model.model_version, hashes)
+        texts = {table.content_hashes[row]: table.texts[row] for row in rows if table.content_hashes[row] not in stored}
+        if texts:
+            _log.info("encoding items the bundle does not carry", items=len(texts), model_version=model.model_version)
+            encoded = await asyncio.to_thread(lambda: {key: model.item_vector(text) for key, text in texts.items()})
+            await self._store(model.model_version, encoded)
+            # Read back: where two replicas encoded the same item, the first one's bytes are everybody's.
+            stored = await self._stored(model.model_version, hashes)
+        for row in rows:
+            vectors[row] = np.frombuffer(stored[table.content_hashes[row]], "<f4")
+
+    async def _stored(self, model_version: str, hashes: Sequence[str]) -> dict[str, bytes]:
+        query = "SELECT content_hash, vector FROM item_vectors WHERE model_version = %s AND content_hash = ANY(%s)"
+        async with self._pool.connection() as connection:
+            return dict(await (await connection.execute(query, [model_version, list(hashes)])).fetchall())
+
+    async def _store(self, model_version: str, encoded: dict[str, FloatArray]) -> None:
+        rows = [(model_version, key, vector.astype("<f4").tobytes()) for key, vector in sorted(encoded.items())]
+        async with self._pool.connection() as connection, connection.cursor() as cursor:
+            await cursor.executemany("INSERT INTO item_vectors VALUES (%s, %s, %s) ON CONFLICT DO NOTHING", rows)
+
+
+def _fill_from_bundle(vectors: FloatArray, model: LoadedModel, table: ItemTable) -> list[int]:
+    """Copies the bundle's vectors of items whose description has not changed; returns the rows left."""
+    missing = []
+    for row, item_id in enumerate(table.ids):
+        known = model.item_rows.get(item_id)
+        if known is None or model.item_hashes[known] != table.content_hashes[row]:
+            missing.append(row)
+        else:
+            vectors[row] = model.item_vectors[known]
+    return missing

@@ -1,0 +1,328 @@
+"""The client against a small real gRPC server: tokens, retries, deadlines and error details."""
+# ruff: noqa: N802 - gRPC names the methods of a servicer.
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta, timezone
+from itertools import count
+from uuid import UUID
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.status_pb2 import Status
+
+from concord import Concord, ErrorDetails, error_details, user
+from concord.customers import TokenMemory, subject_of
+from concord.transport import SERVICE_CONFIG
+from concord.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    events_pb2,
+    events_pb2_grpc,
+    identity_pb2,
+    identity_pb2_grpc,
+    profile_pb2,
+    profile_pb2_grpc,
+    recommendation_pb2,
+    recommendation_pb2_grpc,
+)
+from concord.v1.common_pb2 import ACTION_PURCHASE
+
+
+class Shop(
+    events_pb2_grpc.EventServiceServicer,
+    identity_pb2_grpc.IdentityServiceServicer,
+    profile_pb2_grpc.ProfileServiceServicer,
+    catalog_pb2_grpc.CatalogServiceServicer,
+    recommendation_pb2_grpc.RecommendationServiceServicer,
+):
+    """Keeps what it received, fails as often as told, and stores events under the user id ``u-<channel_user_id>``."""
+
+    def __init__(self, *, unavailable=0, error=None, seconds=0.0):
+        self.unavailable = unavailable
+        self.seconds = seconds
+        self.error = error
+        self.received = []
+        self.deadlines = []
+        self.versions = {}
+        self.survivors = {}
+
+    async def _enter(self, request, context):
+        self.received.append(request)
+        self.deadlines.append(context.time_remaining())
+        await asyncio.sleep(self.seconds)
+        if self.unavailable:
+            self.unavailable -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
+        if self.error is not None:
+            context.set_trailing_metadata((("grpc-status-details-bin", self.error),))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "bad request")
+
+    def _user(self, subject):
+        user_id = subject.user_id or f"u-{subject.identity.channel_user_id}"
+        return self.survivors.get(user_id, user_id)
+
+    async def RecordEvents(self, request, context):
+        await self._enter(request, context)
+        results, tokens = [], {}
+        for event in request.events:
+            user_id = self._user(event.subject)
+            version = self.versions[user_id] = self.versions.get(user_id, 0) + 1
+            tokens[user_id] = events_pb2.UserToken(user_id=user_id, user_version=version, consistency_token=f"{user_id}@{version}")
+            results.append(events_pb2.EventResult(event_id=event.event_id, status=events_pb2.EVENT_STATUS_STORED, user_id=user_id))
+        return events_pb2.RecordEventsResponse(results=results, tokens=tokens.values(), online=True)
+
+    async def LinkIdentities(self, request, context):
+        await self._enter(request, context)
+        lost, kept = f"u-{request.identity.channel_user_id}", self._user(request.subject)
+        self.survivors[lost] = kept
+        version = self.versions[kept] = self.versions.get(kept, 0) + self.versions.get(lost, 0) + 1
+        return identity_pb2.LinkIdentitiesResponse(
+            user_id=kept, user_version=version, consistency_token=f"{kept}@{version}", merged_user_id=lost
+        )
+
+    async def ResolveIdentity(self, request, context):
+        await self._enter(request, context)
+        return identity_pb2.ResolveIdentityResponse(user_id="u-anna", created=request.create_if_missing)
+
+    async def GetProfile(self, request, context):
+        await self._enter(request, context)
+        return profile_pb2.GetProfileResponse(user_id=self._user(request.subject))
+
+    async def GetItems(self, request, context):
+        await self._enter(request, context)
+        return catalog_pb2.GetItemsResponse(not_found_item_ids=request.item_ids)
+
+    async def Recommend(self, request, context):
+        await self._enter(request, context)
+        return recommendation_pb2.RecommendResponse(items=[recommendation_pb2.RecommendedItem(item_id="A")])
+
+    async def RankItems(self, request, context):
+        await self._enter(request, context)
+        return recommendation_pb2.RankItemsResponse(unknown_item_ids=request.item_ids)
+
+    async def SimilarItems(self, request, context):
+        await self._enter(request, context)
+        return recommendation_pb2.SimilarItemsResponse(items=[recommendation_pb2.SimilarItem(item_id="B")])
+
+
+@asynccontextmanager
+async def serving(shop):
+    """Yields the address at which ``shop`` is served."""
+    server = grpc.aio.server()
+    for add in (
+        events_pb2_grpc.add_EventServiceServicer_to_server,
+        identity_pb2_grpc.add_IdentityServiceServicer_to_server,
+        profile_pb2_grpc.add_ProfileServiceServicer_to_server,
+        catalog_pb2_grpc.add_CatalogServiceServicer_to_server,
+        recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server,
+    ):
+        add(shop, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def connected(shop, **options):
+    """Yields a client of ``shop``, in channel web, whose event ids count up."""
+    numbers = count(1)
+    async with serving(shop) as address:
+        settings = {"channel": "web", "timeout": 10.0, "new_event_id": lambda: UUID(int=next(numbers))} | options
+        async with Concord(address, **settings) as concord:
+            yield concord
+
+
+def test_service_config_retries_unavailable_only_and_throttles():
+    config = json.loads(SERVICE_CONFIG)
+    (method,) = config["methodConfig"]
+    assert method["name"] == [{}]  # every method
+    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert method["retryPolicy"]["maxAttempts"] == 4
+    assert config["retryThrottling"] == {"maxTokens": 100, "tokenRatio": 0.1}
+
+
+async def test_event_carries_everything_said():
+    async with connected(Shop()) as concord:
+        at = datetime(2026, 5, 1, 12, tzinfo=UTC)
+        event = concord.event("anna", "purchase", item_id="A", value=3.5, quantity=2, session_id="s", slate_id="l", occurred_at=at)
+    assert event.action == ACTION_PURCHASE
+    assert (event.channel, event.subject.identity.channel, event.subject.identity.channel_user_id) == ("web", "web", "anna")
+    assert (event.item_id, event.value, event.quantity, event.session_id, event.slate_id) == ("A", 3.5, 2, "s", "l")
+    assert event.occurred_at.ToDatetime(tzinfo=UTC) == at
+    assert UUID(event.event_id) == UUID(int=1)
+
+
+async def test_event_refuses_unknown_actions_and_naive_times():
+    async with connected(Shop()) as concord:
+        with pytest.raises(ValueError, match="ACTION_STEAL"):
+            concord.event("anna", "steal")
+        with pytest.raises(ValueError, match="time zone"):
+            concord.event("anna", "view", item_id="A", occurred_at=datetime(2026, 5, 1))  # noqa: DTZ001
+        assert not concord.event("anna", "search", text="lamp").HasField("value")
+
+
+async def test_read_after_write_sends_the_newest_token():
+    shop = Shop()
+    async with connected(shop) as concord:
+        await concord.recommend("anna", surface="home")
+        await concord.record(concord.event("anna", "view", item_id="A"))
+        await concord.record(concord.event("anna", "view", item_id="B"))
+        await concord.recommend("anna", surface="home")
+        await concord.rank("anna", ["A"], surface="search")
+        await concord.profile("anna")
+        await concord.profile(user("u-anna"))
+        await concord.recommend("ben", surface="home")
+        await concord.recommend("anna", surface="home", consistency_token="handed over")
+    tokens = [request.consistency_token for request in shop.received if hasattr(request, "consistency_token")]
+    assert tokens == ["", "u-anna@2", "u-anna@2", "u-anna@2", "u-anna@2", "", "handed over"]
+
+
+async def test_token_follows_the_customer_through_a_merge():
+    shop = Shop()
+    async with connected(shop) as concord:
+        await concord.record(concord.event("anna", "view", item_id="A"), concord.event("guest", "view", item_id="B"))
+        answer = await concord.link("guest", "anna")
+        assert (answer.user_id, answer.user_version) == ("u-anna", 3)
+        for customer in ("guest", "anna", user("u-guest"), user("u-anna")):
+            await concord.profile(customer)
+    assert [request.consistency_token for request in shop.received[2:]] == ["u-anna@3"] * 4
+
+
+async def test_retries_on_unavailable_send_the_same_event_ids():
+    shop = Shop(unavailable=2)
+    async with connected(shop) as concord:
+        unnamed = events_pb2.Event(subject=subject_of("anna", "web"), action=ACTION_PURCHASE, item_id="A")
+        answer = await concord.record(unnamed, concord.event("anna", "view", item_id="B"))
+    sent = [[event.event_id for event in request.events] for request in shop.received]
+    assert len(sent) == 3
+    assert sent[0] == sent[1] == sent[2] == [result.event_id for result in answer.results]
+    assert all(UUID(event_id) for event_id in sent[0])
+    assert len(set(sent[0])) == 2
+    assert {event.channel for event in shop.received[0].events} == {"web"}
+    assert unnamed.event_id == ""  # the caller's message is left alone
+
+
+async def test_gives_up_after_four_attempts():
+    shop = Shop(unavailable=99)
+    async with connected(shop) as concord:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await concord.items(["A"])
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert len(shop.received) == 4
+
+
+async def test_every_call_has_a_deadline():
+    shop = Shop()
+    async with connected(shop, timeout=7.0) as concord:
+        await concord.record(concord.event("anna", "view", item_id="A"))
+        await concord.recommend("anna", surface="home")
+        await concord.rank("anna", ["A"], surface="home")
+        await concord.similar("A")
+        await concord.profile("anna")
+        await concord.resolve("anna", create=True)
+        await concord.link("anna", user("u-anna"))
+        await concord.items(["A"])
+        await concord.items(["A"], timeout=3.0)
+    assert len(shop.deadlines) == 9
+    assert all(5 < seconds < 7.5 for seconds in shop.deadlines[:8])  # the wire format rounds a little up
+    assert 1 < shop.deadlines[8] < 3.5
+
+
+async def test_a_server_that_hangs_costs_no_more_than_the_deadline():
+    async with connected(Shop(seconds=60), timeout=0.1) as concord, asyncio.timeout(10):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await concord.items(["A"])
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_requests_say_what_was_asked():
+    shop = Shop()
+    async with connected(shop) as concord:
+        only = recommendation_pb2.ItemFilter(in_stock_only=True)
+        await concord.recommend(
+            "anna", surface="cart", limit=3, page_token="p", context_item_ids=["C"], item_filter=only, skip_exposure_logging=True
+        )
+        await concord.similar("A", limit=4, item_filter=only)
+    recommend, similar = shop.received
+    assert recommend == recommendation_pb2.RecommendRequest(
+        subject=subject_of("anna", "web"),
+        channel="web",
+        surface="cart",
+        limit=3,
+        page_token="p",
+        context_item_ids=["C"],
+        filter=only,
+        skip_exposure_logging=True,
+    )
+    assert similar == recommendation_pb2.SimilarItemsRequest(item_id="A", channel="web", limit=4, filter=only)
+
+
+def packed_status(*details):
+    status = Status(code=3, message="bad request")
+    for detail in details:
+        status.details.add().Pack(detail)
+    return status.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("packed", "expected"),
+    [
+        pytest.param(
+            packed_status(
+                ErrorInfo(reason="SURFACE_UNKNOWN", domain="concord"),
+                BadRequest(field_violations=[BadRequest.FieldViolation(field="surface", description="is not registered")]),
+            ),
+            ErrorDetails("SURFACE_UNKNOWN", "surface", "is not registered"),
+            id="full",
+        ),
+        pytest.param(
+            packed_status(ErrorInfo(reason="OTHER", domain="mesh.example")), ErrorDetails("", "", "bad request"), id="another domain"
+        ),
+        pytest.param(b"\xff\xff", ErrorDetails("", "", "bad request"), id="malformed"),
+        pytest.param(
+            Status(details=[Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")]).SerializeToString(),
+            ErrorDetails("", "", "bad request"),
+            id="malformed inside",
+        ),
+    ],
+)
+async def test_error_details_say_why(packed, expected):
+    async with connected(Shop(error=packed)) as concord:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await concord.recommend("anna", surface="hoem")
+    assert error_details(caught.value) == expected
+
+
+async def test_error_details_without_a_server():
+    async with Concord("127.0.0.1:1", channel="web", timeout=5.0) as concord:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await concord.items(["A"])
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    details = error_details(caught.value)
+    assert (details.reason, details.field) == ("", "")
+    assert details.message
+
+
+def test_token_memory_keeps_the_newest_and_is_bounded():
+    memory = TokenMemory(2)
+    memory.remember("a", 5, "a@5")
+    memory.remember("a", 4, "a@4")  # an answer that arrived late
+    assert memory.token_for(user("a")) == "a@5"
+    memory.remember("b", 1, "b@1")
+    assert memory.token_for(user("a")) == "a@5"  # and so b is now the least recently used
+    memory.remember("c", 1, "c@1")
+    assert [memory.token_for(user(name)) for name in "abc"] == ["a@5", "", "c@1"]
+
+
+async def test_occurred_at_in_another_time_zone_is_the_same_instant():
+    at = datetime(2026, 5, 1, 12, tzinfo=UTC)
+    async with connected(Shop()) as concord:
+        event = concord.event("anna", "view", item_id="A", occurred_at=at.astimezone(timezone(timedelta(hours=8))))
+    assert event.occurred_at.ToDatetime(tzinfo=UTC) == at

@@ -1,0 +1,167 @@
+"""Everything a training run can be told, field by field, and the presets the commands use."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run; they are stored in the run folder and, for the record, in the bundle's manifest.
+
+    Attributes:
+        base_model: pretrained BERT: a folder, a hub name, "" for the packaged all-MiniLM-L6-v2, "tiny" for a random 2-layer model.
+        seed: of every random choice of the run.
+        threads: CPU threads of PyTorch and ONNX Runtime; 0 means one per core.
+        cut: end of the training period, an ISO 8601 time (UTC without an offset); "" means the last ``holdout_fraction`` of the time span.
+        holdout_fraction: share of the time span after the cut, when ``cut`` is empty; in (0, 1).
+        ranker_fraction: share of the time span before the cut whose labels train the ranker and validate the tower; in (0, 1).
+        ranker_folds: parts of the ranker's period; collaborative weights are fitted anew on everything before each part.
+        snapshot_days: days between popularity snapshots within the ranker's period.
+        target_actions: actions that make an item a label, comma-separated.
+        tower_actions: actions that make an item a label of the tower, comma-separated; wider, because it needs many labels.
+        tower_labels: labels the tower trains on at the most, newest kept; a label is one customer's visit.
+        validation_labels: labels of the ranker's period that the tower is validated on at the most.
+        ranker_labels: labels the ranker trains on at the most, chosen at random.
+        evaluation_users: customers evaluated at the most, chosen at random; 0 means all.
+        trainable_layers: top BERT layers that are fine-tuned; -1 means all layers and the embeddings.
+        user_tokens: tokens a behaviour text is truncated to.
+        item_tokens: tokens an item text is truncated to.
+        behaviour_limit: phrases written into a behaviour text at the most.
+        batch_size: labels per step and process.
+        negative_count: sampled negatives per step, shared by the labels of the batch.
+        negative_power: exponent of an item's label count in the sampling of negatives; 0 is uniform.
+        epochs: passes over the tower's labels at the most.
+        max_steps: optimizer steps of the tower at the most; 0 means no bound. A bound makes two runs bit-identical.
+        time_budget_s: seconds the tower trains at the most; 0 means no bound. The learning rate decays over it.
+        learning_rate: peak learning rate of the BERT layers.
+        head_learning_rate: peak learning rate of heads, item residuals and temperature.
+        weight_decay: AdamW weight decay of weight matrices.
+        residual_decay: AdamW weight decay of the item residuals; large values keep items close to their text.
+        warmup_fraction: share of the run over which the learning rate rises linearly; it falls linearly over the rest.
+        clip_norm: gradients are scaled down to this Euclidean norm.
+        dropout: dropout probability inside BERT while fine-tuning.
+        temperature: initial softmax temperature of the cosine similarities; learned.
+        validations_per_epoch: validations (and refreshed item vectors) per pass over the labels.
+        patience: validations without a better NDCG@10 after which the tower stops.
+        ease_lambda: L2 regularisation of EASE, in squared history weights.
+        ease_half_life_days: half-life of a behaviour's weight when EASE is fitted, counted from the customer's newest behaviour.
+        collaborative_top_k: weights kept per item.
+        ease_max_items: catalogue size above which co-visitation replaces EASE (EASE inverts an n × n matrix).
+        half_life_days: half-life of a behaviour's weight in the signals, offline and online.
+        ranker_hidden: width of the ranker's hidden layer.
+        ranker_epochs: passes over the ranker's labels at the most.
+        ranker_learning_rate: AdamW learning rate of the ranker.
+        ranker_weight_decay: AdamW weight decay of the ranker.
+        ranker_dropout: dropout probability in the ranker's hidden layer.
+        ranker_patience: passes without a better validation NDCG@10 after which the ranker stops.
+        classifier_negatives: sampled negatives per positive of the click classifier.
+    """
+
+    base_model: str = ""
+    seed: int = 17
+    threads: int = 0
+    cut: str = ""
+    holdout_fraction: float = 0.1
+    ranker_fraction: float = 0.15
+    ranker_folds: int = 2
+    snapshot_days: int = 7
+    target_actions: str = "purchase"
+    tower_actions: str = "purchase,add_to_cart,wishlist"
+    tower_labels: int = 12_000
+    validation_labels: int = 400
+    ranker_labels: int = 3_000
+    evaluation_users: int = 0
+    trainable_layers: int = 2
+    user_tokens: int = 96
+    item_tokens: int = 32
+    behaviour_limit: int = 16
+    batch_size: int = 32
+    negative_count: int = 512
+    negative_power: float = 0.5
+    epochs: int = 3
+    max_steps: int = 0
+    time_budget_s: float = 0.0
+    learning_rate: float = 5e-5
+    head_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    residual_decay: float = 0.1
+    warmup_fraction: float = 0.1
+    clip_norm: float = 1.0
+    dropout: float = 0.1
+    temperature: float = 0.05
+    validations_per_epoch: int = 1
+    patience: int = 3
+    ease_lambda: float = 100.0
+    ease_half_life_days: float = 365.0
+    collaborative_top_k: int = 200
+    ease_max_items: int = 20_000
+    half_life_days: float = 30.0
+    ranker_hidden: int = 32
+    ranker_epochs: int = 60
+    ranker_learning_rate: float = 3e-3
+    ranker_weight_decay: float = 1e-3
+    ranker_dropout: float = 0.1
+    ranker_patience: int = 10
+    classifier_negatives: int = 4
+
+    @classmethod
+    def demo(cls) -> "TrainConfig":
+        """Returns the preset of ``make demo``: a fine-tuned model of the sample shop within three minutes on 2 cores."""
+        return cls(user_tokens=64, time_budget_s=70.0, validation_labels=200, ranker_labels=1_200, evaluation_users=1_000)
+
+    @classmethod
+    def full(cls) -> "TrainConfig":
+        """Returns the preset for a real shop of some thousand items and customers: about a quarter of an hour on 2 cores."""
+        return cls(time_budget_s=330.0, half_life_days=365.0, ease_lambda=300.0)
+
+    @classmethod
+    def tiny(cls) -> "TrainConfig":
+        """Returns the preset of the tests: every stage runs for real, on a random 2-layer BERT, in seconds."""
+        return cls(
+            base_model="tiny",
+            trainable_layers=-1,
+            user_tokens=32,
+            item_tokens=16,
+            batch_size=16,
+            negative_count=32,
+            epochs=1,
+            max_steps=10,
+            tower_labels=200,
+            validation_labels=30,
+            ranker_labels=100,
+            ranker_folds=1,
+            ranker_epochs=5,
+            evaluation_users=60,
+        )
+
+    def with_cut(self, cut: datetime | None) -> "TrainConfig":
+        """Returns the configuration with another cut; None keeps the one it has."""
+        return self if cut is None else replace(self, cut=cut.isoformat())
+
+    def actions(self, names: str) -> tuple[str, ...]:
+        """Splits a comma-separated list of actions."""
+        return tuple(name.strip() for name in names.split(",") if name.strip())
+
+    def record(self) -> dict[str, str | int | float | bool | None]:
+        """Returns the fields as plain values, for the manifest."""
+        return asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Writes the configuration as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainConfig":
+        """Reads what ``save`` wrote.
+
+        Raises:
+            ValueError: the file names a field this release does not know.
+        """
+        values: dict[str, Any] = json.loads(path.read_text())
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"{path.name}: unknown field {', '.join(sorted(unknown))}")
+        return cls(**values)

@@ -1,0 +1,56 @@
+"""Vectors of many texts from a tower in inference mode."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from features.behaviour import Activity
+from features.item_table import FloatArray, ItemTable
+from training.config import TrainConfig
+from training.model import TwoTower
+from training.progress import bar
+from training.text import Tokens, activity_texts, tokenize
+
+_BATCH = 64
+
+
+@torch.inference_mode()
+def pools(tower: TwoTower, tokens: Tokens, stage: str, *, padded: bool = True) -> Tensor:
+    """Returns the pooled encoder outputs float32[n, h] of n texts.
+
+    Without padding a batch holds texts of one length, so that each equals the server's single run to rounding.
+    """
+    was_training = tower.training
+    tower.eval()
+    result = torch.zeros(len(tokens), tower.vector_size)
+    for rows in bar(list(tokens.batches(_BATCH, padded=padded)), stage):
+        result[rows] = tower.pool(*tokens.pad(rows))
+    tower.train(was_training)
+    return result
+
+
+@torch.inference_mode()
+def user_vectors(
+    tower: TwoTower, tokenizer: Tokenizer, activities: Sequence[Activity], *, table: ItemTable, config: TrainConfig
+) -> FloatArray:
+    """Returns float32[n, d]: unit user vectors, zero for a customer with nothing to read."""
+    texts = activity_texts(activities, table, config.behaviour_limit)
+    readable = [row for row, text in enumerate(texts) if text]
+    vectors = np.zeros((len(texts), tower.vector_size), np.float32)
+    tokens = tokenize(tokenizer, [texts[row] for row in readable], config.user_tokens)
+    vectors[readable] = tower.user_vector(pools(tower, tokens, "user vectors")).numpy()
+    return vectors
+
+
+@torch.inference_mode()
+def item_vectors(tower: TwoTower, tokens: Tokens, rows: Sequence[int | None]) -> FloatArray:
+    """Returns float32[n, d]: final item vectors; ``rows`` are the items' residuals, None for items never seen in training."""
+    pooled = pools(tower, tokens, "item vectors", padded=False)
+    vectors = tower.item_vector(pooled)
+    known = [place for place, row in enumerate(rows) if row is not None]
+    residuals = torch.tensor([row for row in rows if row is not None], dtype=torch.int64)
+    vectors[known] = tower.item_vector(pooled[known], residuals)
+    return np.asarray(vectors.numpy(), np.float32)
