@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from feast import FeatureStore
@@ -34,7 +35,8 @@ def apply_repository(settings: Settings) -> None:
 
 
 def _apply() -> None:
-    with contextlib.chdir(REPOSITORY), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.chdir(REPOSITORY), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on-demand views are called experimental on every apply
         config = load_repo_config(REPOSITORY, REPOSITORY / "feature_store.yaml")
         apply_total(config, REPOSITORY, skip_source_validation=True)
 

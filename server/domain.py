@@ -29,6 +29,18 @@ class Token:
 
 
 @dataclass(frozen=True)
+class EntityKey:
+    """Whose online features to read: a customer's, an item's, or both ids for features that need either.
+
+    ``token`` asks for a state of the customer at least as new.
+    """
+
+    user_id: str = ""
+    item_id: str = ""
+    token: Token | None = None
+
+
+@dataclass(frozen=True)
 class Versions:
     """What an answer was computed from. ``model_version`` is empty when no model is active."""
 
@@ -108,6 +120,7 @@ class ItemFilter:
     brands: frozenset[str] = frozenset()
     min_price_micros: int | None = None
     max_price_micros: int | None = None
+    currency: str = ""  # of the price bounds; items priced in another one do not pass them
     in_stock_only: bool = False
     exclude_item_ids: frozenset[str] = frozenset()
 

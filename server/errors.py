@@ -42,7 +42,7 @@ class PreconditionError(ConcordError):
 
 
 class ConflictError(ConcordError):
-    """A concurrent change won; start again from the call before."""
+    """A concurrent change won; start again from the call that gave the token."""
 
 
 class OverloadedError(ConcordError):

@@ -95,14 +95,14 @@ class TrainConfig:
     validations_per_epoch: int = 1
     patience: int = 3
     ease_lambda: float = 100.0
-    ease_half_life_days: float = 365.0
+    ease_half_life_days: float = 90.0
     collaborative_top_k: int = 200
     ease_max_items: int = 20_000
     half_life_days: float = 30.0
-    ranker_hidden: int = 32
+    ranker_hidden: int = 64
     ranker_epochs: int = 60
-    ranker_learning_rate: float = 3e-3
-    ranker_weight_decay: float = 1e-3
+    ranker_learning_rate: float = 1e-3
+    ranker_weight_decay: float = 0.1
     ranker_dropout: float = 0.1
     ranker_patience: int = 10
     classifier_negatives: int = 4
@@ -115,7 +115,7 @@ class TrainConfig:
     @classmethod
     def full(cls) -> "TrainConfig":
         """Returns the preset for a real shop of some thousand items and customers: about a quarter of an hour on 2 cores."""
-        return cls(time_budget_s=330.0, half_life_days=365.0, ease_lambda=300.0)
+        return cls(time_budget_s=330.0, half_life_days=120.0, ease_lambda=300.0)
 
     @classmethod
     def tiny(cls) -> "TrainConfig":

@@ -20,7 +20,7 @@ from features.ranking import Profile
 from features.settings import Settings
 from features.store import contract_of, feature_store
 from training.config import TrainConfig
-from training.events import EventLog, Label, Micros, read_events, to_micros
+from training.events import EventLog, Micros, read_events, to_micros
 from training.progress import bar, quiet
 
 SERVICE = "ranking_v1"
@@ -154,11 +154,6 @@ def visible_items(table: ItemTable) -> "np.ndarray[Any, np.dtype[np.bool_]]":
     return np.asarray(table.popularity[:, POPULARITY.index("purchases_total")] > 0)
 
 
-def keys_of(labels: Sequence[Label]) -> list[tuple[str, Micros]]:
-    """Returns the point-in-time keys of labels."""
-    return [(label.user_id, label.time) for label in labels]
-
-
 def _table_at(shop: Shop, time: Micros) -> ItemTable:
     """Joins ``item_popularity`` and the reference price as of ``time``; an item described only later keeps its first price."""
     features = _references(shop.store, "item_popularity", "item_profile")
@@ -200,4 +195,3 @@ def _customer(row: dict[str, Any]) -> Customer:
 
 def _moment(time: Micros) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=time)
-

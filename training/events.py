@@ -1,4 +1,4 @@
-"""The event log as columns, and labels from it: what a customer turned to on a visit, given only what came before."""
+"""The event log as columns: who did what with which item, when, and on which visit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,23 +67,6 @@ class EventLog:
         return int(self.time.min()), int(self.time.max())
 
 
-@dataclass(frozen=True)
-class Label:
-    """What one customer turned to on one visit.
-
-    Attributes:
-        user_id: the customer.
-        time: everything known of the customer and the shop must be from strictly before this, microseconds of Unix time.
-        items: rows of the target items, none of them bought before.
-        bought: rows of all items bought before ``time``.
-    """
-
-    user_id: str
-    time: Micros
-    items: tuple[int, ...]
-    bought: frozenset[int]
-
-
 def read_events(connection: Connection[TupleRow], table: ItemTable) -> EventLog:
     """Streams the event log into columns; items the table does not hold become -1."""
     users: dict[str, int] = {}
@@ -105,59 +88,3 @@ def read_events(connection: Connection[TupleRow], table: ItemTable) -> EventLog:
         np.array(time_c, np.int64),
         np.array(visit_c, np.int32),
     )
-
-
-def visit_labels(log: EventLog, actions: Sequence[str], *, start: Micros, end: Micros) -> list[Label]:
-    """Returns one label per visit that began in [start, end) and turned to new items, in order of time.
-
-    The label's time is the visit's first event, so nothing the customer did on the visit itself is known. A visit of a
-    customer without earlier events is left out, and so are targets after ``end``.
-    """
-    wanted = log.has_action(actions)
-    bought_now = log.has_action(("purchase",))
-    labels: list[Label] = []
-    for span in _customers(log):
-        bought: set[int] = set()
-        for visit in _visits(log, span):
-            began = int(log.time[visit.start])
-            if start <= began < end and visit.start > span.start:
-                inside = np.flatnonzero(wanted[visit] & (log.time[visit] < end)) + visit.start
-                items = tuple(dict.fromkeys(int(row) for row in log.item[inside] if int(row) not in bought))
-                if items:
-                    labels.append(Label(log.users[log.user[span.start]], began, items, frozenset(bought)))
-            bought.update(log.item[visit][bought_now[visit]].tolist())
-    labels.sort(key=lambda label: (label.time, label.user_id))
-    return labels
-
-
-def holdout_labels(log: EventLog, actions: Sequence[str], *, cut: Micros) -> list[Label]:
-    """Returns for every customer with a past the first visit after the cut that holds one of ``actions``; time is the cut.
-
-    ``items`` are its new items and may be empty: such a customer is ranked for but not measured. As in next-basket
-    evaluation, only the customer's past before the cut is known, whatever happened between the cut and that visit.
-    """
-    wanted = log.has_action(actions) & (log.time >= cut)
-    bought_before = log.has_action(("purchase",)) & (log.time < cut)
-    labels: list[Label] = []
-    for span in _customers(log):
-        after = np.flatnonzero(wanted[span])
-        if log.time[span.start] >= cut or not len(after):
-            continue
-        first = log.visit[span.start + after[0]]
-        inside = span.start + after[log.visit[span.start + after] == first]
-        bought = frozenset(log.item[span][bought_before[span]].tolist())
-        items = tuple(dict.fromkeys(int(row) for row in log.item[inside] if int(row) not in bought))
-        labels.append(Label(log.users[log.user[span.start]], cut, items, bought))
-    return labels
-
-
-def _customers(log: EventLog) -> list[slice]:
-    edges = np.flatnonzero(np.diff(log.user)) + 1
-    bounds = [0, *edges.tolist(), len(log)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
-
-
-def _visits(log: EventLog, span: slice) -> list[slice]:
-    edges = np.flatnonzero(np.diff(log.visit[span])) + 1 + span.start
-    bounds = [span.start, *edges.tolist(), span.stop]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]

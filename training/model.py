@@ -43,8 +43,11 @@ class TwoTower(nn.Module):
     """Behaviour text and item text to vectors of one space.
 
     The heads start as identity and the residuals as zero, so training starts from the pretrained sentence space. The
-    residual is what an item's text does not say; an item the model never saw has none.
+    residual is what an item's text does not say; an item that was never a label (``warm`` is 0) has none, for all it could
+    learn is that nobody wanted it yet.
     """
+
+    warm: Tensor
 
     def __init__(self, encoder: PreTrainedModel, item_count: int, *, temperature: float) -> None:
         super().__init__()
@@ -57,6 +60,7 @@ class TwoTower(nn.Module):
             nn.init.zeros_(head.bias)
         self.residual = nn.Embedding(item_count, size)
         nn.init.zeros_(self.residual.weight)
+        self.register_buffer("warm", torch.zeros(item_count, 1))
         self.log_temperature = nn.Parameter(torch.tensor(temperature).log())
 
     @property
@@ -75,7 +79,7 @@ class TwoTower(nn.Module):
     def item_vector(self, pooled: Tensor, rows: Tensor | None = None) -> Tensor:
         """Returns unit item vectors, float32[b, d]; without ``rows`` those of items never seen."""
         mapped = self.item_head(pooled)
-        return normalize(mapped if rows is None else mapped + self.residual(rows), dim=-1)
+        return normalize(mapped if rows is None else mapped + self.residual(rows) * self.warm[rows], dim=-1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the loss: softmax cross-entropy over the pool of items, corrected by log q (Yi et al., RecSys 2019)."""

@@ -10,7 +10,7 @@ from features.item_table import FloatArray, ItemTable
 from features.ranking import ranking_matrix
 from features.signals import CollaborativeWeights, SignalConfig, history, relation_scores
 from training.dataset import Customer, Snapshots, visible_items
-from training.events import Label
+from training.labels import Label
 from training.metrics import BoolArray
 from training.progress import bar
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 
 from features.item_table import FloatArray
 from training.config import TrainConfig
+from training.distributed import any_process, world_size
 from training.encode import pools
-from training.events import Label
+from training.labels import Label
 from training.metrics import best_rows, ndcg
 from training.model import Batch, TwoTower, freeze_below
 from training.progress import bar, quiet
@@ -63,11 +63,12 @@ class Trainer:
 
     def __init__(self, tower: TwoTower, items: Tokens, *, train: TowerSet, validation: TowerSet, config: TrainConfig) -> None:
         self.tower, self.items, self.train, self.validation, self.config = tower, items, train, validation, config
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), world_size()
         self.rng = np.random.default_rng([config.seed, self.rank])
         self.sampler = Sampler(train.labels, len(items), config, self.rng)
         self.pools = torch.zeros(len(items), tower.vector_size)
         freeze_below(tower, config.trainable_layers)
+        tower.warm[[row for label in train.labels for row in label.items]] = 1.0
         self.model: nn.Module = tower
         if self.world > 1:
             self.model = nn.parallel.DistributedDataParallel(tower)
@@ -89,7 +90,7 @@ class Trainer:
         for rows in bar(self._steps(total), "fine-tuning", total):
             elapsed = time.monotonic() - started
             done = max(step / total, elapsed / config.time_budget_s if config.time_budget_s else 0.0)
-            if self._agree(done >= 1.0):
+            if any_process(done >= 1.0):
                 break
             loss = self.step(rows, done)
             step += 1
@@ -157,14 +158,6 @@ class Trainer:
                 taken += 1
                 if taken == total:
                     return
-
-    def _agree(self, stop: bool) -> bool:
-        """Returns whether any process wants to stop: clocks differ, and a lone leaver would hang the others."""
-        if self.world == 1:
-            return stop
-        flag: Tensor = torch.tensor(float(stop))
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
 
 
 def mean_ndcg(users: FloatArray, items: FloatArray, labels: Sequence[Label]) -> float:

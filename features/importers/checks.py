@@ -33,6 +33,11 @@ class Reasons:
         self.missing(values, name)
         self.add(~matches(values, allowed), f"unknown {name}")
 
+    def longer(self, values: pa.Array, limit: int, name: str) -> None:
+        """Rejects texts of more than ``limit`` characters."""
+        too_long = pc.fill_null(pc.greater(pc.utf8_length(values), limit), False)
+        self.add(too_long.to_numpy(zero_copy_only=False), f"{name} is longer than {limit} characters")
+
     def rules(self, rows: pa.Table, rules: Iterable[RejectRule]) -> None:
         """Rejects rows by the mapping's own rules."""
         for rule in rules:
@@ -66,11 +71,9 @@ class Reasons:
 
 def is_null(values: pa.Array) -> np.ndarray:
     """Returns where a column has no value, shape ``[rows]``, bool."""
-    return values.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+    return np.asarray(values.is_null(nan_is_null=True))
 
 
 def matches(values: pa.Array, names: Sequence[str]) -> np.ndarray:
     """Returns where a column holds one of ``names``, shape ``[rows]``, bool."""
-    return pc.is_in(values, value_set=pa.array(names, pa.string())).to_numpy(zero_copy_only=False)
-
-
+    return np.asarray(pc.is_in(values, value_set=pa.array(names, pa.string())))

@@ -71,11 +71,12 @@ def event_rows(rows: pa.Table, lines: np.ndarray, spec: EventsMapping, *, datase
     reasons = Reasons(len(rows))
     columns: dict[str, pa.Array] = {"line": pa.array(lines)}
     _customer(columns, rows, spec, reasons)
+    reasons.rules(rows, spec.reject)  # before the general checks: the mapping's own reasons say more
     _what(columns, rows, spec, reasons, channels)
     _measures(columns, rows, spec, reasons)
     columns["event_id"] = _event_ids(columns, rows, spec, reasons, dataset)
-    reasons.rules(rows, spec.reject)
-    _lengths(columns, reasons)
+    for name in ("user_id", "channel_user_id", "item_id", "session_id", "slate_id", "text"):
+        reasons.longer(columns[name], _MAX_TEXT if name == "text" else _MAX_ID, name)
     reasons.unstorable(columns.values())
     table = pa.table({name: columns[name] for name in EVENT_COLUMNS})
     return EventRows(table.filter(pa.array(reasons.good)), reasons, columns["action"])
@@ -126,11 +127,3 @@ def _event_ids(columns: dict[str, pa.Array], rows: pa.Table, spec: EventsMapping
     reasons.add(given.invalid, "event_id is not a UUID")
     reasons.missing(given.values, "event_id")
     return given.values
-
-
-def _lengths(columns: dict[str, pa.Array], reasons: Reasons) -> None:
-    """Rejects what would not fit an index entry or no person wrote."""
-    for name in ("user_id", "channel_user_id", "item_id", "session_id", "slate_id", "text"):
-        limit = _MAX_TEXT if name == "text" else _MAX_ID
-        too_long = pc.fill_null(pc.greater(pc.utf8_length(columns[name]), limit), False)
-        reasons.add(too_long.to_numpy(zero_copy_only=False), f"{name} is longer than {limit} characters")

@@ -82,5 +82,7 @@ def _import_batch(
     tally.repeated += len(result.repeated_lines)
     tally.rejected.update(events.reasons.counts())
     tally.details.update(action for action in events.actions.drop_null().to_pylist())
-    reasons = [REPEATED if line in result.repeated_lines else reason for line, reason in zip(batch.lines, events.reasons.names(), strict=True)]
+    reasons = [
+        REPEATED if line in result.repeated_lines else reason for line, reason in zip(batch.lines, events.reasons.names(), strict=True)
+    ]
     out.write_rows(batch.rows, batch.lines, reasons)

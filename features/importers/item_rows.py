@@ -122,7 +122,11 @@ def parse_attributes(text: str | None) -> dict[str, str] | None:
         given = json.loads(text or "{}")
     except ValueError:
         return None
-    return {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in given.items()} if isinstance(given, dict) else None
+    return (
+        {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
+        if isinstance(given, dict)
+        else None
+    )
 
 
 def parse_list(value: Any, separator: str) -> tuple[str, ...] | None:

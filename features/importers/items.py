@@ -117,8 +117,10 @@ def item_frame(rows: pa.Table, spec: ItemsMapping, *, channels: Sequence[str]) -
             columns[name] = converted.values
         elif isinstance(field, ListField):
             lists[name] = [parse_list(value, field.separator) for value in source_column(rows, field.column).to_pylist()]
+    reasons.missing(columns["item_id"], "item_id")
+    reasons.missing(columns["title"], "title")
+    reasons.rules(rows, spec.reject)  # before the general checks: the mapping's own reasons say more
     _check(columns, lists, reasons, channels)
-    reasons.rules(rows, spec.reject)
     frame = pd.DataFrame({name: column.to_pandas() for name, column in columns.items()})
     for name, values in lists.items():
         frame[name] = pd.Series(values, dtype=object)
@@ -126,8 +128,6 @@ def item_frame(rows: pa.Table, spec: ItemsMapping, *, channels: Sequence[str]) -
 
 
 def _check(columns: dict[str, pa.Array], lists: dict[str, list[tuple[str, ...] | None]], reasons: Reasons, channels: Sequence[str]) -> None:
-    reasons.missing(columns["item_id"], "item_id")
-    reasons.missing(columns["title"], "title")
     for name, limit in _LIMITS.items():
         if name in columns:
             reasons.longer(columns[name], limit, name)

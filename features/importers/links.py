@@ -1,42 +1,49 @@
-"""Import of the knowledge graph's relations and of identities: small files, one transaction each."""
+"""Import of the knowledge graph's relations and of identities: each batch of rows is one transaction."""
 
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psycopg
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from features.catalogue import Relation, upsert_relations
-from features.importers.checks import Reasons
+from features.importers.checks import Reasons, is_null
 from features.importers.columns import choice_column, number_column, text_column
-from features.importers.mapping import IdentitiesMapping, Mapping, MappingError, NumberField, RelationsMapping
+from features.importers.mapping import IdentitiesMapping, Mapping, MappingError, RelationsMapping
 from features.importers.rejects import Rejects
 from features.importers.report import ImportReport, Progress, Tally
 from features.importers.sources import open_source
 from features.settings import DEFAULT_CHANNELS
 
 RELATIONS = ("complement", "substitute", "same_series")
-_BATCH_ROWS = 65_536
 
-_NEW_USERS = "INSERT INTO users (user_id) SELECT DISTINCT unnest(%s::text[]) AS id ORDER BY id ON CONFLICT DO NOTHING"
+_NEW_USERS = "INSERT INTO users (user_id) SELECT DISTINCT id FROM unnest(%(users)s::text[]) AS id ORDER BY id ON CONFLICT DO NOTHING"
 # An identity that stands is never moved to another customer by an import: that is a merge, and has its own call.
 _NEW_IDENTITIES = """
 INSERT INTO identities (channel, channel_user_id, user_id)
-SELECT DISTINCT ON (i.channel, i.channel_user_id) i.channel, i.channel_user_id, coalesce(u.merged_into, u.user_id)
-FROM unnest(%s::text[], %s::text[], %s::text[]) WITH ORDINALITY AS i (channel, channel_user_id, user_id, position)
+SELECT DISTINCT ON (i.channel, i.name) i.channel, i.name, coalesce(u.merged_into, u.user_id)
+FROM unnest(%(channels)s::text[], %(names)s::text[], %(users)s::text[]) WITH ORDINALITY AS i (channel, name, user_id, position)
 JOIN users u USING (user_id)
-ORDER BY i.channel, i.channel_user_id, i.position ON CONFLICT DO NOTHING
+ORDER BY i.channel, i.name, i.position ON CONFLICT DO NOTHING
+"""
+_OTHERS = """
+SELECT i.position - 1
+FROM unnest(%(channels)s::text[], %(names)s::text[], %(users)s::text[]) WITH ORDINALITY AS i (channel, name, user_id, position)
+JOIN users u USING (user_id) JOIN identities s ON s.channel = i.channel AND s.channel_user_id = i.name
+WHERE s.user_id NOT IN (u.user_id, coalesce(u.merged_into, u.user_id))
 """
 
-_Convert = Callable[[pa.Table, Reasons], dict[str, pa.Array]]
-_Store = Callable[[psycopg.Connection, pa.Table], int]
+_Columns = dict[str, pa.Array]
+_Convert = Callable[[pa.Table, Reasons], _Columns]
+# Stores the good rows (the reasons say which), may add reasons, and returns (stored, stored before).
+_Store = Callable[[psycopg.Connection, _Columns, Reasons], tuple[int, int]]
 
 
 def import_relations(dsn: str, source: Path, mapping: Mapping, *, rejects: Path, progress: Progress | None = None) -> ImportReport:
-    """Imports relations between items; a stored edge takes the new weight.
+    """Imports relations between items; an edge that stands takes the new weight. They take effect with the next index epoch.
 
     Raises:
         MappingError: no relations section, or a column the file lacks.
@@ -44,8 +51,118 @@ def import_relations(dsn: str, source: Path, mapping: Mapping, *, rejects: Path,
     spec = mapping.relations
     if spec is None:
         raise MappingError(f"the mapping of {mapping.dataset!r} has no [relations] section")
+    run = _Import("relations", lambda rows, reasons: _relations(rows, spec, reasons), _store_relations)
+    return run(dsn, source, mapping, rejects=rejects, progress=progress)
 
-    def convert(rows: pa.Table, reasons: Reasons) -> dict[str, pa.Array]:
-        return _relation_columns(rows, spec, reasons)
 
-    return _import("relations", dsn, source, mapping, rejects=rejects, progress=progress, convert=convert, store=_store_relations)
+def import_identities(
+    dsn: str,
+    source: Path,
+    mapping: Mapping,
+    *,
+    rejects: Path,
+    channels: Sequence[str] = DEFAULT_CHANNELS,
+    progress: Progress | None = None,
+) -> ImportReport:
+    """Imports identities and the users they name; a row that would move an identity to another customer is rejected.
+
+    Raises:
+        MappingError: no identities section, or a column the file lacks.
+    """
+    spec = mapping.identities
+    if spec is None:
+        raise MappingError(f"the mapping of {mapping.dataset!r} has no [identities] section")
+    run = _Import("identities", lambda rows, reasons: _identities(rows, spec, reasons, channels), _store_identities)
+    return run(dsn, source, mapping, rejects=rejects, progress=progress)
+
+
+class _Import:
+    """The loop both share: read, convert, store, count."""
+
+    def __init__(self, what: str, convert: _Convert, store: _Store) -> None:
+        self._what, self._convert, self._store = what, convert, store
+
+    def __call__(self, dsn: str, source: Path, mapping: Mapping, *, rejects: Path, progress: Progress | None) -> ImportReport:
+        started = time.monotonic()
+        tally = Tally(self._what)
+        opened = open_source(source, mapping, batch_rows=65_536)
+        opened.require(getattr(mapping, self._what).columns(), self._what)
+        with psycopg.connect(dsn) as connection, Rejects(rejects) as out:
+            for batch in opened.batches:
+                out.malformed(batch, tally)
+                if len(batch.rows):
+                    reasons = self._batch(connection, batch.rows, tally)
+                    out.write_rows(batch.rows, batch.lines, reasons.names())
+                if progress:
+                    progress(self._what, batch.position, opened.size)
+        return tally.report(time.monotonic() - started)
+
+    def _batch(self, connection: psycopg.Connection, rows: pa.Table, tally: Tally) -> Reasons:
+        reasons = Reasons(len(rows))
+        columns = self._convert(rows, reasons)
+        with connection.transaction():
+            stored, before = self._store(connection, columns, reasons)
+        tally.read += len(rows)
+        tally.stored += stored
+        tally.already_stored += before
+        tally.repeated += int(reasons.good.sum()) - stored - before
+        tally.rejected.update(reasons.counts())
+        return reasons
+
+
+def _relations(rows: pa.Table, spec: RelationsMapping, reasons: Reasons) -> _Columns:
+    weight = number_column(rows, spec.weight)
+    weights = weight.values.to_numpy(zero_copy_only=False)
+    columns = {
+        "item_id": text_column(rows, spec.item_id),
+        "related_item_id": text_column(rows, spec.related_item_id),
+        "relation": choice_column(rows, spec.relation),
+        "weight": pa.array(np.where(is_null(weight.values), 1.0, weights)),
+    }
+    reasons.missing(columns["item_id"], "item_id")
+    reasons.missing(columns["related_item_id"], "related_item_id")
+    reasons.outside(columns["relation"], RELATIONS, "relation")
+    reasons.add(weight.invalid | (weights <= 0) | (weights > 1), "weight is not in (0, 1]")
+    same = [a == b for a, b in zip(columns["item_id"].to_pylist(), columns["related_item_id"].to_pylist(), strict=True)]
+    reasons.add(np.array(same, bool), "an item related to itself")
+    reasons.rules(rows, spec.reject)
+    reasons.unstorable(columns.values())
+    return columns
+
+
+def _store_relations(connection: psycopg.Connection, columns: _Columns, reasons: Reasons) -> tuple[int, int]:
+    edges = {(r[0], r[1], r[2]): Relation(*r) for r in _good_rows(columns, reasons)}
+    upsert_relations(connection, list(edges.values()))
+    return len(edges), 0
+
+
+def _identities(rows: pa.Table, spec: IdentitiesMapping, reasons: Reasons, channels: Sequence[str]) -> _Columns:
+    columns = {
+        "channel": choice_column(rows, spec.channel),
+        "channel_user_id": text_column(rows, spec.channel_user_id),
+        "user_id": text_column(rows, spec.user_id),
+    }
+    reasons.outside(columns["channel"], channels, "channel")
+    for name in ("channel_user_id", "user_id"):
+        reasons.missing(columns[name], name)
+        reasons.longer(columns[name], 256, name)
+    reasons.rules(rows, spec.reject)
+    reasons.unstorable(columns.values())
+    return columns
+
+
+def _store_identities(connection: psycopg.Connection, columns: _Columns, reasons: Reasons) -> tuple[int, int]:
+    given = list(dict.fromkeys(_good_rows(columns, reasons)))
+    channels, names, users = zip(*given, strict=True) if given else ((), (), ())
+    parameters = {"channels": list(channels), "names": list(names), "users": list(users)}
+    connection.execute(_NEW_USERS, parameters)
+    stored = connection.execute(_NEW_IDENTITIES, parameters).rowcount
+    others = {given[position] for (position,) in connection.execute(_OTHERS, parameters)}
+    rows = zip(*(column.to_pylist() for column in columns.values()), strict=True)
+    reasons.add(np.array([row in others for row in rows], bool), "identity belongs to another customer")
+    return stored, len(given) - stored - len(others)
+
+
+def _good_rows(columns: _Columns, reasons: Reasons) -> list[tuple[Any, ...]]:
+    good = pa.array(reasons.good)
+    return list(zip(*(column.filter(good).to_pylist() for column in columns.values()), strict=True))

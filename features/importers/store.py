@@ -112,9 +112,9 @@ class EventStore:
 
     def _add(self, data: memoryview) -> StoredBatch:
         execute = self._connection.execute
-        with self._connection.cursor() as cursor:
-            with cursor.copy(f"COPY staged_events ({', '.join(EVENT_COLUMNS)}) FROM STDIN (FORMAT csv)") as copy:
-                copy.write(data)
+        into = f"COPY staged_events ({', '.join(EVENT_COLUMNS)}) FROM STDIN (FORMAT csv)"
+        with self._connection.cursor() as cursor, cursor.copy(into) as copy:
+            copy.write(data)
         for statement in ("ANALYZE staged_events", _NEW_USERS, _NEW_IDENTITIES, _RESOLVE, _LOCK):
             execute(statement)
         while execute(_FOLLOW_MERGES).rowcount:

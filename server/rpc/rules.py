@@ -37,29 +37,30 @@ LIMIT, DEFAULT_LIMIT = 100, 10
 PAGE_SIZE, DEFAULT_PAGE_SIZE = 1_000, 100
 # Amounts and times.
 MONEY_UNITS = 9_000_000_000_000
-INT64 = 2**63 - 1
+EVENT_NUMBER = 9e12  # one absurd value or quantity must not make a customer's sums overflow for ever
 FUTURE = timedelta(hours=1)
 EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
 LATEST = datetime(9998, 12, 31, 23, 59, 59, tzinfo=UTC)
 
 _CURRENCY = re.compile(r"^[A-Z]{3}\Z")
+_FEATURE_REF = re.compile(r"^[^:\s]+:[^:\s]+\Z")
 _EARLIEST_SECOND, _LATEST_SECOND = 0, int(LATEST.timestamp())
 
 
-def text(value: str, field: str, *, most: int, least: int = 0, reason: str = "INVALID_FIELD") -> str:
-    """Checks length in characters and that there is no NUL, which PostgreSQL cannot store."""
+def text(value: str, field: str, *, most: int, least: int = 0, too_long: str = "INVALID_FIELD") -> str:
+    """Checks length in characters (``too_long`` is the reason given) and that there is no NUL, which PostgreSQL cannot store."""
     if len(value) < least:
-        raise InvalidRequestError(field, "is required", reason=reason)
+        raise InvalidRequestError(field, "is required")
     if len(value) > most:
-        raise InvalidRequestError(field, f"must have at most {most} characters", reason=reason)
+        raise InvalidRequestError(field, f"must have at most {most} characters", reason=too_long)
     if "\0" in value:
-        raise InvalidRequestError(field, "must not contain NUL (U+0000)", reason=reason)
+        raise InvalidRequestError(field, "must not contain NUL (U+0000)")
     return value
 
 
-def identifier(value: str, field: str, *, most: int = ID_CHARS, reason: str = "INVALID_FIELD") -> str:
+def identifier(value: str, field: str, *, most: int = ID_CHARS) -> str:
     """Checks a required id: 1 to ``most`` characters."""
-    return text(value, field, most=most, least=1, reason=reason)
+    return text(value, field, most=most, least=1)
 
 
 def identifiers(values: Sequence[str], field: str, *, most: int, least: int = 0) -> tuple[str, ...]:
@@ -132,3 +133,10 @@ def price(value: Money, field: str) -> int:
     if not 0 <= value.nanos < 1_000_000_000 or value.nanos % 1_000:
         raise InvalidRequestError(f"{field}.nanos", "must be 0 to 999,999,000 and a multiple of 1,000")
     return micros_of(value)
+
+
+def feature_ref(value: str, field: str) -> str:
+    """Checks that a feature is named as ``view:feature``."""
+    if not _FEATURE_REF.match(value):
+        raise InvalidRequestError(field, "must have the form view:feature")
+    return value

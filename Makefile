@@ -1,0 +1,51 @@
+# Concord. Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+STUBS := client/concord/v1/.generated
+PROTOS := $(wildcard protos/concord/v1/*.proto)
+
+.PHONY: help install stubs demo test test-unit lint format serve clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) stubs ## Install everything, pinned, into .venv and generate the stubs.
+
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Concord needs Python 3.11 or newer; set PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e ./client -e '.[training,embedded,dev]'
+	@touch $@
+
+stubs: $(STUBS) ## Generate the gRPC stubs from protos/.
+
+$(STUBS): $(PROTOS) | $(INSTALLED)
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=client --pyi_out=client --grpc_python_out=client $(PROTOS)
+	@touch $@
+
+demo: install ## The main job end to end on the sample shop: import, train, publish, serve, five channels.
+	$(BIN)/concord demo
+
+test: install ## Run the whole suite on embedded real servers.
+	$(BIN)/python -m pytest
+
+test-unit: install ## Run the tests that need no server.
+	$(BIN)/python -m pytest tests/unit tests/docs
+
+lint: install ## Check style, types, arrows and configuration files.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/yamllint -s deploy features/feature_store.yaml
+
+format: install ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: install ## Keep an embedded stack and the server up, and print how to call it.
+	$(BIN)/concord serve
+
+clean: ## Remove the venv, generated stubs and local data.
+	rm -rf $(VENV) .data build dist client/concord/v1/*_pb2* client/concord/v1/.generated

@@ -1,0 +1,108 @@
+"""Commands that run a server or call one: serve, record, recommend."""
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.table import Table
+
+from cli.context import shop
+
+_out = Console()
+_Server = Annotated[str, typer.Option(help="Address of a running server.")]
+_Channel = Annotated[str, typer.Option(help="Channel the call comes from.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command(epilog="Example: CONCORD_PORT=50051 concord serve")(serve)
+    app.command(epilog="Example: concord record alice purchase --item sku-1 --channel store")(record)
+    app.command(epilog="Example: concord recommend alice --channel app --surface home --limit 5")(recommend)
+
+
+def serve(
+    ready: Annotated[bool, typer.Option(help="Print one line of JSON with the ports when ready (for programs).")] = False,
+) -> None:
+    """Migrates, applies the Feast repository and serves until SIGTERM; prints how to call it."""
+    from features.schema import migrate
+    from features.store import apply_repository
+    from server.app import serve as run
+    from server.logs import configure
+    from server.settings import ServerSettings
+
+    configure()
+    with shop(ServerSettings) as settings:
+        migrate(settings.postgres_dsn)
+        apply_repository(settings)
+
+        def announce(port: int, metrics_port: int) -> None:
+            if ready:
+                print(json.dumps({"port": port, "metrics_port": metrics_port}), flush=True)  # noqa: T201 - read by a program
+            else:
+                _print_how_to_call(f"{settings.host}:{port}", metrics_port)
+
+        _run(run(settings, announce=announce))
+
+
+def record(
+    customer: Annotated[str, typer.Argument(help="The customer's id in the channel.")],
+    action: Annotated[str, typer.Argument(help="view, click, search, add_to_cart, purchase, return, rate, review, wishlist, message, ...")],
+    item: Annotated[str, typer.Option(help="Item id.")] = "",
+    text: Annotated[str, typer.Option(help="Search, review or message text.")] = "",
+    channel: _Channel = "web",
+    server: _Server = "127.0.0.1:50051",
+) -> None:
+    """Records one event and prints its result and consistency token."""
+    from concord import Concord
+
+    async def call() -> Any:
+        async with Concord(server, channel=channel) as client:
+            return await client.record(client.event(customer, action, item_id=item, text=text))
+
+    _out.print_json(data=MessageToDict(_run(call()), preserving_proto_field_name=True))
+
+
+def recommend(
+    customer: Annotated[str, typer.Argument(help="The customer's id in the channel.")],
+    channel: _Channel = "web",
+    surface: Annotated[str, typer.Option(help="Where it is shown: home, product, cart, ...")] = "home",
+    limit: Annotated[int, typer.Option(help="How many items, 1 to 100.")] = 10,
+    server: _Server = "127.0.0.1:50051",
+) -> None:
+    """Asks for recommendations and prints them with prices, reasons and versions."""
+    from concord import Concord
+    from concord.v1 import recommendation_pb2
+
+    async def call() -> Any:
+        async with Concord(server, channel=channel) as client:
+            return await client.recommend(customer, surface=surface, limit=limit)
+
+    answer = _run(call())
+    table = Table("#", "item", "title", "price", "score", "why")
+    for item in answer.items:
+        price = f"{item.price.units + item.price.nanos / 1e9:.2f} {item.price.currency_code}"
+        reasons = ", ".join(recommendation_pb2.ReasonCode.Name(code).removeprefix("REASON_CODE_").lower() for code in item.reason_codes)
+        table.add_row(str(item.position), item.item_id, item.title, price, f"{item.score:.4f}", reasons)
+    _out.print(table)
+    _out.print(f"slate {answer.slate_id}, versions {MessageToDict(answer.versions, preserving_proto_field_name=True)}")
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Runs a coroutine on uvloop where it is installed, which is everywhere but Windows."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
+
+
+def _print_how_to_call(address: str, metrics_port: int) -> None:
+    _out.print(f"Concord answers on {address}" + (f", metrics on port {metrics_port}" if metrics_port >= 0 else ""))
+    _out.print("Call it:", highlight=False)
+    _out.print(f"  concord recommend alice --channel app --server {address}", highlight=False)
+    body = '{"subject": {"identity": {"channel": "web", "channel_user_id": "alice"}}, "channel": "web", "surface": "home"}'
+    _out.print(f"  grpcurl -plaintext -d '{body}' {address} concord.v1.RecommendationService/Recommend", highlight=False, soft_wrap=True)

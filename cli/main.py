@@ -1,0 +1,46 @@
+"""The `concord` command. One module per group of commands; heavy rooms are imported only by the commands that need them."""
+
+import sys
+
+import psycopg
+import redis.exceptions
+import typer
+
+from cli import calls, data, demo, models
+from cli.context import console
+from features.bundle import BundleError
+from features.importers.mapping import MappingError
+from features.models import UnknownModelError
+from features.settings import SettingsError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Concord: the same answer for a customer in every channel.\n\n"
+    "Runs on PostgreSQL and Redis named by CONCORD_POSTGRES_DSN and CONCORD_REDIS_URL, or on embedded ones under .data/.\n\n"
+    "Example: concord demo",
+)
+for group in (data, models, calls, demo):
+    group.register(app)
+
+# Errors a person can act on: one line, no traceback. Anything else is a defect and shows where it happened.
+_EXPECTED = (SettingsError, MappingError, BundleError, UnknownModelError, FileNotFoundError)
+_STORES = (psycopg.OperationalError, redis.exceptions.ConnectionError)
+
+
+def main() -> None:
+    """Runs the command line; expected errors end it with status 2 and one line."""
+    try:
+        app()
+    except _EXPECTED as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(2)
+    except _STORES as error:
+        console.print(f"[red]error:[/red] cannot reach a store: {str(error).splitlines()[0]}", highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Commands on models: train, evaluate, export, publish, activate, list."""
+
+from pathlib import Path
+from typing import Annotated
+
+import psycopg
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cli.context import shop
+from features.settings import Settings
+
+_out = Console()
+_Run = Annotated[Path | None, typer.Option(help="A run folder; default: the newest one under the data folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command(epilog="Example: concord train --preset full --set cut=2011-11-01")(train)
+    app.command(epilog="Example: concord evaluate --rankings rankings.jsonl")(evaluate)
+    app.command(epilog="Example: concord export --out .data/bundle")(export)
+    app.command(epilog="Example: concord publish .data/bundle")(publish)
+    app.command(epilog="Example: concord activate 20260131-0123456789")(activate)
+    app.command(epilog="Example: concord models")(models)
+
+
+def train(
+    preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
+    assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
+) -> None:
+    """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them."""
+    from training.config import TrainConfig
+    from training.run import train as run
+
+    presets = {"demo": TrainConfig.demo, "full": TrainConfig.full, "tiny": TrainConfig.tiny}
+    if preset not in presets:
+        raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
+    config = presets[preset]().with_values(dict(_pair(text) for text in assign or []))
+    with shop(Settings) as settings:
+        result = run(settings, config)
+    _metrics(result.metrics)
+    _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+
+
+def evaluate(
+    run_dir: _Run = None,
+    rankings: Annotated[Path | None, typer.Option(help="Write each customer's ranking as JSON lines: user, items.")] = None,
+    cut: Annotated[str, typer.Option(help="End of the training period, ISO 8601; default: the run's own.")] = "",
+) -> None:
+    """Evaluates a run on the time split, beside popularity."""
+    from datetime import datetime
+
+    from training.run import evaluate as run
+
+    with shop(Settings) as settings:
+        metrics = run(settings, run_dir or _newest(settings), rankings=rankings, cut=datetime.fromisoformat(cut) if cut else None)
+    _metrics(metrics)
+
+
+def export(
+    run_dir: _Run = None,
+    out: Annotated[Path, typer.Option(help="Folder for the bundle; replaced.")] = Path(".data/bundle"),
+) -> None:
+    """Exports a run as an ONNX bundle and checks that it computes what PyTorch computed."""
+    from training.run import export as run
+
+    with shop(Settings) as settings:
+        manifest = run(settings, run_dir or _newest(settings), out)
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in manifest.parity.items())
+    _out.print(f"model version {manifest.model_version} in {out}; largest differences from PyTorch: {differences}")
+
+
+def publish(bundle: Annotated[Path, typer.Argument(help="A bundle folder.")] = Path(".data/bundle")) -> None:
+    """Verifies a bundle, copies it to CONCORD_MODELS_URL and registers it."""
+    from features.models import publish as run
+
+    with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection:
+        manifest = run(connection, bundle, settings.models_base)
+    _out.print(f"published {manifest.model_version}")
+
+
+def activate(model_version: Annotated[str, typer.Argument(help="A published version; see `concord models`.")]) -> None:
+    """Moves the fleet's pointer to a published model; running servers load it before they answer with it."""
+    from features.bundle import fetch
+    from features.models import activate as run
+    from features.models import find_model
+
+    with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection:
+        fetch(find_model(connection, model_version).uri, settings.data_dir / "bundles" / model_version)
+        activation = run(connection, model_version)
+    _out.print(f"active: {activation.model_version} (before: {activation.previous or 'none'}, move {activation.activation})")
+
+
+def models() -> None:
+    """Lists published models, newest first."""
+    from features.models import list_models
+
+    with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection:
+        table = Table("version", "active", "published (UTC)", "base model", "NDCG@10", "popularity NDCG@10")
+        for model in list_models(connection):
+            metrics = model.manifest["metrics"]
+            figures = [f"{metrics[name]:.4f}" if name in metrics else "" for name in ("ndcg_at_10", "popularity_ndcg_at_10")]
+            active = "yes" if model.active else ""
+            table.add_row(model.model_version, active, f"{model.published_at:%Y-%m-%d %H:%M}", model.manifest["base_model"], *figures)
+    _out.print(table)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise typer.BadParameter(f"{text!r} is not name=value", param_hint="--set")
+    return name, value
+
+
+def _newest(settings: Settings) -> Path:
+    runs = sorted((settings.data_dir / "runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise FileNotFoundError(f"no run under {settings.data_dir / 'runs'}; `concord train` makes one")
+    return runs[-1].parent
+
+
+def _metrics(metrics: dict[str, float]) -> None:
+    table = Table("metric", "value")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    _out.print(table)

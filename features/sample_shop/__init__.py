@@ -1,0 +1,7 @@
+"""The sample shop: a generated shop to try, test and demonstrate with; its parts depend on nothing but a seed."""
+
+from features.sample_shop.files import write
+from features.sample_shop.generate import generate
+from features.sample_shop.shop import Event, Identity, Shop
+
+__all__ = ["Event", "Identity", "Shop", "generate", "write"]

@@ -1,0 +1,134 @@
+"""EventService: telling Concord what customers did."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+from concord.v1 import events_pb2, events_pb2_grpc
+from server import tokens
+from server.domain import EventOutcome, IncomingEvent, RecordOutcome, Stored
+from server.errors import UnavailableError
+from server.metrics import Metrics
+from server.rpc.event_validation import EventValidator, canonical_id
+from server.rpc.interceptor import Context
+from server.rpc.ports import Recorder
+
+# Batches of one stream being recorded at a time; a faster sender is slowed by flow control.
+READ_AHEAD = 8
+
+_STATUS = {
+    Stored.STORED: events_pb2.EVENT_STATUS_STORED,
+    Stored.DUPLICATE: events_pb2.EVENT_STATUS_DUPLICATE,
+    Stored.REJECTED: events_pb2.EVENT_STATUS_REJECTED,
+}
+
+
+class EventServicer(events_pb2_grpc.EventServiceServicer):
+    """Records batches, one per call or many over a stream; each batch of a stream has ``deadline_seconds``."""
+
+    def __init__(self, recorder: Recorder, validator: EventValidator, metrics: Metrics, *, deadline_seconds: float) -> None:
+        self._recorder = recorder
+        self._validator = validator
+        self._metrics = metrics
+        self._deadline_seconds = deadline_seconds
+        self._readers: set[asyncio.Task[None]] = set()
+
+    async def RecordEvents(self, request: events_pb2.RecordEventsRequest, _context: Context) -> events_pb2.RecordEventsResponse:
+        """Stores a batch of events."""
+        results, outcome = await self._record(request.events)
+        return events_pb2.RecordEventsResponse(results=results, tokens=_user_tokens(outcome), online=outcome.online)
+
+    async def StreamEvents(
+        self, requests: AsyncIterator[events_pb2.StreamEventsRequest], _context: Context
+    ) -> AsyncIterator[events_pb2.StreamEventsResponse]:
+        """Records up to READ_AHEAD batches at a time and answers them in the order sent.
+
+        What ends the reading (a malformed message, the client's end) is told only after all batches before it are answered.
+        """
+        answers: asyncio.Queue[asyncio.Task[events_pb2.StreamEventsResponse] | None] = asyncio.Queue()
+        free = asyncio.Semaphore(READ_AHEAD)
+        reader = asyncio.create_task(self._read(requests, answers, free))
+        self._readers.add(reader)
+        reader.add_done_callback(lambda _: answers.put_nowait(None))
+        try:
+            while (answer := await answers.get()) is not None:
+                yield await answer
+                free.release()
+            if reader.cancelled():
+                raise UnavailableError("the server is stopping; send what is not answered to another", reason="SERVER_STOPPING")
+            reader.result()
+        finally:
+            self._readers.discard(reader)
+            await _end(reader, answers)
+
+    def drain(self) -> None:
+        """Makes every open stream answer what it has read and then end, so that stopping need not wait for its client."""
+        for reader in self._readers:
+            reader.cancel()
+
+    async def _read(
+        self,
+        requests: AsyncIterator[events_pb2.StreamEventsRequest],
+        answers: "asyncio.Queue[asyncio.Task[events_pb2.StreamEventsResponse] | None]",
+        free: asyncio.Semaphore,
+    ) -> None:
+        async for request in requests:
+            await free.acquire()
+            answers.put_nowait(asyncio.create_task(self._answer(request)))
+
+    async def _answer(self, request: events_pb2.StreamEventsRequest) -> events_pb2.StreamEventsResponse:
+        async with asyncio.timeout(self._deadline_seconds):
+            results, outcome = await self._record(request.events)
+        return events_pb2.StreamEventsResponse(
+            sequence=request.sequence, results=results, tokens=_user_tokens(outcome), online=outcome.online
+        )
+
+    async def _record(self, events: Sequence[events_pb2.Event]) -> tuple[list[events_pb2.EventResult], RecordOutcome]:
+        """Records the events that keep the rules, and puts what became of them in the places of all."""
+        read = self._validator.events(events)
+        accepted = [event for event in read if isinstance(event, IncomingEvent)]
+        if len(accepted) < len(read):
+            self._metrics.events(Stored.REJECTED.value, len(read) - len(accepted))
+        outcome = await self._recorder.record(accepted) if accepted else RecordOutcome((), (), online=True)
+        recorded = iter(outcome.outcomes)
+        results = []
+        for index, (event, checked) in enumerate(zip(events, read, strict=True)):
+            if isinstance(checked, IncomingEvent):
+                results.append(_result(str(checked.event_id), _placed(next(recorded), index)))
+            else:
+                results.append(_result(canonical_id(event.event_id), checked))
+        return results, outcome
+
+
+async def _end(reader: "asyncio.Task[None]", answers: "asyncio.Queue[asyncio.Task[events_pb2.StreamEventsResponse] | None]") -> None:
+    """Cancels what a broken stream leaves behind; its events may be stored all the same, and the client sends them again."""
+    left: list[asyncio.Task[object]] = [reader]
+    while not answers.empty():
+        if (answer := answers.get_nowait()) is not None:
+            left.append(answer)
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+
+
+def _placed(outcome: EventOutcome, index: int) -> EventOutcome:
+    """The recorder names a field of its event; the caller needs the path in the request."""
+    return replace(outcome, field=f"events[{index}].{outcome.field}") if outcome.field else outcome
+
+
+def _result(event_id: str, outcome: EventOutcome) -> events_pb2.EventResult:
+    return events_pb2.EventResult(
+        event_id=event_id,
+        status=_STATUS[outcome.status],
+        user_id=outcome.user_id,
+        reason=outcome.reason,
+        field=outcome.field,
+        message=outcome.message,
+    )
+
+
+def _user_tokens(outcome: RecordOutcome) -> list[events_pb2.UserToken]:
+    return [
+        events_pb2.UserToken(user_id=token.user_id, user_version=token.version, consistency_token=tokens.encode(token))
+        for token in outcome.tokens
+    ]

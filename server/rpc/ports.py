@@ -1,0 +1,148 @@
+"""What the edge needs of the rooms behind it: one protocol per domain service, so that tests pass small fakes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from features.catalogue import Item, Relation, UpsertResult
+from features.layout import FeatureValue
+from features.models import Activation, ModelVersion
+from server.domain import (
+    Answer,
+    CustomerProfile,
+    EntityKey,
+    IncomingEvent,
+    ItemFilter,
+    Linked,
+    RecommendQuery,
+    RecordOutcome,
+    Resolved,
+    Subject,
+    Token,
+)
+
+
+class Recorder(Protocol):
+    """Stores events; see server.ingest.recorder."""
+
+    async def record(self, events: Sequence[IncomingEvent]) -> RecordOutcome:
+        """Commits events and returns one outcome each, in order."""
+        ...
+
+
+class Identities(Protocol):
+    """Knows who stands behind an identity; see server.ingest.identities."""
+
+    async def resolve(self, subject: Subject, *, create: bool = False) -> Resolved:
+        """Returns the customer behind a subject, with an empty id when there is none and none was to be created."""
+        ...
+
+    async def link(self, first: Subject, second: Subject) -> Linked:
+        """Makes two subjects one customer."""
+        ...
+
+
+class Recommender(Protocol):
+    """Ranks items; see server.recommend.recommender."""
+
+    async def recommend(self, query: RecommendQuery) -> Answer:
+        """Returns a page of a customer's slate."""
+        ...
+
+    async def rank(self, subject: Subject, *, channel: str, surface: str, item_ids: Sequence[str], token: Token | None) -> Answer:
+        """Orders given items for a customer."""
+        ...
+
+    async def similar(self, item_id: str, *, channel: str, limit: int, filters: ItemFilter) -> Answer:
+        """Returns items like a given one."""
+        ...
+
+
+class Profiles(Protocol):
+    """Reads customers' profiles; see server.recommend.profiles."""
+
+    async def read(self, subject: Subject, *, token: Token | None) -> CustomerProfile:
+        """Returns a customer's profile, at least as new as the token."""
+        ...
+
+
+class Catalog(Protocol):
+    """Keeps items; see server.catalog.service."""
+
+    @property
+    def index_version(self) -> int:
+        """The index epoch this replica answers with."""
+        ...
+
+    @property
+    def offer_version(self) -> int:
+        """The newest offers this replica has seen."""
+        ...
+
+    async def upsert(self, items: Sequence[Item], relations: Sequence[Relation]) -> UpsertResult:
+        """Stores items and relations, all or nothing."""
+        ...
+
+    async def get(self, item_ids: Sequence[str]) -> list[Item]:
+        """Returns the items that exist."""
+        ...
+
+    async def list(self, *, page_size: int, after: str, category: str) -> list[Item]:
+        """Returns items with ids above ``after``, in id order."""
+        ...
+
+
+class FeatureRow(Protocol):
+    """The features of one entity."""
+
+    @property
+    def values(self) -> Mapping[str, FeatureValue]:
+        """``view:feature`` to its value, in the order asked for."""
+        ...
+
+
+class FeatureReader(Protocol):
+    """Reads the online store; see server.online.features."""
+
+    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> Sequence[FeatureRow]:
+        """Returns the features of each entity, for a feature service or else for ``view:feature`` names."""
+        ...
+
+
+class Models(Protocol):
+    """Knows the published models and moves the pointer; see server.models."""
+
+    @property
+    def loaded(self) -> set[str]:
+        """Versions this replica holds in memory."""
+        ...
+
+    @property
+    def activation_count(self) -> int:
+        """How often the pointer had moved when this replica last looked."""
+        ...
+
+    async def list(self) -> list[ModelVersion]:
+        """Returns all published models, newest first."""
+        ...
+
+    async def active(self) -> ModelVersion | None:
+        """Returns the model the fleet answers with."""
+        ...
+
+    async def activate(self, model_version: str) -> Activation:
+        """Makes a published model the active one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """All domain services of a server process."""
+
+    recorder: Recorder
+    identities: Identities
+    recommender: Recommender
+    profiles: Profiles
+    catalog: Catalog
+    features: FeatureReader
+    models: Models

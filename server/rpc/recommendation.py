@@ -1,0 +1,118 @@
+"""RecommendationService: what to show a customer."""
+
+from concord.v1 import recommendation_pb2, recommendation_pb2_grpc
+from features.candidates import Source
+from server.domain import Answer, ShownItem
+from server.rpc import rules
+from server.rpc.interceptor import Context
+from server.rpc.ports import Recommender
+from server.rpc.translate import duration_of, money_of, timestamp_of, token_text, versions_message
+from server.rpc.validation import Validator
+
+# Strongest first: what is about this customer stands before what is true for everybody.
+_REASONS = (
+    (Source.COLLABORATIVE, recommendation_pb2.REASON_CODE_BOUGHT_TOGETHER),
+    (Source.VECTOR | Source.RECENT, recommendation_pb2.REASON_CODE_SIMILAR_TO_RECENT),
+    (Source.RELATION, recommendation_pb2.REASON_CODE_COMPLEMENT),
+    (Source.NEW, recommendation_pb2.REASON_CODE_NEW_ARRIVAL),
+    (Source.POPULAR, recommendation_pb2.REASON_CODE_POPULAR),
+)
+
+
+class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServicer):
+    """Ranks items for customers."""
+
+    def __init__(self, recommender: Recommender, validator: Validator) -> None:
+        self._recommender = recommender
+        self._validator = validator
+
+    async def Recommend(self, request: recommendation_pb2.RecommendRequest, _context: Context) -> recommendation_pb2.RecommendResponse:
+        """Returns a page of the customer's slate for a surface."""
+        answer = await self._recommender.recommend(self._validator.recommend(request))
+        return recommendation_pb2.RecommendResponse(
+            items=[_item(item) for item in answer.items],
+            versions=versions_message(answer.versions),
+            slate_id=answer.slate_id,
+            as_of=timestamp_of(answer.as_of),
+            next_page_token=answer.next_page_token,
+            degraded=bool(answer.degraded_reasons),
+            stale=answer.stale,
+            degraded_reasons=answer.degraded_reasons,
+            user_id=answer.user_id,
+            consistency_token=token_text(answer.token),
+            stage_timings=_timings(answer),
+        )
+
+    async def RankItems(self, request: recommendation_pb2.RankItemsRequest, _context: Context) -> recommendation_pb2.RankItemsResponse:
+        """Orders given items for a customer."""
+        item_ids = rules.identifiers(request.item_ids, "item_ids", most=rules.ITEM_IDS, least=1)
+        answer = await self._recommender.rank(
+            self._validator.subject(request.subject, "subject"),
+            channel=self._validator.channel(request.channel, "channel"),
+            surface=self._validator.surface(request.surface, "surface"),
+            item_ids=tuple(dict.fromkeys(item_ids)),
+            token=self._validator.token(request.consistency_token, "consistency_token"),
+        )
+        return recommendation_pb2.RankItemsResponse(
+            items=[_item(item) for item in answer.items],
+            unknown_item_ids=answer.unknown_item_ids,
+            versions=versions_message(answer.versions),
+            as_of=timestamp_of(answer.as_of),
+            degraded=bool(answer.degraded_reasons),
+            stale=answer.stale,
+            degraded_reasons=answer.degraded_reasons,
+            user_id=answer.user_id,
+            consistency_token=token_text(answer.token),
+            stage_timings=_timings(answer),
+        )
+
+    async def SimilarItems(
+        self, request: recommendation_pb2.SimilarItemsRequest, _context: Context
+    ) -> recommendation_pb2.SimilarItemsResponse:
+        """Returns the items most like a given one."""
+        answer = await self._recommender.similar(
+            rules.identifier(request.item_id, "item_id"),
+            channel=self._validator.channel(request.channel, "channel"),
+            limit=rules.page(request.limit, "limit", most=rules.LIMIT, default=rules.DEFAULT_LIMIT),
+            filters=self._validator.item_filter(request.filter, "filter"),
+        )
+        return recommendation_pb2.SimilarItemsResponse(
+            items=[_similar(item) for item in answer.items], versions=versions_message(answer.versions)
+        )
+
+
+def _item(item: ShownItem) -> recommendation_pb2.RecommendedItem:
+    return recommendation_pb2.RecommendedItem(
+        item_id=item.item_id,
+        title=item.title,
+        category=item.category,
+        brand=item.brand,
+        image_ref=item.image_ref,
+        score=item.score,
+        price=money_of(item.price_micros, item.currency),
+        in_stock=item.in_stock,
+        position=item.position,
+        reason_codes=_reasons(item),
+    )
+
+
+def _similar(item: ShownItem) -> recommendation_pb2.SimilarItem:
+    return recommendation_pb2.SimilarItem(
+        item_id=item.item_id,
+        title=item.title,
+        category=item.category,
+        brand=item.brand,
+        image_ref=item.image_ref,
+        similarity=item.score,
+        price=money_of(item.price_micros, item.currency),
+        in_stock=item.in_stock,
+    )
+
+
+def _reasons(item: ShownItem) -> list[recommendation_pb2.ReasonCode]:
+    first = [recommendation_pb2.REASON_CODE_NEW_CUSTOMER] if item.newcomer else []
+    return first + [reason for source, reason in _REASONS if item.sources & source]
+
+
+def _timings(answer: Answer) -> list[recommendation_pb2.StageTiming]:
+    return [recommendation_pb2.StageTiming(stage=stage, duration=duration_of(seconds)) for stage, seconds in answer.stages.items()]

@@ -1,0 +1,167 @@
+"""The gRPC server of a process: services, interceptor, health and reflection, and a stop that loses no call."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from uuid import UUID, uuid4
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from concord.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    events_pb2,
+    events_pb2_grpc,
+    features_pb2,
+    features_pb2_grpc,
+    identity_pb2,
+    identity_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    profile_pb2,
+    profile_pb2_grpc,
+    recommendation_pb2,
+    recommendation_pb2_grpc,
+)
+from server.metrics import Metrics
+from server.rpc.catalog import CatalogServicer
+from server.rpc.event_validation import EventValidator
+from server.rpc.events import EventServicer
+from server.rpc.features import FeatureServicer
+from server.rpc.identity import IdentityServicer
+from server.rpc.interceptor import Context, EdgeInterceptor
+from server.rpc.models import ModelServicer
+from server.rpc.ports import Services
+from server.rpc.profile import ProfileServicer
+from server.rpc.recommendation import RecommendationServicer
+from server.rpc.validation import Validator
+from server.settings import ServerSettings
+
+# Of every call in flight one core is at work on one; more than this many only wait beyond their deadlines.
+MAX_IN_FLIGHT = 1024
+
+SERVICE_NAMES = tuple(
+    service.full_name
+    for module in (catalog_pb2, events_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+)
+
+
+class DrainingHealth(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
+    """Standard health, NOT_SERVING from the start, whose open watches end on shutdown instead of using up the whole grace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._closing = asyncio.Event()
+        self._server_status = dict.fromkeys(("", *SERVICE_NAMES), health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """Streams a service's status until the client leaves or the server stops."""
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            await asyncio.wait((watch, closing), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            closing.cancel()
+            await asyncio.gather(watch, closing, return_exceptions=True)
+
+    async def flip(self, serving: bool) -> None:
+        """Says of every service whether it is ready."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *SERVICE_NAMES):
+            await self.set(name, status)
+
+    async def close(self) -> None:
+        """Says NOT_SERVING for good, then ends the watches."""
+        await self.enter_graceful_shutdown()
+        await asyncio.sleep(0)  # lets the watches send the last status
+        self._closing.set()
+
+
+class GrpcServer:
+    """A bound gRPC server at ``port``; it says NOT_SERVING until ``set_serving(True)``."""
+
+    def __init__(self, server: grpc.aio.Server, health_servicer: DrainingHealth, events: EventServicer, *, port: int) -> None:
+        self._server = server
+        self._health = health_servicer
+        self._events = events
+        self.port = port
+
+    async def start(self) -> None:
+        """Starts answering calls."""
+        await self._server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tells load balancers whether to send calls here."""
+        await self._health.flip(serving)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Says NOT_SERVING, takes no new calls, and gives those in flight ``grace_seconds`` to finish; open streams are ended."""
+        await self._health.close()
+        self._events.drain()
+        await self._server.stop(grace_seconds)
+
+
+def build_server(
+    services: Services,
+    settings: ServerSettings,
+    metrics: Metrics,
+    logger: structlog.stdlib.BoundLogger,
+    *,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    new_uuid: Callable[[], UUID] = uuid4,
+    max_in_flight: int = MAX_IN_FLIGHT,
+) -> GrpcServer:
+    """Builds a server over ``services`` and binds it to ``settings.host`` and ``settings.port``.
+
+    Raises:
+        RuntimeError: the address cannot be bound.
+    """
+    interceptor = EdgeInterceptor(
+        metrics,
+        logger,
+        channels=settings.channels,
+        default_deadline_seconds=settings.default_deadline_seconds,
+        max_in_flight=max_in_flight,
+        new_id=lambda: new_uuid().hex,
+    )
+    server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
+    validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
+    events = EventServicer(
+        services.recorder, EventValidator(validator, now, new_uuid), metrics, deadline_seconds=settings.default_deadline_seconds
+    )
+    _register(server, services, events, validator)
+    health_servicer = DrainingHealth()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    if settings.reflection:
+        reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    port = server.add_insecure_port(f"{settings.host}:{settings.port}")
+    return GrpcServer(server, health_servicer, events, port=port)
+
+
+def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator) -> None:
+    events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
+    identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(services.identities, validator), server)
+    profile_pb2_grpc.add_ProfileServiceServicer_to_server(ProfileServicer(services.profiles, validator), server)
+    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
+    features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
+    recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
+    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models), server)
+
+
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # otherwise a second server takes the same port without a word
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.max_concurrent_streams", MAX_IN_FLIGHT),
+        # A dead peer is noticed after 30 + 10 s; clients may ping idle connections every 10 s and no faster.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]

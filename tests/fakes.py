@@ -1,0 +1,249 @@
+"""Small domain services for tests of the edge: each answers from what it is given and remembers what it was asked."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from features.behaviour import Activity, Behaviour
+from features.candidates import Source
+from features.catalogue import Item, Relation, UpsertResult
+from features.layout import FeatureValue, Status
+from features.models import Activation, ModelVersion
+from server.domain import (
+    Answer,
+    CustomerProfile,
+    EntityKey,
+    EventOutcome,
+    IncomingEvent,
+    ItemFilter,
+    Linked,
+    RecommendQuery,
+    RecordOutcome,
+    Resolved,
+    ShownItem,
+    Stored,
+    Subject,
+    Token,
+    Versions,
+)
+from server.rpc.ports import Services
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@dataclass
+class Script:
+    """What every call of a fake does first: wait, then fail, if it is told to."""
+
+    calls: list[Any] = field(default_factory=list)
+    error: Exception | None = None
+    delay: float = 0.0
+    cancelled: int = 0
+
+    async def play(self, call: Any) -> None:
+        self.calls.append(call)
+        try:
+            await asyncio.sleep(self.delay)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass
+class FakeRecorder(Script):
+    """Stores everything once per event id, one customer per identity."""
+
+    seen: set[Any] = field(default_factory=set)
+    online: bool = True
+
+    async def record(self, events: Sequence[IncomingEvent]) -> RecordOutcome:
+        await self.play(tuple(events))
+        outcomes = []
+        users: dict[str, int] = {}
+        for event in events:
+            user_id = event.subject.user_id or f"u-{event.subject.channel_user_id}"
+            status = Stored.DUPLICATE if event.event_id in self.seen else Stored.STORED
+            self.seen.add(event.event_id)
+            users[user_id] = len(self.seen)
+            outcomes.append(EventOutcome(status, user_id))
+        return RecordOutcome(tuple(outcomes), tuple(Token(user, version) for user, version in users.items()), self.online)
+
+
+@dataclass
+class FakeIdentities(Script):
+    known: dict[Subject, str] = field(default_factory=dict)
+
+    async def resolve(self, subject: Subject, *, create: bool = False) -> Resolved:
+        await self.play((subject, create))
+        if subject not in self.known and not create:
+            return Resolved("", 0, created=False)
+        created = subject not in self.known
+        self.known.setdefault(subject, f"u{len(self.known) + 1}")
+        return Resolved(self.known[subject], 0 if created else 3, created=created)
+
+    async def link(self, first: Subject, second: Subject) -> Linked:
+        await self.play((first, second))
+        return Linked(Token("u1", 9), ("u2",))
+
+
+def shown(item_id: str, position: int, *, sources: Source = Source.POPULAR, newcomer: bool = False) -> ShownItem:
+    return ShownItem(
+        item_id=item_id,
+        title=f"Title {item_id}",
+        category="Kitchen",
+        brand="Acme",
+        image_ref="",
+        score=1.0 - position / 8,
+        position=position,
+        price_micros=19_990_000,
+        currency="EUR",
+        in_stock=True,
+        sources=sources,
+        newcomer=newcomer,
+    )
+
+
+@dataclass
+class FakeRecommender(Script):
+    answer: Answer = Answer(
+        user_id="u1",
+        items=(shown("i1", 0, sources=Source.COLLABORATIVE | Source.POPULAR), shown("i2", 1, newcomer=True)),
+        versions=Versions(7, "m1", 3, 5),
+        slate_id="s1",
+        as_of=NOW,
+        token=Token("u1", 7),
+        next_page_token="next",
+        degraded_reasons=("NO_ACTIVE_MODEL",),
+        stages={"features": 0.001, "ranking": 0.0025},
+    )
+
+    async def recommend(self, query: RecommendQuery) -> Answer:
+        await self.play(query)
+        return self.answer
+
+    async def rank(self, subject: Subject, *, channel: str, surface: str, item_ids: Sequence[str], token: Token | None) -> Answer:
+        await self.play((subject, channel, surface, tuple(item_ids), token))
+        return self.answer
+
+    async def similar(self, item_id: str, *, channel: str, limit: int, filters: ItemFilter) -> Answer:
+        await self.play((item_id, channel, limit, filters))
+        return self.answer
+
+
+@dataclass
+class FakeProfiles(Script):
+    async def read(self, subject: Subject, *, token: Token | None) -> CustomerProfile:
+        await self.play((subject, token))
+        names = {
+            "event_count": 4,
+            "purchase_count": 1,
+            "purchase_value": 10.5,
+            "price_mean": 10.5,
+            "price_low": 10.5,
+            "price_high": 10.5,
+            "top_categories": ["Garden", "Kitchen"],
+            "top_category_shares": [0.25, 0.75],
+            "top_brands": None,
+            "top_brand_shares": None,
+            "channel_names": ["web"],
+            "channel_shares": [1.0],
+        }
+        return CustomerProfile(
+            user_id="u1",
+            user_version=4,
+            identities=[("web", "b"), ("app", "a")],
+            activity=Activity(4, (Behaviour("", "search", "web", 1_700_000_000_123_456, "x" * 200),)),
+            counters={"views_7d": 3, "carts_7d": 0, "purchases_28d": 1, "searches_7d": 1},
+            profile={name: FeatureValue(value, Status.MISSING if value is None else Status.PRESENT, NOW) for name, value in names.items()},
+        )
+
+
+@dataclass
+class FakeCatalog(Script):
+    items: dict[str, Item] = field(default_factory=dict)
+    index_version: int = 2
+    offer_version: int = 5
+
+    async def upsert(self, items: Sequence[Item], relations: Sequence[Relation]) -> UpsertResult:
+        await self.play((tuple(items), tuple(relations)))
+        self.items |= {item.item_id: item for item in items}
+        return UpsertResult(len(items), len(items), len(items), content_version=3, offer_version=6)
+
+    async def get(self, item_ids: Sequence[str]) -> list[Item]:
+        await self.play(tuple(item_ids))
+        return [item for key, item in sorted(self.items.items()) if key in item_ids]
+
+    async def list(self, *, page_size: int, after: str, category: str) -> "list[Item]":  # type: ignore[valid-type]
+        await self.play((page_size, after, category))
+        return [item for key, item in sorted(self.items.items()) if key > after and category in ("", item.category)][:page_size]
+
+
+@dataclass(frozen=True)
+class FakeRow:
+    values: dict[str, FeatureValue]
+
+
+@dataclass
+class FakeFeatures(Script):
+    values: dict[str, FeatureValue] = field(default_factory=dict)
+
+    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> Sequence[FakeRow]:
+        await self.play((service, tuple(refs), tuple(entities)))
+        return [FakeRow(self.values) for _ in entities]
+
+
+@dataclass
+class FakeModels(Script):
+    loaded: set[str] = field(default_factory=lambda: {"m1"})
+    activation_count: int = 4
+    models: tuple[ModelVersion, ...] = tuple(
+        ModelVersion(
+            version,
+            f"file:///models/{version}",
+            {"metrics": {"ndcg_at_10": 0.25}, "contract": {"name": "ranking_v1"}, "base_model": "bert"},
+            NOW,
+            NOW if active else None,
+            active,
+        )
+        for version, active in (("m2", False), ("m1", True))
+    )
+
+    async def list(self) -> "list[ModelVersion]":  # type: ignore[valid-type]
+        await self.play(())
+        return list(self.models)
+
+    async def active(self) -> ModelVersion | None:
+        await self.play(())
+        return next((model for model in self.models if model.active), None)
+
+    async def activate(self, model_version: str) -> Activation:
+        await self.play(model_version)
+        return Activation(model_version, "m1", 5)
+
+
+@dataclass
+class Fakes:
+    """One of each."""
+
+    recorder: FakeRecorder = field(default_factory=FakeRecorder)
+    identities: FakeIdentities = field(default_factory=FakeIdentities)
+    recommender: FakeRecommender = field(default_factory=FakeRecommender)
+    profiles: FakeProfiles = field(default_factory=FakeProfiles)
+    catalog: FakeCatalog = field(default_factory=FakeCatalog)
+    features: FakeFeatures = field(default_factory=FakeFeatures)
+    models: FakeModels = field(default_factory=FakeModels)
+
+    def services(self) -> Services:
+        return Services(
+            recorder=self.recorder,
+            identities=self.identities,
+            recommender=self.recommender,
+            profiles=self.profiles,
+            catalog=self.catalog,
+            features=self.features,
+            models=self.models,
+        )

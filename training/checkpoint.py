@@ -1,0 +1,84 @@
+"""A run folder: configuration, weights and what the run measured, enough to evaluate or export it later."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from features.item_table import FloatArray, ItemTable
+from training.config import TrainConfig
+from training.encode import item_vectors
+from training.model import TwoTower
+from training.ranker import Ranker
+from training.text import load_encoder, load_tokenizer, tokenize
+
+_CONFIG, _RECORD, _TOWER, _RANKER = "config.json", "run.json", "tower.safetensors", "ranker.safetensors"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run was and measured.
+
+    Attributes:
+        item_ids: the items that the tower's residuals belong to, in order.
+        cut: end of the training period, microseconds of Unix time.
+        metrics: on the holdout after the cut.
+        steps, seconds: of the whole run: optimizer steps of the tower, wall-clock time.
+    """
+
+    item_ids: tuple[str, ...]
+    cut: int
+    metrics: dict[str, float]
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model with what is needed to apply it."""
+
+    config: TrainConfig
+    tower: TwoTower
+    tokenizer: Tokenizer
+    ranker: Ranker
+    item_ids: Sequence[str]
+
+    def item_vectors(self, table: ItemTable) -> FloatArray:
+        """Returns float32[n, d]: the final vectors of a table's items, whatever table it was trained on."""
+        residual = {item: row for row, item in enumerate(self.item_ids)}
+        tokens = tokenize(self.tokenizer, table.texts, self.config.item_tokens)
+        return item_vectors(self.tower, tokens, [residual.get(item) for item in table.ids])
+
+
+def new_tower(config: TrainConfig, item_count: int) -> TwoTower:
+    """Returns the untrained model: pretrained BERT, identity heads, no residuals."""
+    torch.manual_seed(config.seed)
+    return TwoTower(load_encoder(config.base_model, dropout=config.dropout), item_count, temperature=config.temperature)
+
+
+def save(trained: Trained, record: RunRecord, run_dir: Path) -> None:
+    """Writes a run folder."""
+    trained.config.save(run_dir / _CONFIG)
+    save_file(trained.tower.state_dict(), run_dir / _TOWER)
+    save_file(trained.ranker.state_dict(), run_dir / _RANKER)
+    (run_dir / _RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
+
+
+def load(run_dir: Path) -> tuple[Trained, RunRecord]:
+    """Reads a run folder.
+
+    Raises:
+        FileNotFoundError: the folder is not a finished run.
+    """
+    values = json.loads((run_dir / _RECORD).read_text())
+    record = RunRecord(**values | {"item_ids": tuple(values["item_ids"])})
+    config = TrainConfig.load(run_dir / _CONFIG)
+    tower = new_tower(config, len(record.item_ids))
+    tower.load_state_dict(load_file(run_dir / _TOWER))
+    ranker = Ranker(config.ranker_hidden)
+    ranker.load_state_dict(load_file(run_dir / _RANKER))
+    return Trained(config, tower.eval(), load_tokenizer(config.base_model), ranker.eval(), record.item_ids), record

@@ -1,0 +1,219 @@
+"""Writes a trained model as a bundle: ONNX graphs checked against PyTorch, item vectors, weights, golden values, manifest."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from features.bundle import COLLABORATIVE, ENCODER, GOLDEN, ITEMS, RANKER, TOKENIZER, FeatureContract, Manifest, checksums, write_manifest
+from features.candidates import CANDIDATE_COUNT
+from features.item_table import FloatArray, ItemTable
+from features.ranking import RANKING_FEATURES
+from features.signals import CollaborativeWeights
+from training.checkpoint import Trained
+from training.model import ExportedEncoder
+from training.progress import bar, quiet
+from training.ranker import Ranker
+from training.text import Tokens, base_name, tokenize
+
+# fp32 arithmetic in another order: 1e-6 is usual, a wrong graph is off by 1e-2 and more.
+_TOLERANCE = 1e-4
+_GOLDEN_TEXTS = 8
+
+
+class ParityError(Exception):
+    """ONNX Runtime and PyTorch disagree on an exported graph; the message says by how much."""
+
+
+@dataclass(frozen=True)
+class BundleContext:
+    """What the manifest says beyond the model itself; times in microseconds of Unix time."""
+
+    name: str
+    created_at: datetime
+    contract: FeatureContract
+    metrics: dict[str, float]
+    cut: int
+    first_event: int
+    last_event: int
+
+
+def write_bundle(
+    folder: Path, trained: Trained, *, table: ItemTable, collaborative: CollaborativeWeights, context: BundleContext
+) -> Manifest:
+    """Writes the bundle folder, manifest last.
+
+    Raises:
+        ParityError: ONNX Runtime does not reproduce the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in bar(("encoder", "ranker"), "export to ONNX"):
+        export_encoder(trained, folder / ENCODER) if stage == "encoder" else export_ranker(trained.ranker, folder / RANKER)
+    trained.tokenizer.save(str(folder / TOKENIZER))
+    vectors = trained.item_vectors(table)
+    np.savez(folder / ITEMS, item_ids=np.array(table.ids, np.str_), content_hashes=np.array(table.content_hashes, np.str_), vectors=vectors)
+    np.savez(folder / COLLABORATIVE, indptr=collaborative.indptr, indices=collaborative.indices, weights=collaborative.weights)
+    parity = write_golden(folder, trained, golden_texts(table))
+    files = dict(checksums(folder))
+    manifest = _manifest(trained, context, parity=parity, files=files)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def export_encoder(trained: Trained, path: Path) -> None:
+    """Writes ``input_ids, attention_mask`` int64[b, l] → ``user_vector, item_vector`` float32[b, d], b and l free."""
+    example = torch.ones(2, 8, dtype=torch.int64)
+    shape = {0: Dim("batch"), 1: Dim("length")}
+    _export(
+        ExportedEncoder(trained.tower).eval(),
+        (example, example),
+        path,
+        inputs=("input_ids", "attention_mask"),
+        outputs=("user_vector", "item_vector"),
+        shapes={"input_ids": shape, "attention_mask": shape},
+    )
+
+
+def export_ranker(ranker: Ranker, path: Path) -> None:
+    """Writes ``features`` float32[256, 23] → ``scores`` float32[256]; the fixed shape keeps scores equal to the bit."""
+    example = torch.zeros(CANDIDATE_COUNT, len(RANKING_FEATURES))
+    _export(ranker.eval(), (example,), path, inputs=("features",), outputs=("scores",), shapes=None)
+
+
+def _export(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    path: Path,
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    shapes: dict[str, dict[int, Dim]] | None,
+) -> None:
+    with quiet(), torch.no_grad():
+        torch.onnx.export(
+            model,
+            example,
+            str(path),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=shapes,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def golden_texts(table: ItemTable) -> list[str]:
+    """Returns texts of the shop itself: item texts, and behaviour texts of one to four phrases."""
+    half = _GOLDEN_TEXTS // 2
+    step = max(len(table) // half, 1)
+    titles = [table.titles[row % len(table)] for row in range(0, half * step, step)]
+    behaviours = ["; ".join(f"bought {title}" for title in titles[: count + 1]) for count in range(half)]
+    return [*(table.texts[row % len(table)] for row in range(0, half * step, step)), *behaviours]
+
+
+def write_golden(folder: Path, trained: Trained, texts: Sequence[str]) -> dict[str, float]:
+    """Computes golden values on the exported graphs, stores them and compares them with PyTorch.
+
+    ``golden.npz`` holds ``input_ids`` int64[g, l] padded with 0, ``lengths`` int64[g], ``user_vectors`` and ``item_vectors``
+    float32[g, d] of single unpadded runs, ``ranker_features`` float32[256, 23] and ``ranker_scores`` float32[256].
+
+    Returns:
+        The largest absolute difference by graph: single runs, one ragged padded batch, the ranker.
+
+    Raises:
+        ParityError: a difference is larger than rounding explains.
+    """
+    tokens = tokenize(trained.tokenizer, texts, trained.config.user_tokens)
+    encoder, ranker = _session(folder / ENCODER), _session(folder / RANKER)
+    singles = [_encode(encoder, tokens, [row]) for row in range(len(tokens))]
+    users, items = (np.concatenate([single[k] for single in singles]) for k in (0, 1))
+    features = _golden_features(trained.ranker)
+    scores = np.asarray(ranker.run(None, {"features": features})[0], np.float32)
+    everything = list(range(len(tokens)))
+    ids, _ = tokens.pad(everything)
+    np.savez(
+        folder / GOLDEN,
+        input_ids=ids.numpy(),
+        lengths=np.array([len(text) for text in tokens.ids], np.int64),
+        user_vectors=users,
+        item_vectors=items,
+        ranker_features=features,
+        ranker_scores=scores,
+    )
+    ragged = _difference(_encode(encoder, tokens, everything), _torch_encode(trained, tokens, everything))
+    single = max(_difference(singles[row], _torch_encode(trained, tokens, [row])) for row in everything)
+    with torch.inference_mode():
+        ranked = float(np.abs(trained.ranker(torch.from_numpy(features)).numpy() - scores).max())
+    parity = {"encoder": single, "encoder_ragged_batch": ragged, "ranker": ranked}
+    if max(parity.values()) > _TOLERANCE:
+        raise ParityError(f"ONNX Runtime differs from PyTorch: {parity}")
+    return parity
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _encode(session: onnxruntime.InferenceSession, tokens: Tokens, rows: Sequence[int]) -> list[FloatArray]:
+    ids, mask = tokens.pad(rows)
+    vectors: list[FloatArray] = session.run(["user_vector", "item_vector"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    return vectors
+
+
+@torch.inference_mode()
+def _torch_encode(trained: Trained, tokens: Tokens, rows: Sequence[int]) -> list[FloatArray]:
+    return [vector.numpy() for vector in ExportedEncoder(trained.tower).eval()(*tokens.pad(rows))]
+
+
+def _difference(left: Sequence[FloatArray], right: Sequence[FloatArray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
+
+
+def _golden_features(ranker: Ranker) -> npt.NDArray[np.float32]:
+    """Returns plausible ranker input: random rows spread as its training rows were."""
+    noise = np.random.default_rng(0).standard_normal((CANDIDATE_COUNT, len(RANKING_FEATURES)))
+    return (ranker.mean.numpy() + noise / ranker.scale.numpy()).astype(np.float32)
+
+
+def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, float], files: dict[str, str]) -> Manifest:
+    config = trained.config
+    digest = hashlib.sha256("".join(f"{name}{files[name]}" for name in sorted(files)).encode()).hexdigest()[:8]
+    return Manifest(
+        model_version=f"{context.name}-{digest}",
+        created_at=context.created_at,
+        base_model=base_name(config.base_model),
+        tower="text",
+        vector_size=trained.tower.vector_size,
+        item_tokens=config.item_tokens,
+        user_tokens=config.user_tokens,
+        behaviour_limit=config.behaviour_limit,
+        half_life_days=config.half_life_days,
+        ranking_features=RANKING_FEATURES,
+        candidate_count=CANDIDATE_COUNT,
+        contract=context.contract,
+        metrics=context.metrics,
+        parity=parity,
+        data_from=_moment(context.first_event),
+        data_until=_moment(context.last_event),
+        settings=config.record()
+        | {
+            "metrics_of": f"holdout after {_moment(context.cut).isoformat()}; tower and ranker trained before it",
+            "collaborative_weights_of": "all events in the data window, refitted after the evaluation",
+        },
+        files=files,
+    )
+
+
+def _moment(time: int) -> datetime:
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=time)

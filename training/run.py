@@ -1,0 +1,192 @@
+"""The training job: data set → tower → ranker → evaluation on the holdout → run folder; and evaluation and export of a run.
+
+    torchrun --nproc-per-node 4 -m cli.main train      # several processes share the tower's epochs; one does the rest
+
+Nothing reads the future: tower, ranker and collaborative weights of the evaluated model stop at the cut, and every row is
+joined as of its label. Only an export refits the collaborative weights on everything, after the metrics were taken.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from features.bundle import Manifest
+from features.item_table import FloatArray
+from features.settings import Settings
+from features.signals import SignalConfig
+from features.store import contract_of
+from training import checkpoint, collaborative, evaluate as evaluation
+from training.checkpoint import RunRecord, Trained
+from training.config import TrainConfig
+from training.dataset import (
+    SERVICE,
+    Customer,
+    Shop,
+    Snapshots,
+    Split,
+    join_customers,
+    open_shop,
+    split_of,
+    take_snapshots,
+)
+from training.encode import user_vectors
+from training.distributed import processes, rank_zero_first
+from training.events import Micros, to_micros
+from training.export import BundleContext, write_bundle
+from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of
+from training.ranker import Ranker, train_ranker
+from training.scoring import Model, Query, make_queries
+from training.text import activity_texts, load_tokenizer, tokenize
+from training.train import TowerReport, TowerSet, Trainer
+
+Customers = dict[tuple[str, Micros], Customer]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its folder, holdout metrics, wall-clock seconds and the tower's optimizer steps."""
+
+    run_dir: Path
+    metrics: dict[str, float]
+    seconds: float
+    steps: int
+
+
+def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None) -> TrainResult:
+    """Trains and evaluates a model; the run folder is ``<data_dir>/runs/<time>``.
+
+    Raises:
+        TrainingDataError: no items, no events, the Feast repository is not applied, or too few events before the cut.
+    """
+    started = time.monotonic()
+    prepare_torch(config)
+    run_dir = settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}"
+    with processes() as rank:
+        with rank_zero_first():
+            shop = open_shop(settings)
+        split = split_of(shop.log, config)
+        labels = choose_labels(shop.log, split, config)
+        customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout]))
+        trained, report = _train_tower(shop, labels, customers, config=config, run_dir=run_dir)
+    if rank:
+        return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
+    snapshots = take_snapshots(shop, start=split.ranker_start, cut=split.cut, every_days=config.snapshot_days)
+    trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained)
+    metrics = evaluation.metrics_of(holdout, trained.ranker)
+    metrics |= {"tower_validation_ndcg_at_10": report.ndcg_at_10, "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10}
+    seconds = time.monotonic() - started
+    checkpoint.save(trained, RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds), run_dir)
+    return TrainResult(run_dir, metrics, seconds, report.steps)
+
+
+def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None, cut: datetime | None = None) -> dict[str, float]:
+    """Measures a run on each customer's first purchase visit after ``cut`` (by default its own), all customers included.
+
+    Args:
+        settings: the shop.
+        run_dir: a finished run.
+        rankings: also write each customer's ranking there, one JSON line ``{"user", "items"}`` each.
+        cut: not before the run's own: the model has seen what came earlier.
+
+    Raises:
+        ValueError: ``cut`` lies before the run's own.
+        FileNotFoundError: ``run_dir`` is not a finished run.
+    """
+    trained, record = checkpoint.load(run_dir)
+    prepare_torch(trained.config)
+    moment = record.cut if cut is None else to_micros(cut)
+    if moment < record.cut:
+        raise ValueError("the cut lies in the period this run was trained on")
+    shop = open_shop(settings)
+    labels = holdout_labels(shop.log, trained.config.actions(trained.config.target_actions), cut=moment)
+    customers = join_customers(shop.store, keys_of(labels))
+    snapshots = take_snapshots(shop, start=moment, cut=moment, every_days=trained.config.snapshot_days)
+    vectors = trained.item_vectors(shop.table)
+    queries = _queries(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=moment)
+    if rankings:
+        evaluation.write_rankings(queries, trained.ranker, rankings)
+    return evaluation.metrics_of(queries, trained.ranker)
+
+
+def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None = None) -> Manifest:
+    """Writes a run as a bundle into the folder ``out``, its collaborative weights refitted on all events up to now.
+
+    Raises:
+        FileNotFoundError: ``run_dir`` is not a finished run.
+        ParityError: ONNX Runtime does not reproduce the model.
+    """
+    trained, record = checkpoint.load(run_dir)
+    prepare_torch(trained.config)
+    shop = open_shop(settings)
+    first, last = shop.log.window()
+    weights = collaborative.fit(shop.log, len(shop.table), until=last + 1, config=trained.config)
+    context = BundleContext(
+        name=run_dir.name,
+        created_at=now or datetime.now(UTC),
+        contract=contract_of(shop.store, SERVICE),
+        metrics=record.metrics,
+        cut=record.cut,
+        first_event=first,
+        last_event=last,
+    )
+    return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context)
+
+
+def prepare_torch(config: TrainConfig) -> None:
+    """Sets threads and seeds."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    torch.manual_seed(config.seed)
+
+
+def _train_tower(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path) -> tuple[Trained, TowerReport]:
+    tower, tokenizer = checkpoint.new_tower(config, len(shop.table)), load_tokenizer(config.base_model)
+
+    def readable(chosen: Sequence[Label]) -> TowerSet:
+        texts = activity_texts([customers[key].activity for key in keys_of(chosen)], shop.table, config.behaviour_limit)
+        kept = [row for row, text in enumerate(texts) if text]
+        return TowerSet([chosen[row] for row in kept], tokenize(tokenizer, [texts[row] for row in kept], config.user_tokens))
+
+    items = tokenize(tokenizer, shop.table.texts, config.item_tokens)
+    trainer = Trainer(tower, items, train=readable(labels.tower), validation=readable(labels.validation), config=config)
+    report = trainer.run(run_dir / "tensorboard")
+    return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report
+
+
+def _train_ranker(
+    shop: Shop, split: Split, labels: Labels, customers: Customers, *, snapshots: Snapshots, trained: Trained
+) -> tuple[Trained, list[Query]]:
+    """Trains the ranker on labels that neither tower nor collaborative weights have seen; also returns the holdout's queries."""
+    config, vectors = trained.config, trained.item_vectors(shop.table)
+    queries: list[Query] = []
+    for start, end in split.folds(config.ranker_folds):
+        fold = [label for label in labels.ranker if start <= label.time < end]
+        queries += _queries(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=start)
+    ranker = train_ranker(queries, config)
+    holdout = _queries(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=split.cut)
+    return Trained(config, trained.tower, trained.tokenizer, ranker, trained.item_ids), holdout
+
+
+def _queries(
+    shop: Shop,
+    labels: Sequence[Label],
+    customers: Customers,
+    *,
+    snapshots: Snapshots,
+    trained: Trained,
+    vectors: FloatArray,
+    until: Micros,
+) -> list[Query]:
+    """Prepares labels from ``until`` on, with collaborative weights fitted on everything strictly before it."""
+    if not labels:
+        return []
+    config = trained.config
+    known = [customers[key] for key in keys_of(labels)]
+    users = user_vectors(trained.tower, trained.tokenizer, [customer.activity for customer in known], table=shop.table, config=config)
+    weights = collaborative.fit(shop.log, len(shop.table), until=until, config=config)
+    model = Model(vectors, weights, SignalConfig(config.half_life_days))
+    return make_queries(labels, known, users, model=model, snapshots=snapshots)
