@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,13 @@ class Part(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
     events = "events"
     identities = "identities"
     relations = "relations"
+
+
+class Language(str, Enum):  # noqa: UP042 - as above
+    """Languages of the sample shop."""
+
+    en = "en"
+    zh = "zh"
 
 
 def register(app: typer.Typer) -> None:
@@ -94,7 +102,7 @@ def run_import(
     dsn, channels = settings.postgres_dsn, settings.channels
     if source.is_dir():
         return list(import_folder(dsn, source, mapping, rejects=rejects, channels=channels, progress=progress).values())
-    importers = {
+    importers: dict[Part, Callable[..., ImportReport]] = {
         Part.items: partial(import_items, channels=channels),
         Part.relations: import_relations,
         Part.identities: partial(import_identities, channels=channels),
@@ -121,7 +129,7 @@ def report_table(report: "ImportReport", source: str) -> Table:
 def generate(
     out: Annotated[Path, typer.Option(help="Folder to write the sample shop's files and their mapping to.")] = Path(".data/sample"),
     seed: Annotated[int, typer.Option(help="Equal seeds (and days) give equal shops.")] = 7,
-    language: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    language: Annotated[Language, typer.Option(help="Language of titles, brands and searches.")] = Language.en,
 ) -> None:
     """Generates the sample shop: items, relations, customers and three months of events up to this midnight (UTC)."""
     from datetime import UTC, datetime
@@ -130,7 +138,7 @@ def generate(
     from features.sample_shop import write
 
     end = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    made = generate_shop(seed, end=end, language=language)
+    made = generate_shop(seed, end=end, language=language.value)
     write(made, out)
     _out.print(f"{len(made.items)} items, {len(made.events)} events in {out}")
 

@@ -36,7 +36,10 @@ def train(
     presets = {"demo": TrainConfig.demo, "full": TrainConfig.full, "tiny": TrainConfig.tiny}
     if preset not in presets:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
-    config = presets[preset]().with_values(dict(_pair(text) for text in assign or []))
+    try:
+        config = presets[preset]().with_values(dict(_pair(text) for text in assign or []))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
     with shop(Settings) as settings:
         result = run(settings, config)
     _metrics(result.metrics)

@@ -49,12 +49,10 @@ def _new_user_id() -> str:
 
 @dataclass(frozen=True)
 class Rooms:
-    """The services of one process, and what must be tidied up when it ends."""
+    """The services of one process, and its view of the fleet."""
 
     services: Services
     fleet: FleetWatch
-    journal: Journal
-    features: FeatureReader
 
 
 @contextlib.asynccontextmanager
@@ -78,7 +76,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         fleet = FleetWatch(pool, online, SnapshotBuilder(pool, dsn=settings.postgres_dsn), loader, metrics)
         journal = Journal(pool, metrics, bound=settings.journal_queue, pause_seconds=settings.journal_seconds, new_id=uuid.uuid4)
         stack.push_async_callback(journal.flush)
-        features = FeatureReader(client, states, store, layouts, project=settings.project, now=_now)
+        features = FeatureReader(client, states, identities, store=store, layouts=layouts, project=settings.project, now=_now)
         catalog = Catalog(pool, fleet, dsn=settings.postgres_dsn, epoch_seconds=settings.epoch_seconds)
         recovery = Recovery(pool, states, online, metrics, after_seconds=settings.recovery_seconds)
         recommender = Recommender(
@@ -94,12 +92,21 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             hide_out_of_stock=settings.hide_out_of_stock,
             now=_now,
         )
-        loops = (recorder.run(), writer.run(), recovery.run(), fleet.run(settings.refresh_seconds), journal.run(), catalog.run())
+        loops = (
+            recorder.run(),
+            writer.run(),
+            recovery.run(),
+            fleet.run(settings.refresh_seconds),
+            journal.run(),
+            catalog.run(),
+            features.run(settings.registry_seconds),
+        )
         for loop in loops:
             task = asyncio.create_task(loop)
+            task.add_done_callback(_report)
             stack.push_async_callback(_ended, task)
         services = Services(
-            events=recorder,
+            recorder=recorder,
             identities=identities,
             recommender=recommender,
             profiles=Profiles(pool, identities, states, now=_now),
@@ -107,13 +114,18 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             features=features,
             models=Models(fleet, dsn=settings.postgres_dsn),
         )
-        yield Rooms(services, fleet, journal, features)
+        yield Rooms(services, fleet)
+
+
+def _report(task: "asyncio.Task[None]") -> None:
+    """A background loop only ends when cancelled; anything else is a defect that must not pass in silence."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.critical("a background loop ended", loop=task.get_name(), exc_info=error)
 
 
 async def _ended(task: "asyncio.Task[None]") -> None:
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait([task])
 
 
 async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None]) -> None:
@@ -131,7 +143,7 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None
     endpoint = serve_metrics(registry, settings.host, settings.metrics_port) if settings.metrics_port >= 0 else None
     try:
         async with open_rooms(settings, metrics) as rooms:
-            server = await build_server(rooms.services, settings, metrics)
+            server = build_server(rooms.services, settings, metrics, _log)
             await server.start()
             await _warm_up(rooms.fleet)
             await server.set_serving(True)

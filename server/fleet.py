@@ -26,6 +26,10 @@ class FleetWatch:
 
     A pointer in Redis is only ever moved by a replica that has already loaded what it names, so a bundle nobody can load
     never becomes the fleet's.
+
+    Attributes:
+        current: the snapshot this replica answers with, None before the first call.
+        newest: what PostgreSQL said last.
     """
 
     def __init__(self, pool: Pool, online: OnlineStore, builder: SnapshotBuilder, load: ModelLoader, metrics: Metrics) -> None:
@@ -39,6 +43,7 @@ class FleetWatch:
         self._building: dict[tuple[str, int], asyncio.Task[Snapshot]] = {}
         self._complaint = ""
         self.current: Snapshot | None = None
+        self.newest = Fleet("", 0, 0, 0)
 
     @property
     def index_version(self) -> int:
@@ -99,7 +104,8 @@ class FleetWatch:
         async with self._pool.connection() as connection:
             row = await (await connection.execute(_STATE)).fetchone()
         assert row is not None
-        return Fleet(*row)
+        self.newest = Fleet(*row)
+        return self.newest
 
     async def _snapshot(self, model_version: str, index_version: int) -> Snapshot:
         """Builds each snapshot once however many calls wait for it; a cancelled call does not cancel the building."""

@@ -66,6 +66,11 @@ class Models:
         """Versions this replica holds."""
         return self._fleet.loaded
 
+    @property
+    def activation_count(self) -> int:
+        """How often the pointer had moved when this replica last looked."""
+        return self._fleet.newest.activation
+
     async def list(self) -> list[ModelVersion]:
         """Returns all published versions, newest first."""
         return await self._call(models.list_models)

@@ -1,10 +1,16 @@
 """Small domain services for tests of the edge: each answers from what it is given and remembers what it was asked."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+
+import grpc
+import structlog
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from prometheus_client import CollectorRegistry
 
 from features.behaviour import Activity, Behaviour
 from features.candidates import Source
@@ -28,7 +34,10 @@ from server.domain import (
     Token,
     Versions,
 )
+from server.metrics import Metrics
 from server.rpc.ports import Services
+from server.rpc.server import GrpcServer, build_server
+from server.settings import ServerSettings
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -107,19 +116,22 @@ def shown(item_id: str, position: int, *, sources: Source = Source.POPULAR, newc
     )
 
 
+ANSWER = Answer(
+    user_id="u1",
+    items=(shown("i1", 0, sources=Source.COLLABORATIVE | Source.POPULAR), shown("i2", 1, newcomer=True)),
+    versions=Versions(7, "m1", 3, 5),
+    slate_id="s1",
+    as_of=NOW,
+    token=Token("u1", 7),
+    next_page_token="next",
+    degraded_reasons=("NO_ACTIVE_MODEL",),
+    stages={"features": 0.001, "ranking": 0.0025},
+)
+
+
 @dataclass
 class FakeRecommender(Script):
-    answer: Answer = Answer(
-        user_id="u1",
-        items=(shown("i1", 0, sources=Source.COLLABORATIVE | Source.POPULAR), shown("i2", 1, newcomer=True)),
-        versions=Versions(7, "m1", 3, 5),
-        slate_id="s1",
-        as_of=NOW,
-        token=Token("u1", 7),
-        next_page_token="next",
-        degraded_reasons=("NO_ACTIVE_MODEL",),
-        stages={"features": 0.001, "ranking": 0.0025},
-    )
+    answer: Answer = ANSWER
 
     async def recommend(self, query: RecommendQuery) -> Answer:
         await self.play(query)
@@ -177,7 +189,7 @@ class FakeCatalog(Script):
         await self.play(tuple(item_ids))
         return [item for key, item in sorted(self.items.items()) if key in item_ids]
 
-    async def list(self, *, page_size: int, after: str, category: str) -> "list[Item]":  # type: ignore[valid-type]
+    async def list(self, *, page_size: int, after: str, category: str) -> "list[Item]":
         await self.play((page_size, after, category))
         return [item for key, item in sorted(self.items.items()) if key > after and category in ("", item.category)][:page_size]
 
@@ -212,7 +224,7 @@ class FakeModels(Script):
         for version, active in (("m2", False), ("m1", True))
     )
 
-    async def list(self) -> "list[ModelVersion]":  # type: ignore[valid-type]
+    async def list(self) -> "list[ModelVersion]":
         await self.play(())
         return list(self.models)
 
@@ -247,3 +259,81 @@ class Fakes:
             features=self.features,
             models=self.models,
         )
+
+
+@dataclass
+class Edge:
+    """A running server over fakes, a channel to it, what it counted and what it logged."""
+
+    fakes: Fakes
+    server: GrpcServer
+    channel: grpc.aio.Channel
+    registry: CollectorRegistry
+    log: list[Any]
+
+    async def raw(self, method: str, message: bytes = b"", **options: Any) -> bytes:
+        """Calls a unary method with bytes as they are."""
+        answer: bytes = await self.channel.unary_unary(method)(message, **options)  # type: ignore[call-arg]
+        return answer
+
+
+@asynccontextmanager
+async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **settings: Any) -> AsyncIterator[Edge]:
+    """Runs a real gRPC server over fakes on a free port."""
+    fakes = fakes or Fakes()
+    registry = CollectorRegistry()
+    log = structlog.testing.CapturingLogger()
+    server = build_server(
+        fakes.services(),
+        ServerSettings(port=0, **settings),
+        Metrics(registry),
+        structlog.wrap_logger(log, wrapper_class=structlog.stdlib.BoundLogger, processors=[_keep]),
+        now=lambda: NOW,
+        max_in_flight=max_in_flight,
+    )
+    await server.start()
+    await server.set_serving(True)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        yield Edge(fakes, server, channel, registry, log.calls)
+    await server.stop(1.0)
+
+
+def _keep(_logger: Any, _method: str, event: Any) -> Any:
+    return (), dict(event)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A failed call as a client sees it."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str = ""
+    domain: str = ""
+    field: str = ""
+    rule: str = ""
+    request_id: str = ""
+    pushback: str = ""
+
+
+def refusal(error: grpc.aio.AioRpcError) -> Refusal:
+    """Decodes the status and details of a failed call."""
+    trailing: dict[str, Any] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
+    if "grpc-status-details-bin" not in trailing:
+        return Refusal(error.code(), error.details() or "")
+    status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
+    assert (status.code, status.message) == (error.code().value[0], error.details())
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    for detail in status.details:
+        assert detail.Unpack(info) or detail.Unpack(bad)
+    violation = bad.field_violations[0] if bad.field_violations else error_details_pb2.BadRequest.FieldViolation()
+    return Refusal(
+        error.code(),
+        status.message,
+        info.reason,
+        info.domain,
+        violation.field,
+        violation.description,
+        info.metadata["request_id"],
+        str(trailing.get("grpc-retry-pushback-ms", "")),
+    )

@@ -1,6 +1,7 @@
 """Everything a training run can be told, field by field, and the presets the commands use."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -140,6 +141,23 @@ class TrainConfig:
     def with_cut(self, cut: datetime | None) -> "TrainConfig":
         """Returns the configuration with another cut; None keeps the one it has."""
         return self if cut is None else replace(self, cut=cut.isoformat())
+
+    def with_values(self, values: Mapping[str, str]) -> "TrainConfig":
+        """Returns the configuration with fields set from text, as a command line gives them.
+
+        Raises:
+            ValueError: there is no such field, or the text is not of its type; the message names the field.
+        """
+        changed: dict[str, Any] = {}
+        for name, text in values.items():
+            if name not in {field.name for field in fields(self)}:
+                raise ValueError(f"unknown training field {name!r}")
+            kind = type(getattr(self, name))
+            try:
+                changed[name] = kind(text)
+            except ValueError:
+                raise ValueError(f"training field {name!r}: {text!r} is not of type {kind.__name__}") from None
+        return replace(self, **changed)
 
     def actions(self, names: str) -> tuple[str, ...]:
         """Splits a comma-separated list of actions."""

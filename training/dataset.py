@@ -1,6 +1,7 @@
 """Point-in-time rows: what was known of customers and items just before a label, joined by Feast on PostgreSQL."""
 
 import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -57,7 +58,7 @@ class Split:
     def folds(self, count: int) -> list[tuple[Micros, Micros]]:
         """Returns the ranker's period in ``count`` parts of equal length."""
         edges = np.linspace(self.ranker_start, self.cut, count + 1).astype(np.int64).tolist()
-        return list(zip(edges, edges[1:], strict=False))
+        return list(itertools.pairwise(edges))
 
 
 @dataclass(frozen=True)

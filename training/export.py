@@ -70,11 +70,12 @@ def write_bundle(
 
 def export_encoder(trained: Trained, path: Path) -> None:
     """Writes ``input_ids, attention_mask`` int64[b, l] → ``user_vector, item_vector`` float32[b, d], b and l free."""
-    example = torch.ones(2, 8, dtype=torch.int64)
+    # Two tensors: torch.export takes one tensor given twice for one input, and reads the ids from the mask.
+    example = (torch.full((2, 8), 5, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
     shape = {0: Dim("batch"), 1: Dim("length")}
-    _export(
+    export_graph(
         ExportedEncoder(trained.tower).eval(),
-        (example, example),
+        example,
         path,
         inputs=("input_ids", "attention_mask"),
         outputs=("user_vector", "item_vector"),
@@ -85,10 +86,10 @@ def export_encoder(trained: Trained, path: Path) -> None:
 def export_ranker(ranker: Ranker, path: Path) -> None:
     """Writes ``features`` float32[256, 23] → ``scores`` float32[256]; the fixed shape keeps scores equal to the bit."""
     example = torch.zeros(CANDIDATE_COUNT, len(RANKING_FEATURES))
-    _export(ranker.eval(), (example,), path, inputs=("features",), outputs=("scores",), shapes=None)
+    export_graph(ranker.eval(), (example,), path, inputs=("features",), outputs=("scores",), shapes=None)
 
 
-def _export(
+def export_graph(
     model: nn.Module,
     example: tuple[Tensor, ...],
     path: Path,
@@ -183,7 +184,7 @@ def _difference(left: Sequence[FloatArray], right: Sequence[FloatArray]) -> floa
 def _golden_features(ranker: Ranker) -> npt.NDArray[np.float32]:
     """Returns plausible ranker input: random rows spread as its training rows were."""
     noise = np.random.default_rng(0).standard_normal((CANDIDATE_COUNT, len(RANKING_FEATURES)))
-    return (ranker.mean.numpy() + noise / ranker.scale.numpy()).astype(np.float32)
+    return np.asarray(ranker.mean.numpy() + noise / ranker.scale.numpy(), np.float32)
 
 
 def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, float], files: dict[str, str]) -> Manifest:

@@ -1,5 +1,6 @@
 """Labels: what a customer turned to on a visit, to be predicted from what came before it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,9 +50,7 @@ def choose_labels(log: EventLog, split: Split, config: TrainConfig) -> Labels:
     ranker = _sample(visit_labels(log, targets, start=split.ranker_start, end=split.cut), config.ranker_labels, rng)
     holdout = _sample(holdout_labels(log, targets, cut=split.cut), config.evaluation_users, rng)
     if not tower or not ranker:
-        raise TrainingDataError(
-            f"{len(tower)} visits to train the tower on and {len(ranker)} for the ranker: too few events before the cut"
-        )
+        raise TrainingDataError(f"{len(tower)} visits to train the tower on and {len(ranker)} for the ranker: too few events")
     return Labels(tower[-config.tower_labels :], _sample(ranker, config.validation_labels, rng), ranker, holdout)
 
 
@@ -113,10 +112,10 @@ def holdout_labels(log: EventLog, actions: Sequence[str], *, cut: Micros) -> lis
 def _customers(log: EventLog) -> list[slice]:
     edges = np.flatnonzero(np.diff(log.user)) + 1
     bounds = [0, *edges.tolist(), len(log)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a]
 
 
 def _visits(log: EventLog, span: slice) -> list[slice]:
     edges = np.flatnonzero(np.diff(log.visit[span])) + 1 + span.start
     bounds = [span.start, *edges.tolist(), span.stop]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]

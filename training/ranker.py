@@ -44,7 +44,8 @@ class Ranker(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Returns scores float32[..., c] of rows float32[..., c, 23]; outliers are cut at 8 standard deviations."""
         x = ((features - self.mean) * self.scale).clamp(-8.0, 8.0)
-        return (self.linear(x) + self.deep(x)).squeeze(-1)
+        scores: Tensor = (self.linear(x) + self.deep(x)).squeeze(-1)
+        return scores
 
     @torch.inference_mode()
     def order(self, query: Query) -> list[int]:
@@ -109,10 +110,10 @@ def train_ranker(queries: Sequence[Query], config: TrainConfig) -> Ranker:
 
 def _epoch(ranker: Ranker, lists: Lists, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
     ranker.train()
-    for rows in torch.randperm(len(lists.features), generator=generator).split(_LISTS_PER_STEP):
+    for rows in torch.split(torch.randperm(len(lists.features), generator=generator), _LISTS_PER_STEP):
         loss = list_loss(ranker(lists.features[rows]), lists.filled[rows], lists.wanted[rows])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 

@@ -20,7 +20,8 @@ from features.item_table import FloatArray
 from features.settings import Settings
 from features.signals import SignalConfig
 from features.store import contract_of
-from training import checkpoint, collaborative, evaluate as evaluation
+from training import checkpoint, collaborative
+from training import evaluate as evaluation
 from training.checkpoint import RunRecord, Trained
 from training.config import TrainConfig
 from training.dataset import (
@@ -34,8 +35,8 @@ from training.dataset import (
     split_of,
     take_snapshots,
 )
-from training.encode import user_vectors
 from training.distributed import processes, rank_zero_first
+from training.encode import user_vectors
 from training.events import Micros, to_micros
 from training.export import BundleContext, write_bundle
 from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from features.behaviour import Activity, behaviour_text
 from features.item_table import ItemTable
@@ -35,6 +36,7 @@ def base_name(base_model: str) -> str:
 def load_encoder(base_model: str, *, dropout: float) -> PreTrainedModel:
     """Loads the pretrained BERT without its pooling layer; "tiny" is a random one of width 32 (seeded by the caller)."""
     path = base_path(base_model)
+    disable_progress_bar()
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     with quiet():
         config = AutoConfig.from_pretrained(path, **rates)

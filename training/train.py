@@ -173,7 +173,7 @@ def mean_ndcg(users: FloatArray, items: FloatArray, labels: Sequence[Label]) -> 
 def _parameter_groups(tower: TwoTower, config: TrainConfig) -> list[dict[str, Any]]:
     encoder = [p for p in tower.encoder.parameters() if p.requires_grad]
     heads = [*tower.user_head.parameters(), *tower.item_head.parameters()]
-    # Weight decay pulls the heads away from the identity they start as, vectors and norms away from where they belong: matrices of BERT only.
+    # No weight decay on the heads (it would pull them off the identity they start as), nor on biases and norms.
     return [
         {"params": [p for p in encoder if p.ndim > 1], "peak": config.learning_rate, "weight_decay": config.weight_decay},
         {"params": [p for p in encoder if p.ndim <= 1], "peak": config.learning_rate, "weight_decay": 0.0},

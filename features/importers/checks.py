@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.importers.columns import number_column, text_column
-from features.importers.mapping import NumberField, RejectRule, TextField
+from features.importers.fields import NumberField, RejectRule, TextField
 
 
 class Reasons:

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.importers.mapping import ChoiceField, NumberField, TextField, TimeField
+from features.importers.fields import ChoiceField, NumberField, TextField, TimeField
 
 _UUID = r"^[0-9a-fA-F]{8}-?[0-9a-fA-F]{4}-?[0-9a-fA-F]{4}-?[0-9a-fA-F]{4}-?[0-9a-fA-F]{12}$"
 _SEPARATOR = "\x1f"
@@ -108,14 +108,13 @@ def time_column(rows: pa.Table, spec: TimeField | None) -> Column:
     if spec is None:
         return Column(pa.nulls(len(rows), pa.timestamp("us", "UTC")), np.zeros(len(rows), bool))
     column = source_column(rows, spec.column)
-    given = column.is_valid().to_numpy(zero_copy_only=False)
+    given = as_text(column).is_valid().to_numpy(zero_copy_only=False)
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
         times = pd.Series(column.to_pandas(date_as_object=False))
     elif spec.unit or pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         times = pd.to_datetime(pd.Series(_numbers(rows, spec.column)[0]), unit=spec.unit or "s", utc=True, errors="coerce")
     else:
         text = as_text(column).to_pandas()
-        given = text.notna().to_numpy()
         times = pd.to_datetime(text, format=spec.format or "ISO8601", errors="coerce", utc=_has_zone(text, spec))
     times = _in_utc(times, spec.timezone)
     inside = ((times >= _EARLIEST) & (times < _LATEST)).to_numpy()

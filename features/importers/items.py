@@ -13,8 +13,9 @@ import pyarrow as pa
 from features.catalogue import Item, upsert_items
 from features.importers.checks import Reasons
 from features.importers.columns import number_column, source_column, text_column, time_column
+from features.importers.fields import ListField, NumberField, TextField, TimeField
 from features.importers.item_rows import ItemTable, build_items, parse_attributes, parse_list
-from features.importers.mapping import ItemsMapping, ListField, Mapping, MappingError, NumberField, TextField, TimeField
+from features.importers.mapping import ItemsMapping, Mapping, MappingError
 from features.importers.rejects import Rejects
 from features.importers.report import ImportReport, Progress, Tally
 from features.importers.sources import open_source

@@ -36,6 +36,11 @@ class Catalog:
         """The index epoch this replica answers with, 0 before the first."""
         return self._fleet.index_version
 
+    @property
+    def offer_version(self) -> int:
+        """The newest offers this replica knows of."""
+        return self._fleet.newest.offer_version
+
     async def upsert(self, items: Sequence[Item], relations: Sequence[Relation]) -> UpsertResult:
         """Stores items and relations; prices, stock and channels hold from the next answer on, descriptions from the next epoch."""
         result = await asyncio.to_thread(self._in_transaction, items, relations)

@@ -94,8 +94,8 @@ class LoadedModel:
         for k, length in enumerate(golden["lengths"]):
             ids = golden["input_ids"][k : k + 1, :length]
             for output in ("user_vector", "item_vector"):
-                self._compare(output, self._run_encoder(ids, output), golden[output][k])
-        self._compare("scores", self.rank(golden["features"]), golden["scores"])
+                self._compare(output, self._run_encoder(ids, output), golden[f"{output}s"][k])
+        self._compare("scores", self.rank(golden["ranker_features"]), golden["ranker_scores"])
 
     def _compare(self, name: str, seen: FloatArray, expected: FloatArray) -> None:
         difference = float(np.abs(seen - expected).max())

@@ -68,6 +68,23 @@ class Identities:
         if len(self._cache) > _CACHE_SIZE:
             self._cache.popitem(last=False)
 
+    async def minimum_version(self, user_id: str, token: Token | None) -> int:
+        """Returns the version that an answer to the bearer of a token must reflect at least.
+
+        A token of a customer merged into this one asks for the merge itself: for what PostgreSQL holds of the survivor now.
+
+        Raises:
+            InvalidRequestError: the token belongs to another customer.
+        """
+        if token is None:
+            return 0
+        if token.user_id == user_id:
+            return token.version
+        owner = await self.resolve(Subject(user_id=token.user_id))
+        if owner.user_id != user_id:
+            raise InvalidRequestError("consistency_token", "belongs to another customer", reason="TOKEN_OF_OTHER_USER")
+        return owner.user_version
+
     async def resolve(self, subject: Subject, *, create: bool = False) -> Resolved:
         """Returns the customer behind a subject, creating one for an unknown identity if asked.
 

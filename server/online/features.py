@@ -5,76 +5,89 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+import structlog
 from feast import FeatureStore
 from feast.errors import FeatureServiceNotFoundException
 from redis.asyncio import Redis
+from sqlalchemy.exc import SQLAlchemyError
 
-from features.layout import FeatureValue, Status, ViewLayout, entity_key, load_layouts
+from features.layout import FeatureValue, ViewLayout, entity_key, load_layouts
+from server.domain import EntityKey
 from server.errors import InvalidRequestError, NotFoundError
-from server.online.states import UserStates
+from server.ingest.identities import Identities
+from server.online.states import MergedError, UserStates
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class FeatureRow:
     """Features of one entity: ``view:feature`` to its value and status, in the order asked for."""
 
-    entity_id: str
     values: Mapping[str, FeatureValue]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to ask Redis for: a view per span of hash fields, and which features of it were asked for."""
+    """What to ask Redis for: the names in order, and the views that hold them by join key."""
 
-    join_key: str
     refs: tuple[str, ...]
-    views: tuple[ViewLayout, ...]
-
-    @property
-    def hash_fields(self) -> list[bytes]:
-        return [field for view in self.views for field in view.hash_fields]
+    views: Mapping[str, tuple[ViewLayout, ...]]
 
 
 class FeatureReader:
-    """Reads features by plans compiled once per service or list; one HMGET per entity, all entities in one pipeline."""
+    """Reads features by plans: one HMGET per entity and join key, all in one pipeline, so no row mixes two writes."""
 
     def __init__(
         self,
         client: Redis,
         states: UserStates,
+        identities: Identities,
+        *,
         store: FeatureStore,
         layouts: Mapping[str, ViewLayout],
-        *,
         project: str,
         now: Callable[[], datetime],
     ) -> None:
         self._client = client
         self._states = states
+        self._identities = identities
         self._store = store
         self._layouts = dict(layouts)
         self._services: dict[str, tuple[str, ...]] = {}
         self._project = project
         self._now = now
 
-    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[str]) -> list[FeatureRow]:
+    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> list[FeatureRow]:
         """Returns the features of each entity, for a feature service or for ``view:feature`` names.
 
         Raises:
             NotFoundError: the registry has no such service, view or feature.
-            InvalidRequestError: the features belong to different entities, or are computed at request time.
+            InvalidRequestError: a feature is computed at request time, or an entity lacks the id a view needs.
+            StaleStateError: the state an entity's token asks for does not exist (yet).
         """
         names = tuple(refs) or self._services.get(service) or await self._service_refs(service)
         plan = self._plan(names)
-        rows = await self._fetch(plan, entities)
-        if plan.join_key == "user_id":
-            await self._rebuild_absent(rows)
-            rows = await self._fetch(plan, entities)
-        return rows
+        users = [await self._user(entity) if "user_id" in plan.views else "" for entity in entities]
+        keys = [self._keys(plan, k, user, entity.item_id) for k, (user, entity) in enumerate(zip(users, entities, strict=True))]
+        pipeline = self._client.pipeline(transaction=False)
+        for row in keys:
+            for key, views in zip(row, plan.views.values(), strict=True):
+                pipeline.hmget(key, [field for view in views for field in view.hash_fields])  # type: ignore[arg-type]
+        replies = await pipeline.execute()
+        width = len(plan.views)
+        return [_row(plan, replies[k : k + width], self._now()) for k in range(0, len(replies), width)]
 
-    async def refresh(self) -> None:
-        """Looks at the Feast registry again, off the event loop, so that newly applied views are served without a restart."""
-        self._layouts = await asyncio.to_thread(load_layouts, self._store)
-        self._services = {}
+    async def run(self, pause_seconds: float) -> None:
+        """Looks at the Feast registry again every so often, off the event loop: new views are served without a restart."""
+        while True:
+            await asyncio.sleep(pause_seconds)
+            try:
+                await asyncio.to_thread(self._store.refresh_registry)
+                self._layouts = await asyncio.to_thread(load_layouts, self._store)
+            except SQLAlchemyError as error:
+                _log.warning("the Feast registry cannot be read; serving what it said last", error=type(error).__name__)
+            self._services = {}
 
     async def _service_refs(self, service: str) -> tuple[str, ...]:
         try:
@@ -86,41 +99,45 @@ class FeatureReader:
         return refs
 
     def _plan(self, refs: tuple[str, ...]) -> _Plan:
-        views: dict[str, ViewLayout] = {}
+        views: dict[str, dict[str, ViewLayout]] = {}
         for ref in refs:
-            view, _, feature = ref.partition(":")
-            layout = self._layouts.get(view)
+            name, _, feature = ref.partition(":")
+            layout = self._layouts.get(name)
+            if layout is None and name in {view.name for view in self._store.list_on_demand_feature_views(allow_cache=True)}:
+                raise InvalidRequestError("features", f"{ref} is computed at request time and not read from the online store")
             if layout is None or feature not in layout.features:
                 raise NotFoundError(f"no online feature {ref!r}", reason="FEATURE_UNKNOWN", field="features")
-            views[view] = layout
-        keys = {layout.join_key for layout in views.values()}
-        if len(keys) != 1:
-            raise InvalidRequestError("features", "must all belong to one entity")
-        return _Plan(keys.pop(), refs, tuple(views.values()))
+            views.setdefault(layout.join_key, {})[name] = layout
+        return _Plan(refs, {join_key: tuple(found.values()) for join_key, found in views.items()})
 
-    async def _fetch(self, plan: _Plan, entities: Sequence[str]) -> list[FeatureRow]:
-        pipeline = self._client.pipeline(transaction=False)
-        for entity in entities:
-            pipeline.hmget(entity_key(plan.join_key, entity, self._project), plan.hash_fields)  # type: ignore[arg-type]
-        replies = await pipeline.execute()
-        now = self._now()
-        return [FeatureRow(entity, _decode(plan, reply, now)) for entity, reply in zip(entities, replies, strict=True)]
+    def _keys(self, plan: _Plan, position: int, user_id: str, item_id: str) -> list[bytes]:
+        ids = {"user_id": user_id, "item_id": item_id}
+        for join_key in plan.views:
+            if not ids.get(join_key):
+                raise InvalidRequestError(f"entity_rows[{position}].{join_key}", "is required by the features asked for")
+        return [entity_key(join_key, ids[join_key], self._project) for join_key in plan.views]
 
-    async def _rebuild_absent(self, rows: Sequence[FeatureRow]) -> None:
-        """A customer with nothing online at all may just have lost it: PostgreSQL knows."""
-        for row in rows:
-            if all(value.status is Status.MISSING for value in row.values.values()):
-                try:
-                    await self._states.rebuild(row.entity_id)
-                except NotFoundError:
-                    continue  # nobody of that id: MISSING is the answer
+    async def _user(self, entity: EntityKey) -> str:
+        """Makes sure Redis holds the customer as PostgreSQL does, as new as the token; returns who they are after merges."""
+        if not entity.user_id:
+            return ""
+        user_id = entity.user_id
+        try:
+            minimum = await self._identities.minimum_version(user_id, entity.token)
+            await self._states.at_least(user_id, minimum, now=self._now())
+        except MergedError as merged:
+            return merged.survivor
+        except NotFoundError:
+            pass  # nobody of that id: MISSING is the answer
+        return user_id
 
 
-def _decode(plan: _Plan, reply: Sequence[bytes | None], now: datetime) -> dict[str, FeatureValue]:
+def _row(plan: _Plan, replies: Sequence[Sequence[bytes | None]], now: datetime) -> FeatureRow:
     decoded: dict[str, FeatureValue] = {}
-    start = 0
-    for view in plan.views:
-        values = view.decode(reply[start : start + len(view.hash_fields)], now)
-        decoded |= {f"{view.name}:{name}": value for name, value in values.items()}
-        start += len(view.hash_fields)
-    return {ref: decoded[ref] for ref in plan.refs}
+    for reply, views in zip(replies, plan.views.values(), strict=True):
+        start = 0
+        for view in views:
+            values = view.decode(reply[start : start + len(view.hash_fields)], now)
+            decoded |= {f"{view.name}:{name}": value for name, value in values.items()}
+            start += len(view.hash_fields)
+    return FeatureRow({ref: decoded[ref] for ref in plan.refs})

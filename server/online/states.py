@@ -10,7 +10,7 @@ from psycopg.rows import TupleRow, dict_row
 from features.activity import READ_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue
 from server.database import Pool
-from server.errors import NotFoundError, UnavailableError
+from server.errors import NotFoundError, StaleStateError, UnavailableError
 from server.online.store import OnlineStore
 
 Features = dict[str, dict[str, FeatureValue]]
@@ -71,9 +71,16 @@ class UserStates:
             await self.rebuild(user_id)
         raise UnavailableError("the online store does not keep what is written", reason="ONLINE_STORE_UNAVAILABLE")
 
-    async def version(self, user_id: str) -> int:
-        """Returns the customer's version in PostgreSQL, 0 for an unknown one."""
-        async with self._pool.connection() as connection:
-            cursor = await connection.execute("SELECT version FROM users WHERE user_id = %s", [user_id])
-            row = await cursor.fetchone()
-        return int(row[0]) if row else 0
+    async def at_least(self, user_id: str, minimum: int, *, now: datetime) -> Features:
+        """Reads all views of a customer at ``minimum`` or a later version.
+
+        Raises:
+            StaleStateError: PostgreSQL itself does not hold that version.
+            NotFoundError, MergedError, UnavailableError: as ``features``.
+        """
+        features = await self.features(user_id, now=now)
+        if features[self._codec.activity.name]["version"].value < minimum:
+            if await self.rebuild(user_id) < minimum:
+                raise StaleStateError("the state this token asks for is not there", reason="TOKEN_AHEAD", field="consistency_token")
+            features = await self.features(user_id, now=now)
+        return features

@@ -6,7 +6,7 @@ from datetime import datetime
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, activity_of
 from server.database import Pool
 from server.domain import CustomerProfile, Subject, Token
-from server.errors import NotFoundError, StaleStateError
+from server.errors import NotFoundError
 from server.ingest.identities import Identities
 from server.online.states import UserStates
 
@@ -33,12 +33,8 @@ class Profiles:
         resolved = await self._identities.resolve(subject)
         if not resolved.user_id:
             raise NotFoundError("no customer has this identity", reason="SUBJECT_UNKNOWN", field="subject.identity")
-        minimum = token.version if token else 0
-        features = await self._states.features(resolved.user_id, now=self._now())
-        if features[ACTIVITY_VIEW]["version"].value < minimum:
-            if await self._states.rebuild(resolved.user_id) < minimum:
-                raise StaleStateError("the state this token asks for is not there", reason="TOKEN_AHEAD", field="consistency_token")
-            features = await self._states.features(resolved.user_id, now=self._now())
+        minimum = await self._identities.minimum_version(resolved.user_id, token)
+        features = await self._states.at_least(resolved.user_id, minimum, now=self._now())
         activity = activity_of(features[ACTIVITY_VIEW])
         assert activity is not None
         async with self._pool.connection() as connection:

@@ -17,7 +17,7 @@ from features.layout import Status
 from features.ranking import Profile
 from server.catalog.offers import Offers, OfferTable
 from server.domain import Answer, ItemFilter, RecommendQuery, Subject, Token, Versions
-from server.errors import ConflictError, InvalidRequestError, NotFoundError, PreconditionError, StaleStateError, UnavailableError
+from server.errors import ConflictError, NotFoundError, PreconditionError, StaleStateError, UnavailableError
 from server.fleet import FleetWatch
 from server.ingest.identities import Identities
 from server.journal.exposures import Journal
@@ -217,7 +217,7 @@ class Recommender:
 
     async def _standing(self, user_id: str, place: Place, token: Token | None, clock: _Clock) -> tuple[Snapshot, Fleet, Any]:
         """Reads until the snapshot in hand is the one the pointers name and the customer's state satisfies the token."""
-        minimum = await self._minimum(user_id, token)
+        minimum = await self._identities.minimum_version(user_id, token)
         snapshot = self._fleet.current
         for _ in range(_TURNS):
             with clock("online_read"):
@@ -237,20 +237,6 @@ class Recommender:
                 continue
             return snapshot, fleet, standing
         raise UnavailableError("the versions keep moving", reason="VERSIONS_MOVING")
-
-    async def _minimum(self, user_id: str, token: Token | None) -> int:
-        """Returns the version an answer must reflect at least.
-
-        A token of a customer merged into this one asks for the merge itself: for what PostgreSQL holds of the survivor now.
-        """
-        if token is None:
-            return 0
-        if token.user_id == user_id:
-            return token.version
-        owner = await self._identities.resolve(Subject(user_id=token.user_id))
-        if owner.user_id != user_id:
-            raise InvalidRequestError("consistency_token", "belongs to another customer", reason="TOKEN_OF_OTHER_USER")
-        return owner.user_version
 
     async def _computed(self, user_id: str, place: Place, snapshot: Snapshot, *, version: int, as_of: datetime, clock: _Clock) -> bytes:
         """Computes and commits a slate once, however many calls of this process wait for it."""

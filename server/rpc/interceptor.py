@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -19,8 +19,8 @@ from server.rpc.status import REQUEST_ID_KEY, failure_of, trailing_metadata
 _OURS = "/concord."
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = grpc.RpcMethodHandler[Any, Any]
+# Text, because the class takes type arguments in the stubs only.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 @dataclass
@@ -33,7 +33,7 @@ class _Call:
     channel: str = ""
 
 
-class EdgeInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the unary and bidirectional methods of this service; health and reflection pass untouched.
 
     Parsing happens in here, because grpc.aio answers UNKNOWN, with parser text, to a malformed message.
@@ -56,13 +56,13 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
         self._max_in_flight = max_in_flight
         self._new_id = new_id
         self._in_flight = 0
-        self._wrapped: dict[str, Handler] = {}
+        self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
+    ) -> Any:
         """Returns the wrapped handler of the method called; unknown methods stay unknown."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
@@ -72,7 +72,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
             self._wrapped[method] = self._wrap(handler, method.removeprefix(_OURS).partition(".")[2])
         return self._wrapped[method]
 
-    def _wrap(self, handler: Handler, method: str) -> Handler:
+    def _wrap(self, handler: Any, method: str) -> Any:
         """Our contract has unary and bidirectional methods only; another kind would have to be wrapped here too."""
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
@@ -84,7 +84,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
             )
         raise TypeError(f"{method} is neither unary nor bidirectional")
 
-    def _unary(self, handler: Handler, method: str) -> Callable[[bytes, Context], Awaitable[Any]]:
+    def _unary(self, handler: Any, method: str) -> Callable[[bytes, Any], Awaitable[Any]]:
         parse: Any = handler.request_deserializer
         behaviour: Any = handler.unary_unary
 
@@ -101,7 +101,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
 
         return handle
 
-    def _stream(self, handler: Handler, method: str) -> Callable[[AsyncIterator[bytes], Context], AsyncIterator[Any]]:
+    def _stream(self, handler: Any, method: str) -> Callable[[AsyncIterator[bytes], Any], AsyncIterator[Any]]:
         """A stream lives as long as its client wants; the deadline of each of its messages is the servicer's."""
         parse: Any = handler.request_deserializer
         behaviour: Any = handler.stream_stream
