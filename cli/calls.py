@@ -1,4 +1,4 @@
-"""Commands that run a server or call one: serve, record, recommend."""
+"""Commands that run a server or call one: serve, health, record, recommend."""
 
 import asyncio
 import json
@@ -20,6 +20,7 @@ _Channel = Annotated[str, typer.Option(help="Channel the call comes from.")]
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command(epilog="Example: CONCORD_PORT=50051 concord serve")(serve)
+    app.command(epilog="Example: concord health --server 127.0.0.1:50051")(health)
     app.command(epilog="Example: concord record alice purchase --item sku-1 --channel store")(record)
     app.command(epilog="Example: concord recommend alice --channel app --surface home --limit 5")(recommend)
 
@@ -46,6 +47,23 @@ def serve(
                 _print_how_to_call(f"{settings.host}:{port}", metrics_port)
 
         _run(run(settings, announce=announce))
+
+
+def health(server: _Server = "127.0.0.1:50051") -> None:
+    """Asks a running server whether it is ready; the exit status is 1 unless it answers SERVING within 3 seconds."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(server, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
+        except grpc.RpcError as error:
+            _out.print(f"{server}: no answer: {error.code().name}", highlight=False)
+            raise typer.Exit(1) from None
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    _out.print(f"{server}: {status}", highlight=False)
+    if status != "SERVING":
+        raise typer.Exit(1)
 
 
 def record(

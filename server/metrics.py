@@ -6,7 +6,7 @@ from threading import Thread
 from time import perf_counter
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server, values
 
 # The nouns of the recommendation path, in order; the same ones stand in an answer's stage timings.
 STAGES = (
@@ -33,6 +33,7 @@ class Metrics:
     """All metrics of one process, registered in ``registry``; durations are in seconds."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        _keep_values_in_memory()
         self._rpc_count = Counter("concord_rpc", "Calls answered.", ["method", "code", "channel"], registry=registry)
         self._rpc_seconds = Histogram(
             "concord_rpc_seconds", "Time from request to answer.", ["method", "channel"], buckets=_BUCKETS, registry=registry
@@ -60,6 +61,7 @@ class Metrics:
         self._model = Gauge(
             "concord_active_model_info", "1 for the model version this process answers with.", ["version"], registry=registry
         )
+        self._active = ""
 
     def observe_rpc(self, method: str, code: str, *, channel: str, seconds: float) -> None:
         """Counts one answered call; ``channel`` must be a registered channel or empty, so that labels stay bounded."""
@@ -116,10 +118,20 @@ class Metrics:
         self._lag.set(seconds)
 
     def set_active_model(self, version: str) -> None:
-        """Names the model version this process answers with; empty when there is none."""
-        self._model.clear()
+        """Names the model version this process answers with, empty when there is none; one it answered with before goes to 0."""
+        if self._active:
+            self._model.labels(self._active).set(0)
         if version:
             self._model.labels(version).set(1)
+        self._active = version
+
+
+def _keep_values_in_memory() -> None:
+    """Undoes what importing Feast does to prometheus_client where it comes first (feast/metrics.py, 0.67).
+
+    It puts every metric of the process into memory-mapped files keyed by name alone, so that two registries share their counts.
+    """
+    values.ValueClass = values.MutexValue
 
 
 class MetricsEndpoint:

@@ -50,9 +50,11 @@ class Script:
     error: Exception | None = None
     delay: float = 0.0
     cancelled: int = 0
+    called: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def play(self, call: Any) -> None:
         self.calls.append(call)
+        self.called.set()
         try:
             await asyncio.sleep(self.delay)
         except asyncio.CancelledError:
@@ -295,7 +297,7 @@ async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **sett
     await server.set_serving(True)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield Edge(fakes, server, channel, registry, log.calls)
-    await server.stop(1.0)
+    await server.stop(0.05)
 
 
 def _keep(_logger: Any, _method: str, event: Any) -> Any:

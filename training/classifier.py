@@ -137,7 +137,7 @@ def fit(model: BertForSequenceClassification, training: Pairs, validation: Pairs
     for _ in range(config.epochs):
         model.train()
         order = torch.randperm(len(training), generator=generator)
-        for rows in bar(torch.split(order, config.batch_size), "click classifier"):  # type: ignore[no-untyped-call]
+        for rows in bar(torch.split(order, config.batch_size), "click classifier"):
             if spent():
                 break
             _step(model, training, rows.tolist(), optimizer=optimizer, clip_norm=config.clip_norm)

@@ -101,8 +101,8 @@ class TrainConfig:
     ease_max_items: int = 20_000
     half_life_days: float = 30.0
     ranker_hidden: int = 64
-    ranker_epochs: int = 60
-    ranker_learning_rate: float = 1e-3
+    ranker_epochs: int = 40
+    ranker_learning_rate: float = 2e-3
     ranker_weight_decay: float = 0.1
     ranker_dropout: float = 0.1
     ranker_patience: int = 10
@@ -111,7 +111,7 @@ class TrainConfig:
     @classmethod
     def demo(cls) -> "TrainConfig":
         """Returns the preset of ``make demo``: a fine-tuned model of the sample shop within three minutes on 2 cores."""
-        return cls(user_tokens=64, time_budget_s=70.0, validation_labels=200, ranker_labels=1_200, evaluation_users=1_000)
+        return cls(user_tokens=64, time_budget_s=60.0, validation_labels=200, ranker_labels=1_200, evaluation_users=1_000)
 
     @classmethod
     def full(cls) -> "TrainConfig":

@@ -175,13 +175,15 @@ def _references(store: FeatureStore, *views: str) -> list[str]:
 
 
 def _join(store: FeatureStore, key: str, entities: Sequence[tuple[str, Micros]], features: list[str]) -> list[dict[str, Any]]:
-    """Runs Feast's point-in-time join for (entity, time) rows; each row comes back with its time as ``at``."""
-    frame = pd.DataFrame({key: [name for name, _ in entities], "event_timestamp": [_moment(time) for _, time in entities]})
+    """Runs Feast's point-in-time join for (entity, time) rows; each row comes back with its time as ``at``.
+
+    The time travels as a number too, because Feast hands timestamps back in the database's zone, without saying which.
+    """
+    names, times = zip(*entities, strict=True)
+    frame = pd.DataFrame({key: names, "at": times, "event_timestamp": [_moment(time) for time in times]})
     with quiet():
         joined = store.get_historical_features(entity_df=frame, features=features).to_arrow()
     rows: list[dict[str, Any]] = joined.to_pylist()
-    for row in rows:
-        row["at"] = to_micros(row["event_timestamp"])
     return rows
 
 

@@ -98,6 +98,7 @@ def export_graph(
     outputs: Sequence[str],
     shapes: dict[str, dict[int, Dim]] | None,
 ) -> None:
+    """Writes a module as an ONNX graph in one file; ``shapes`` names the free dimensions of each input."""
     with quiet(), torch.no_grad():
         torch.onnx.export(
             model,

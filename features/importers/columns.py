@@ -68,8 +68,10 @@ def text_column(rows: pa.Table, spec: TextField | None) -> pa.Array:
     if spec.value is not None:
         return pa.array([spec.value] * len(rows), pa.string())
     names = [spec.column] if spec.column else list(spec.columns)
-    parts = [as_text(source_column(rows, name)) for name in names]
-    text = parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, spec.separator, null_handling="skip")
+    text = as_text(source_column(rows, names[0]))
+    for name in names[1:]:  # not null_handling="skip" at once: pyarrow 26 loses rows where every part is null
+        more = as_text(source_column(rows, name))
+        text = pc.coalesce(pc.binary_join_element_wise(text, more, spec.separator), text, more)
     if spec.integer:
         text = pc.replace_substring_regex(text, r"\.0+$", "")
     for old, new in spec.replace.items():

@@ -136,7 +136,7 @@ class Identities:
             InvalidRequestError: both subjects are the same identity.
         """
         if first == second:
-            raise InvalidRequestError("second", "must differ from first")
+            raise InvalidRequestError("subject", "must differ from the identity")
         merged: tuple[str, ...] | None = None
         while merged is None:
             merged = await self._merge(sorted({(await self.resolve(subject, create=True)).user_id for subject in (first, second)}))

@@ -61,6 +61,7 @@ class Shelf:
         return (
             offer.sold_in(self.channel)
             and (offer.in_stock or not (self.hide_out_of_stock or wanted.in_stock_only))
+            and (not wanted.currency or offer.currency == wanted.currency)
             and (not wanted.categories or table.category_names[row] in wanted.categories)
             and (not wanted.brands or table.brand_names[row] in wanted.brands)
             and (wanted.min_price_micros is None or price >= wanted.min_price_micros)

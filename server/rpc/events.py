@@ -32,6 +32,7 @@ class EventServicer(events_pb2_grpc.EventServiceServicer):
         self._metrics = metrics
         self._deadline_seconds = deadline_seconds
         self._readers: set[asyncio.Task[None]] = set()
+        self._draining = False
 
     async def RecordEvents(self, request: events_pb2.RecordEventsRequest, _context: Context) -> events_pb2.RecordEventsResponse:
         """Stores a batch of events."""
@@ -50,6 +51,8 @@ class EventServicer(events_pb2_grpc.EventServiceServicer):
         reader = asyncio.create_task(self._read(requests, answers, free))
         self._readers.add(reader)
         reader.add_done_callback(lambda _: answers.put_nowait(None))
+        if self._draining:
+            reader.cancel()
         try:
             while (answer := await answers.get()) is not None:
                 yield await answer
@@ -63,6 +66,7 @@ class EventServicer(events_pb2_grpc.EventServiceServicer):
 
     def drain(self) -> None:
         """Makes every open stream answer what it has read and then end, so that stopping need not wait for its client."""
+        self._draining = True
         for reader in self._readers:
             reader.cancel()
 

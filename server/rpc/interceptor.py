@@ -12,7 +12,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from server.errors import ConcordError, OverloadedError
+from server.errors import ConcordError, OverloadedError, UnavailableError
 from server.metrics import Metrics
 from server.rpc.status import REQUEST_ID_KEY, failure_of, trailing_metadata
 
@@ -55,6 +55,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._default_deadline = default_deadline_seconds
         self._max_in_flight = max_in_flight
         self._new_id = new_id
+        self._draining = False
         self._in_flight = 0
         self._wrapped: dict[str, Any] = {}
 
@@ -141,7 +142,13 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._metrics.call_finished()
             self._metrics.observe_rpc(method, call.code, channel=call.channel, seconds=perf_counter() - started)
 
+    def drain(self) -> None:
+        """Refuses new calls from now on with UNAVAILABLE, which clients retry elsewhere; gRPC's own stop would say CANCELLED."""
+        self._draining = True
+
     def _admit(self) -> None:
+        if self._draining:
+            raise UnavailableError("this server is stopping", reason="SERVER_STOPPING")
         if self._in_flight > self._max_in_flight:
             raise OverloadedError("too many calls in flight", reason="SERVER_OVERLOADED")
 

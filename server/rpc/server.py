@@ -42,6 +42,7 @@ from server.settings import ServerSettings
 
 # Of every call in flight one core is at work on one; more than this many only wait beyond their deadlines.
 MAX_IN_FLIGHT = 1024
+_DRAIN_PAUSE = 0.3
 
 SERVICE_NAMES = tuple(
     service.full_name
@@ -85,8 +86,11 @@ class DrainingHealth(health.aio.HealthServicer):  # type: ignore[misc, name-defi
 class GrpcServer:
     """A bound gRPC server at ``port``; it says NOT_SERVING until ``set_serving(True)``."""
 
-    def __init__(self, server: grpc.aio.Server, health_servicer: DrainingHealth, events: EventServicer, *, port: int) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, health_servicer: DrainingHealth, events: EventServicer, edge: EdgeInterceptor, *, port: int
+    ) -> None:
         self._server = server
+        self._edge = edge
         self._health = health_servicer
         self._events = events
         self.port = port
@@ -100,9 +104,16 @@ class GrpcServer:
         await self._health.flip(serving)
 
     async def stop(self, grace_seconds: float) -> None:
-        """Says NOT_SERVING, takes no new calls, and gives those in flight ``grace_seconds`` to finish; open streams are ended."""
+        """Says NOT_SERVING, then refuses new calls, and gives those in flight ``grace_seconds`` to finish; open streams are ended.
+
+        The pauses let load balancers look away and let calls already on the wire be accepted: those that gRPC has received but
+        not handed over when it stops end as CANCELLED, which no client retries.
+        """
         await self._health.close()
         self._events.drain()
+        await asyncio.sleep(min(_DRAIN_PAUSE, grace_seconds))
+        self._edge.drain()
+        await asyncio.sleep(min(_DRAIN_PAUSE, grace_seconds))
         await self._server.stop(grace_seconds)
 
 
@@ -140,7 +151,7 @@ def build_server(
     if settings.reflection:
         reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     port = server.add_insecure_port(f"{settings.host}:{settings.port}")
-    return GrpcServer(server, health_servicer, events, port=port)
+    return GrpcServer(server, health_servicer, events, interceptor, port=port)
 
 
 def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator) -> None:

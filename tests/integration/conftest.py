@@ -1,9 +1,11 @@
 """Real servers for the integration tests: one PostgreSQL and one Redis a session, a database of each per shop."""
 
 import itertools
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -15,15 +17,20 @@ from cli.stack import Stack, running_stack
 from features.schema import migrate
 from features.store import apply_repository
 from server.settings import ServerSettings
+from tests.integration import serving
+from tests.integration.times import START
 
-START = datetime(2026, 1, 1, tzinfo=UTC)
 NewShop = Callable[[], ServerSettings]
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Embedded servers, or those the environment names."""
-    with running_stack(tmp_path_factory.mktemp("stack")) as running:
+def stack() -> Iterator[Stack]:
+    """Embedded servers, or those the environment names.
+
+    Not under pytest's own folder: another pytest run on the machine takes away other users' right to enter that one, and as
+    root the embedded PostgreSQL runs as another user.
+    """
+    with tempfile.TemporaryDirectory(prefix="concord-test-", ignore_cleanup_errors=True) as folder, running_stack(Path(folder)) as running:
         yield running
 
 
@@ -72,3 +79,22 @@ def add_events(dsn: str, rows: list[tuple[str, str, str, str | None, int]]) -> N
                 [user, uuid.uuid4(), channel, action, item, 12.0, 1, START + timedelta(minutes=minutes)],
             )
             connection.execute("UPDATE users SET version = version + 1 WHERE user_id = %s", [user])
+
+
+@pytest.fixture(scope="session")
+def bundle(new_shop: NewShop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A really trained and exported bundle of the small sample shop, made once a session (about 20 s)."""
+    settings = new_shop()
+    serving.fill(settings, tmp_path_factory.mktemp("sample"))
+    out = tmp_path_factory.mktemp("bundle")
+    serving.train_tiny(settings, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def live(new_shop: NewShop, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> ServerSettings:
+    """A shop with data, an active model and a materialized online store; not yet served."""
+    settings = new_shop()
+    serving.fill(settings, tmp_path_factory.mktemp("sample"))
+    serving.deploy(settings, bundle)
+    return settings

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import AsyncIterator
-from datetime import timedelta
 from pathlib import Path
 
 import grpc
@@ -19,9 +18,7 @@ from server.app import open_rooms
 from server.metrics import Metrics
 from server.rpc.server import build_server
 from server.settings import ServerSettings
-from tests.integration.conftest import START
-
-NOW = START + timedelta(days=90)
+from tests.integration.times import NOW
 
 
 def fill(settings: ServerSettings, folder: Path, *, users: int = 150) -> None:
@@ -60,7 +57,7 @@ async def served(settings: ServerSettings) -> AsyncIterator[str]:
         try:
             yield f"127.0.0.1:{server.port}"
         finally:
-            await server.stop(1.0)
+            await server.stop(0.1)
 
 
 @contextlib.asynccontextmanager

@@ -125,14 +125,14 @@ ROWS: list[dict[str, Any]] = [
 @pytest.fixture
 def database_dsn(stack: Stack) -> Iterator[str]:
     """A migrated database of its own for each test."""
-    name = sql.Identifier(f"t_{uuid.uuid4().hex[:12]}")
+    name = f"t_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(stack.postgres_dsn, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
-    dsn = make_conninfo(stack.postgres_dsn, dbname=name._obj[0])
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    dsn = make_conninfo(stack.postgres_dsn, dbname=name)
     migrate(dsn)
     yield dsn
     with psycopg.connect(stack.postgres_dsn, autocommit=True) as connection:
-        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture
@@ -399,7 +399,8 @@ def test_online_retail(database_dsn: str, data_folder: Path, tmp_path: Path) -> 
         (8_872, True, True)
     ]
     shares = dict(query(database_dsn, "SELECT channel, count(DISTINCT session_id)::float8 / 22182 FROM events GROUP BY 1"))
-    assert shares == pytest.approx(mapping.events.channel.shares, abs=0.01) if mapping.events else False
+    assert mapping.events is not None
+    assert shares == pytest.approx(mapping.events.channel.shares, abs=0.01)
     assert query(database_dsn, "SELECT max(n) FROM (SELECT count(DISTINCT channel) n FROM events GROUP BY session_id) s") == [(1,)]
     assert_versions_count_events(database_dsn)
     again = import_events(database_dsn, source, mapping, rejects=rejects)

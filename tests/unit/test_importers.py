@@ -52,6 +52,14 @@ def test_every_ready_mapping_loads() -> None:
         assert load_mapping(name).dataset == name
 
 
+def test_the_documented_mapping_loads(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "importing.md").read_text("utf-8")
+    documented = mapping(tmp_path, page.partition("```toml")[2].partition("```")[0])
+    assert documented.items is not None
+    assert documented.events is not None
+    assert documented.events.reject[0].reason == "impossible price"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,6 +157,7 @@ def test_text_is_trimmed_and_whole_numbers_lose_their_fraction() -> None:
     assert text_column(rows, TextField(column="s")).to_pylist() == ["a", None, "17850.0"]
     assert text_column(rows, TextField(column="s", integer=True)).to_pylist() == ["a", None, "17850"]
     assert text_column(rows, TextField(columns=("s", "d"), replace={"a": "b"})).to_pylist() == ["b x", "y", "17850.0 x"]
+    assert text_column(rows.slice(1, 1), TextField(columns=("s", "f"))).to_pylist() == [None]
     assert text_column(rows, TextField(column="absent")).to_pylist() == [None] * 3
 
 

@@ -1,0 +1,238 @@
+"""The server as a process of its own, as a user runs it: kill -9, SIGTERM, restarts of the stores, the command line."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+import redis
+
+from cli.stack import embedded_redis, free_port
+from concord import Concord, user
+from server.settings import ServerSettings
+
+
+def environment(settings: ServerSettings, **more: str) -> dict[str, str]:
+    return os.environ | {
+        "CONCORD_POSTGRES_DSN": settings.postgres_dsn,
+        "CONCORD_REDIS_URL": settings.redis_url,
+        "CONCORD_DATA_DIR": str(settings.data_dir),
+        "CONCORD_MODELS_URL": settings.models_url,
+        "CONCORD_PORT": "0",
+        "CONCORD_METRICS_PORT": "0",
+        **more,
+    }
+
+
+@contextmanager
+def process(settings: ServerSettings, **more: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """Runs ``concord serve``; yields the process and its address."""
+    with (settings.data_dir / "server.log").open("a") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", "serve", "--ready"],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment(settings, **more),
+            text=True,
+        )
+        assert server.stdout is not None
+        with server.stdout:
+            try:
+                line = server.stdout.readline()
+                assert line, (settings.data_dir / "server.log").read_text()[-2000:]
+                yield server, f"127.0.0.1:{json.loads(line)['port']}"
+            finally:
+                if server.poll() is None:
+                    server.kill()
+                server.wait(10)
+
+
+def customers(settings: ServerSettings) -> list[str]:
+    with psycopg.connect(settings.postgres_dsn) as connection:
+        return [row[0] for row in connection.execute("SELECT user_id FROM users WHERE version > 20 ORDER BY user_id DESC")]
+
+
+async def test_kill_9_between_acknowledgement_and_answer_loses_nothing(live: ServerSettings) -> None:
+    customer = user(customers(live)[0])
+    with process(live) as (server, address):
+        async with Concord(address, channel="web", timeout=10.0) as web:
+            before = await web.recommend(customer, surface="home", limit=10)
+            bought = before.items[0].item_id
+            recorded = await web.record(web.event(customer, "purchase", item_id=bought, quantity=1, value=9.0))
+            server.send_signal(signal.SIGKILL)
+            server.wait(10)
+    redis.Redis.from_url(live.redis_url).flushdb()  # and Redis is emptied as well
+    with process(live) as (_, address):
+        async with Concord(address, channel="app", timeout=10.0) as app:
+            token = recorded.tokens[0]
+            after = await app.recommend(customer, surface="home", limit=10, consistency_token=token.consistency_token)
+            assert after.versions.user_version == token.user_version
+            assert bought not in [item.item_id for item in after.items]
+            profile = await app.profile(customer)
+            assert profile.recent_behaviours[0].item_id == bought
+
+
+async def test_sigterm_finishes_what_is_in_flight_and_exits_cleanly(live: ServerSettings) -> None:
+    customer = user(customers(live)[1])
+    with process(live) as (server, address):
+        async with Concord(address, channel="web", timeout=10.0) as web:
+            await web.recommend(customer, surface="home")
+            calls = [asyncio.create_task(web.record(web.event(customer, "view", item_id=f"t{k}"))) for k in range(40)]
+            await asyncio.sleep(0.01)
+            server.send_signal(signal.SIGTERM)
+            done = await asyncio.gather(*calls, return_exceptions=True)
+        assert server.wait(15) == 0
+    acknowledged = {result.event_id for answer in done if not isinstance(answer, BaseException) for result in answer.results}
+    refused = [answer for answer in done if isinstance(answer, BaseException)]
+    assert {error.code() for error in refused if isinstance(error, grpc.aio.AioRpcError)} <= {grpc.StatusCode.UNAVAILABLE}
+    assert all(isinstance(error, grpc.aio.AioRpcError) for error in refused)
+    with psycopg.connect(live.postgres_dsn) as connection:
+        stored = {str(row[0]) for row in connection.execute("SELECT event_id FROM events WHERE item_id LIKE 't%%'", [])}
+    assert acknowledged <= stored
+
+
+async def test_killing_the_server_under_four_writers_keeps_every_acknowledged_event_once(live: ServerSettings) -> None:
+    whom = [user(name) for name in customers(live)[2:6]]
+    acknowledged: set[str] = set()
+    attempted: dict[str, int] = {}
+
+    async def write(address: str, number: int) -> None:
+        async with Concord(address, channel="web", timeout=2.0) as web:
+            for k in range(400):
+                event = web.event(whom[number], "view", item_id=f"k{number}")
+                event.event_id = f"00000000-0000-4000-8000-{number:04d}{k:08d}"
+                attempted[event.event_id] = number
+                try:
+                    answer = await web.record(event)
+                except grpc.aio.AioRpcError:
+                    return
+                acknowledged.update(result.event_id for result in answer.results)
+
+    with process(live) as (server, address):
+        writers = [asyncio.create_task(write(address, number)) for number in range(4)]
+        await asyncio.sleep(0.7)
+        server.send_signal(signal.SIGKILL)
+        await asyncio.gather(*writers)
+    with psycopg.connect(live.postgres_dsn) as connection:
+        rows = connection.execute("SELECT event_id::text FROM events WHERE item_id ~ '^k[0-3]$'").fetchall()
+        broken = connection.execute(
+            "SELECT count(*) FROM users u WHERE merged_into IS NULL "
+            "AND version <> (SELECT count(*) FROM events e WHERE e.user_id = u.user_id)"
+        ).fetchone()
+    stored = [row[0] for row in rows]
+    assert len(acknowledged) > 20
+    assert acknowledged <= set(stored) <= set(attempted)
+    assert len(stored) == len(set(stored))
+    assert broken == (0,)
+
+
+async def test_redis_killed_and_restarted_comes_back_without_a_restart(live: ServerSettings, tmp_path: Path) -> None:
+    customer = user(customers(live)[7])
+    port = free_port()
+    with embedded_redis(tmp_path / "one", port=port) as url:
+        settings = live.model_copy(update={"redis_url": url})
+        with process(settings) as (_, address):
+            async with Concord(address, channel="web", timeout=2.0) as web:
+                before = await web.recommend(customer, surface="home", limit=10)
+                redis.Redis.from_url(url).execute_command("DEBUG", "SLEEP", "0")
+                _kill_redis(url)
+                recorded = await web.record(web.event(customer, "view", item_id="while-redis-is-away"))
+                assert not recorded.online
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await web.recommend(customer, surface="home")
+                assert refused.value.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+                with embedded_redis(tmp_path / "two", port=port):
+                    async with asyncio.timeout(20):
+                        while True:
+                            try:
+                                after = await web.recommend(customer, surface="home", limit=10)
+                            except grpc.aio.AioRpcError:
+                                continue
+                            break
+                    assert after.versions.user_version == before.versions.user_version + 1
+
+
+def _kill_redis(url: str) -> None:
+    pid = redis.Redis.from_url(url).info("server")["process_id"]
+    os.kill(pid, signal.SIGKILL)
+
+
+def run(settings: ServerSettings, *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "cli.main", *arguments], capture_output=True, text=True, env=environment(settings, **more), timeout=120
+    )
+
+
+def test_the_command_line_does_the_main_steps(live: ServerSettings) -> None:
+    assert "revision 0001" in run(live, "migrate").stdout
+    assert "ranking_v1" in run(live, "apply").stdout
+    assert "online" in run(live, "materialize").stdout
+    listed = run(live, "models").stdout
+    assert "yes" in listed
+    assert "CONCORD_FEAST_PG_HOST" in run(live, "env").stdout
+
+
+def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings) -> None:
+    unknown = run(live, "migrate", CONCORD_PROT="1")
+    assert unknown.returncode == 2
+    assert "CONCORD_PROT" in unknown.stderr
+    invalid = run(live, "serve", CONCORD_ONNX_THREADS="many")
+    assert invalid.returncode == 2
+    assert "CONCORD_ONNX_THREADS" in invalid.stderr
+    assert "Traceback" not in invalid.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "up",
+        "migrate",
+        "import",
+        "generate",
+        "apply",
+        "materialize",
+        "rebuild",
+        "env",
+        "settings",
+        "train",
+        "evaluate",
+        "export",
+        "publish",
+        "activate",
+        "models",
+        "serve",
+        "record",
+        "recommend",
+        "demo",
+    ],
+)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    from typer.main import get_command
+
+    from cli.main import app
+
+    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    assert found.help
+    assert "Example: " in found.epilog
+
+
+def test_starting_takes_seconds_and_metrics_answer(live: ServerSettings) -> None:
+    import urllib.request
+
+    port = free_port()
+    started = time.monotonic()
+    with process(live, CONCORD_METRICS_PORT=str(port)):
+        assert time.monotonic() - started < 60
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    assert "concord_stage_seconds" in text
+    assert "concord_active_model_info" in text
