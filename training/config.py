@@ -116,7 +116,7 @@ class TrainConfig:
     @classmethod
     def full(cls) -> "TrainConfig":
         """Returns the preset for a real shop of some thousand items and customers: about a quarter of an hour on 2 cores."""
-        return cls(time_budget_s=330.0, half_life_days=120.0, ease_lambda=300.0)
+        return cls(user_tokens=64, time_budget_s=330.0, half_life_days=120.0, ease_lambda=300.0)
 
     @classmethod
     def tiny(cls) -> "TrainConfig":

@@ -20,6 +20,7 @@ def open_session(path: Path, *, provider: str, threads: int) -> ort.InferenceSes
     Raises:
         UnavailableError: CUDA was demanded and ONNX Runtime fell back to the CPU, which it does without complaint.
     """
+    ort.disable_telemetry_events()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -29,7 +29,9 @@ _MERGE = (
     "DELETE FROM user_profile WHERE user_id = %(loser)s",
     # The sum (plus the merge itself) is above both versions: tokens of either side stay satisfiable and never go back.
     "UPDATE users SET version = version + 1 + (SELECT version FROM users WHERE user_id = %(loser)s) WHERE user_id = %(survivor)s",
-    "UPDATE users SET merged_into = %(survivor)s WHERE user_id = %(loser)s OR merged_into = %(loser)s",
+    "UPDATE users SET merged_into = %(survivor)s WHERE merged_into = %(loser)s",
+    # One version more, so that a replica still writing the loser's last state cannot strike this entry off the outbox.
+    "UPDATE users SET merged_into = %(survivor)s, version = version + 1 WHERE user_id = %(loser)s",
     "INSERT INTO online_outbox SELECT user_id, version FROM users WHERE user_id IN (%(survivor)s, %(loser)s) "
     "ON CONFLICT (user_id) DO UPDATE SET version = excluded.version",
 )

@@ -114,7 +114,7 @@ class FeatureReader:
         ids = {"user_id": user_id, "item_id": item_id}
         for join_key in plan.views:
             if not ids.get(join_key):
-                raise InvalidRequestError(f"entity_rows[{position}].{join_key}", "is required by the features asked for")
+                raise InvalidRequestError(f"entities[{position}].{join_key}", "is required by the features asked for")
         return [entity_key(join_key, ids[join_key], self._project) for join_key in plan.views]
 
     async def _user(self, entity: EntityKey) -> str:
