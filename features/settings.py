@@ -129,6 +129,8 @@ class Settings(BaseSettings):
             "CONCORD_FEAST_PG_DATABASE": str(pg.get("dbname") or "postgres"),
             "CONCORD_FEAST_PG_USER": str(pg.get("user") or "postgres"),
             "CONCORD_FEAST_PG_PASSWORD": str(pg.get("password") or ""),
+            # Feast's own default is "require", which a server on the same machine or network often cannot meet; libpq's is this.
+            "CONCORD_FEAST_PG_SSLMODE": str(pg.get("sslmode") or "prefer"),
             "CONCORD_FEAST_REGISTRY": sqlalchemy_url(self.postgres_dsn),
             "CONCORD_FEAST_REDIS": feast_redis_string(self.redis_url),
             "FEAST_USAGE": "False",

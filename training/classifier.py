@@ -84,7 +84,7 @@ def train_classifier(settings: Settings, config: TrainConfig, *, now: datetime |
     model = new_classifier(config)
     metrics, steps = fit(model, training, validation, config=config)
     save_file(model.state_dict(), run_dir / "classifier.safetensors")
-    config.save(run_dir / "config.json")
+    config.save(run_dir / "classifier.json")
     metrics["parity"] = export_classifier(model, validation, run_dir / "classifier.onnx")
     (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return ClassifierResult(run_dir, metrics, time.monotonic() - started, steps)

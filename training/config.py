@@ -7,6 +7,36 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from features.behaviour import ACTIONS
+
+_POSITIVE = (
+    "ranker_folds",
+    "snapshot_days",
+    "tower_labels",
+    "validation_labels",
+    "ranker_labels",
+    "user_tokens",
+    "item_tokens",
+    "behaviour_limit",
+    "batch_size",
+    "negative_count",
+    "epochs",
+    "learning_rate",
+    "head_learning_rate",
+    "clip_norm",
+    "temperature",
+    "validations_per_epoch",
+    "patience",
+    "ease_lambda",
+    "ease_half_life_days",
+    "collaborative_top_k",
+    "half_life_days",
+    "ranker_hidden",
+    "ranker_learning_rate",
+    "ranker_patience",
+    "warmup_fraction",
+)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -107,6 +137,22 @@ class TrainConfig:
     ranker_dropout: float = 0.1
     ranker_patience: int = 10
     classifier_negatives: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("holdout_fraction", "ranker_fraction", "dropout", "ranker_dropout", "warmup_fraction"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"training field {name!r} must be at least 0 and below 1")
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"training field {name!r} must be above 0")
+        for name in ("target_actions", "tower_actions"):
+            if not self.actions(getattr(self, name)) or set(self.actions(getattr(self, name))) - set(ACTIONS):
+                raise ValueError(f"training field {name!r} must name actions: {', '.join(ACTIONS)}")
+        if self.cut:
+            try:
+                datetime.fromisoformat(self.cut)
+            except ValueError:
+                raise ValueError(f"training field 'cut': {self.cut!r} is not an ISO 8601 time") from None
 
     @classmethod
     def demo(cls) -> "TrainConfig":

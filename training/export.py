@@ -1,6 +1,7 @@
 """Writes a trained model as a bundle: ONNX graphs checked against PyTorch, item vectors, weights, golden values, manifest."""
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from features.bundle import COLLABORATIVE, ENCODER, GOLDEN, ITEMS, RANKER, TOKENIZER, FeatureContract, Manifest, checksums, write_manifest
+from features.bundle import (
+    COLLABORATIVE,
+    ENCODER,
+    GOLDEN,
+    ITEMS,
+    MANIFEST,
+    RANKER,
+    REQUIRED_FILES,
+    TOKENIZER,
+    FeatureContract,
+    Manifest,
+    checksums,
+    write_manifest,
+)
 from features.candidates import CANDIDATE_COUNT
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
@@ -49,12 +63,13 @@ class BundleContext:
 def write_bundle(
     folder: Path, trained: Trained, *, table: ItemTable, collaborative: CollaborativeWeights, context: BundleContext
 ) -> Manifest:
-    """Writes the bundle folder, manifest last.
+    """Writes the bundle folder, manifest last; a bundle that stands there is replaced.
 
     Raises:
+        FileExistsError: the folder holds something that is no bundle.
         ParityError: ONNX Runtime does not reproduce the model.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
     for stage in bar(("encoder", "ranker"), "export to ONNX"):
         export_encoder(trained, folder / ENCODER) if stage == "encoder" else export_ranker(trained.ranker, folder / RANKER)
     trained.tokenizer.save(str(folder / TOKENIZER))
@@ -66,6 +81,15 @@ def write_bundle(
     manifest = _manifest(trained, context, parity=parity, files=files)
     write_manifest(folder, manifest)
     return manifest
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists():
+        names = {path.name for path in folder.iterdir()}
+        if MANIFEST not in names and names - set(REQUIRED_FILES):  # an export that broke off leaves some of the files
+            raise FileExistsError(f"{folder} is not empty and no bundle")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def export_encoder(trained: Trained, path: Path) -> None:

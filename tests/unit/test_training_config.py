@@ -26,3 +26,12 @@ def test_an_unknown_field_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"sede": 1}')
     with pytest.raises(ValueError, match="sede"):
         TrainConfig.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [("holdout_fraction", "1.5"), ("batch_size", "0"), ("cut", "yesterday"), ("target_actions", "purchase,steal"), ("seed", "x")],
+)
+def test_an_impossible_value_is_refused_by_name(field: str, text: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        TrainConfig.tiny().with_values({field: text})

@@ -142,3 +142,14 @@ def test_an_unfinished_run_is_not_loaded(trained: Trained, tmp_path: Path) -> No
     replace(CONFIG, seed=1).save(tmp_path / "config.json")
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path)
+
+
+def test_a_bundle_is_replaced_and_anything_else_is_left_alone(folder: Path, trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError):
+        write_bundle(tmp_path, trained, table=item_table(), collaborative=CollaborativeWeights.empty(12), context=CONTEXT)
+    assert (tmp_path / "thesis.txt").exists()
+    (folder / "stale").write_text("of an older bundle")
+    manifest = write_bundle(folder, trained, table=item_table(), collaborative=CollaborativeWeights.empty(12), context=CONTEXT)
+    assert "stale" not in manifest.files
+    assert read_bundle(folder) == manifest
