@@ -178,9 +178,10 @@ class TrainConfig:
             max_steps=10,
             tower_labels=200,
             validation_labels=30,
-            ranker_labels=100,
+            ranker_labels=300,
             ranker_folds=1,
-            ranker_epochs=5,
+            ranker_epochs=20,
+            ranker_learning_rate=1e-2,
             evaluation_users=60,
         )
 
