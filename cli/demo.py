@@ -77,6 +77,7 @@ def demo(seed: Annotated[int, typer.Option(help="Seed of the sample shop.")] = 7
         with _server(folder) as port:
             agreement, p99 = asyncio.run(_play(f"127.0.0.1:{port}", settings))
     outcome = Outcome(agreement, p99, metrics["ndcg_at_10"], metrics["popularity_ndcg_at_10"])
+    console.print(f"[dim]serve this shop again: CONCORD_DATA_DIR={folder} concord serve[/dim]", highlight=False)
     console.print(f"[dim]the whole demo took {time.monotonic() - started:.0f} s[/dim]")
     print(outcome.line())  # noqa: T201 - the last line is for programs: no wrapping, no colours
     if '"status": "ok"' not in outcome.line():

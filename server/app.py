@@ -72,7 +72,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         recorder = EventRecorder(
             writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
         )
-        loader = BundleLoader(settings, provider=settings.onnx_provider, threads=settings.onnx_threads)
+        loader = BundleLoader(settings, store, provider=settings.onnx_provider, threads=settings.onnx_threads)
         fleet = FleetWatch(pool, online, SnapshotBuilder(pool, dsn=settings.postgres_dsn), loader, metrics)
         journal = Journal(pool, metrics, bound=settings.journal_queue, pause_seconds=settings.journal_seconds, new_id=uuid.uuid4)
         stack.push_async_callback(journal.flush)

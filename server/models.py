@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psycopg
+from feast import FeatureStore
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
@@ -13,7 +14,7 @@ from features import models
 from features.bundle import fetch
 from features.models import Activation, ModelVersion, UnknownModelError
 from features.settings import Settings
-from features.store import feature_store, unmet
+from features.store import unmet
 from server.errors import NotFoundError, PreconditionError, UnavailableError
 from server.fleet import FleetWatch
 from server.inference.model import LoadedModel, load_model
@@ -24,8 +25,9 @@ T = TypeVar("T")
 class BundleLoader:
     """Brings a published bundle to this machine and opens it. Called with a model version; everything runs off the event loop."""
 
-    def __init__(self, settings: Settings, *, provider: str, threads: int) -> None:
+    def __init__(self, settings: Settings, store: FeatureStore, *, provider: str, threads: int) -> None:
         self._settings = settings
+        self._store = store
         self._provider = provider
         self._threads = threads
 
@@ -46,7 +48,8 @@ class BundleLoader:
                 raise UnavailableError(str(error), reason="MODEL_UNAVAILABLE") from None
         folder = self._settings.data_dir / "bundles" / model_version
         manifest = fetch(published.uri, Path(folder))
-        if missing := unmet(manifest.contract, feature_store(self._settings)):
+        self._store.refresh_registry()
+        if missing := unmet(manifest.contract, self._store):
             raise UnavailableError(
                 f"model {model_version} was trained on features the registry no longer offers: {', '.join(missing)}",
                 reason="CONTRACT_UNMET",

@@ -78,13 +78,13 @@ def test_the_loss_ignores_pairs_that_are_no_negatives(tokenizer) -> None:  # typ
             assert bool(batch.wrong[place, column]) == (column != place and item in {*label.items, *label.bought})
     made.tower.eval()
     with torch.no_grad():
-        before = made.tower(batch)
-        # Whatever a masked pair scores, the loss stays: give the masked items of the first label an absurd log q.
-        everywhere = batch.wrong.all(0)
-        changed = replace(batch, log_q=torch.where(everywhere, torch.tensor(-50.0), batch.log_q))
-        assert torch.equal(before, made.tower(changed))
-        other = replace(batch, log_q=torch.where(~batch.wrong.any(0), torch.tensor(-50.0), batch.log_q))
-        assert not torch.isclose(before, made.tower(other))
+        pools = torch.cat([made.tower.pool(batch.item_ids, batch.item_mask), batch.negative_pools])
+        users = made.tower.user_vector(made.tower.pool(batch.user_ids, batch.user_mask)).numpy()
+        items = made.tower.item_vector(pools, batch.item_rows).numpy()
+        loss = float(made.tower(batch))
+    logits = users @ items.T / CONFIG.temperature - batch.log_q.numpy()
+    kept = [np.exp(logits[row][~batch.wrong[row].numpy()]).sum() for row in range(len(rows))]
+    assert loss == pytest.approx(np.mean([np.log(kept[row]) - logits[row, row] for row in range(len(rows))]), rel=1e-4)
 
 
 def test_log_q_is_the_expected_count_in_a_steps_pool() -> None:
@@ -115,6 +115,16 @@ def test_training_teaches_the_chain_and_keeps_the_best_weights(tokenizer, tmp_pa
     assert made.validate() == pytest.approx(report.ndcg_at_10)
     assert not made.tower.training
     assert any(tmp_path.iterdir())  # TensorBoard's log
+
+
+def test_training_that_does_harm_is_undone_and_stops(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    made = trainer(tokenizer, replace(CONFIG, head_learning_rate=50.0, learning_rate=5.0, patience=2, validations_per_epoch=4))
+    taught = made.tower.state_dict()["user_head.weight"].clone()
+    report = made.run(tmp_path)
+    assert report.steps < 30 * (len(made.train.labels) // CONFIG.batch_size)
+    assert report.ndcg_at_10 >= report.untrained_ndcg_at_10
+    assert made.validate() == pytest.approx(report.ndcg_at_10)
+    assert torch.equal(taught, made.tower.user_head.weight) == (report.ndcg_at_10 == report.untrained_ndcg_at_10)
 
 
 def test_a_bound_on_steps_is_kept(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,136 @@
+"""Group commit: batches form by themselves, one bad call does not fail its neighbours, a full queue says so."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any, cast
+from uuid import UUID
+
+import psycopg
+import pytest
+import redis.exceptions
+from prometheus_client import CollectorRegistry
+
+from server.domain import EventOutcome, IncomingEvent, Stored, Subject, Token
+from server.errors import OverloadedError
+from server.ingest.recorder import EventRecorder
+from server.ingest.writer import Written
+from server.metrics import Metrics
+
+
+class FakeWriter:
+    """Keeps what it is given; a call with the text "poison" fails as PostgreSQL does on a bad value."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.stored: list[IncomingEvent] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def write(self, calls: Sequence[Sequence[IncomingEvent]]) -> list[Written]:
+        await self.gate.wait()
+        self.batches.append(len(calls))
+        if any(event.text == "poison" for call in calls for event in call):
+            raise psycopg.DataError("bad value")
+        self.stored += [event for call in calls for event in call]
+        return [Written(tuple(EventOutcome(Stored.STORED, "u") for _ in call), (Token("u", 1),), ()) for call in calls]
+
+    def caught_up(self, states: Any) -> None:
+        pass
+
+
+class FakeOnline:
+    def __init__(self) -> None:
+        self.down = False
+
+    async def write_users(self, states: Any) -> None:
+        if self.down:
+            raise redis.exceptions.ConnectionError
+
+
+def event(number: int, text: str = "") -> IncomingEvent:
+    return IncomingEvent(Subject("u"), UUID(int=number), "web", "view", datetime(2026, 1, 1, tzinfo=UTC), "i", text)
+
+
+@asynccontextmanager
+async def recording(**limits: int) -> AsyncIterator[tuple[EventRecorder, FakeWriter, FakeOnline]]:
+    writer, online = FakeWriter(), FakeOnline()
+    bounds = {"queue_events": 100, "batch_events": 50} | limits
+    recorder = EventRecorder(cast("Any", writer), cast("Any", online), Metrics(CollectorRegistry()), **bounds)
+    task = asyncio.create_task(recorder.run())
+    try:
+        yield recorder, writer, online
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_calls_that_wait_share_the_next_commit() -> None:
+    async with recording() as (recorder, writer, _):
+        writer.gate.clear()
+        calls = [asyncio.create_task(recorder.record([event(k)])) for k in range(20)]
+        await asyncio.sleep(0.05)
+        writer.gate.set()
+        answers = await asyncio.gather(*calls)
+    assert sum(writer.batches) == 20
+    assert len(writer.batches) <= 2
+    assert all(answer.online and answer.tokens == (Token("u", 1),) for answer in answers)
+
+
+async def test_a_batch_keeps_its_bound() -> None:
+    async with recording(batch_events=5) as (recorder, writer, _):
+        writer.gate.clear()
+        calls = [asyncio.create_task(recorder.record([event(2 * k), event(2 * k + 1)])) for k in range(10)]
+        await asyncio.sleep(0.05)
+        writer.gate.set()
+        await asyncio.gather(*calls)
+    assert max(writer.batches) == 2  # two calls of two events fit into five
+
+
+async def test_one_bad_call_fails_alone() -> None:
+    async with recording() as (recorder, writer, _):
+        writer.gate.clear()
+        good = [asyncio.create_task(recorder.record([event(k)])) for k in range(3)]
+        bad = asyncio.create_task(recorder.record([event(9, "poison")]))
+        await asyncio.sleep(0.05)
+        writer.gate.set()
+        assert len(await asyncio.gather(*good)) == 3
+        with pytest.raises(psycopg.DataError):
+            await bad
+    assert {e.event_id.int for e in writer.stored} == {0, 1, 2}
+
+
+async def test_a_full_queue_is_said_at_once_and_nothing_of_the_call_is_stored() -> None:
+    async with recording(queue_events=3) as (recorder, writer, _):
+        writer.gate.clear()
+        first = asyncio.create_task(recorder.record([event(0)]))
+        await asyncio.sleep(0.02)
+        waiting = asyncio.create_task(recorder.record([event(1), event(2), event(3)]))
+        await asyncio.sleep(0.02)
+        with pytest.raises(OverloadedError):
+            await recorder.record([event(4)])
+        writer.gate.set()
+        await asyncio.gather(first, waiting)
+    assert [e.event_id.int for e in writer.stored] == [0, 1, 2, 3]
+
+
+async def test_a_caller_who_leaves_takes_nothing_with_them() -> None:
+    async with recording() as (recorder, writer, _):
+        writer.gate.clear()
+        leaving = asyncio.create_task(recorder.record([event(0)]))
+        staying = asyncio.create_task(recorder.record([event(1)]))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        writer.gate.set()
+        await staying
+    assert {e.event_id.int for e in writer.stored} == {0, 1}
+
+
+async def test_events_are_acknowledged_while_redis_is_away() -> None:
+    async with recording() as (recorder, _, online):
+        online.down = True
+        assert not (await recorder.record([event(0)])).online
+        online.down = False
+        assert (await recorder.record([event(1)])).online
