@@ -75,9 +75,7 @@ def migrate() -> None:
 
 
 def import_file(
-    source: Annotated[
-        Path, typer.Argument(exists=True, help="A Parquet, CSV or JSON lines file, or a folder with items, events, ... files.")
-    ],
+    source: Annotated[Path, typer.Argument(help="A Parquet, CSV or JSON lines file, or a folder with items, events, ... files.")],
     mapping: Annotated[str, typer.Option(help="A mapping file (TOML) or the name of a ready one: online_retail, rees46, ...")],
     part: Annotated[Part, typer.Option(help="Which of the mapping's parts to import.")] = Part.all,
     rejects: Annotated[Path | None, typer.Option(help="Folder for rows not stored; default: rejects/ in the data folder.")] = None,
@@ -85,6 +83,8 @@ def import_file(
     """Imports items and events; running it again stores nothing twice. Rows not stored go to a rejects file with the reason."""
     from features.importers import load_mapping
 
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
     loaded = load_mapping(mapping)
     with shop(Settings) as shop_settings:
         folder = rejects or shop_settings.data_dir / "rejects"

@@ -69,7 +69,6 @@ def demo(seed: Annotated[int, typer.Option(help="Seed of the sample shop.")] = 7
         raise SettingsError(f"CONCORD_CHANNELS lacks {', '.join(sorted(missing))}, which the demo plays")
     started = time.monotonic()
     os.environ["CONCORD_DATA_DIR"] = str(folder)
-    os.environ.setdefault("CONCORD_MODELS_URL", f"file:{folder / 'models'}")
     with running_stack(folder):
         settings = load_settings(Settings)
         metrics = _prepare(settings, folder, seed)

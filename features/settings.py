@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     surfaces: Annotated[tuple[str, ...], NoDecode] = Field(
         DEFAULT_SURFACES, description="Registered surface names (where a slate is shown), comma-separated."
     )
-    models_url: str = Field("file:.data/models", description="Folder of published model bundles, any fsspec URL (file:, s3:, gs:, ...).")
+    models_url: str = Field("", description="Folder of published bundles, any fsspec URL; empty: models/ in the data folder.")
     data_dir: Path = Field(
         Path(".data"),
         description="Local folder for embedded servers, runs and fetched bundles; safe to delete when nothing runs.",
@@ -115,7 +115,9 @@ class Settings(BaseSettings):
 
     @cached_property
     def models_base(self) -> str:
-        """``models_url`` with a relative ``file:`` path made absolute, so that processes with other working directories agree."""
+        """Where bundles are published, as an absolute URL: processes with other working directories must agree."""
+        if not self.models_url:
+            return f"file://{(self.data_dir / 'models').resolve()}"
         scheme, _, path = self.models_url.partition(":")
         return f"file://{Path(path.removeprefix('//')).resolve()}" if scheme == "file" else self.models_url
 
