@@ -2,6 +2,7 @@
 
 import sys
 
+import grpc
 import psycopg
 import redis.exceptions
 import sqlalchemy.exc
@@ -45,6 +46,9 @@ def main() -> None:
         app()
     except _EXPECTED as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(2)
+    except grpc.aio.AioRpcError as error:
+        console.print(f"[red]error:[/red] the server answered {error.code().name}: {error.details()}", highlight=False)
         sys.exit(2)
     except _STORES as error:
         console.print(f"[red]error:[/red] cannot reach a store: {str(error).splitlines()[0]}", highlight=False)

@@ -31,6 +31,7 @@ def train(
 ) -> None:
     """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them."""
     from training.config import TrainConfig
+    from training.dataset import TrainingDataError
     from training.run import train as run
 
     presets = {"demo": TrainConfig.demo, "full": TrainConfig.full, "tiny": TrainConfig.tiny}
@@ -41,7 +42,10 @@ def train(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--set") from None
     with shop(Settings) as settings:
-        result = run(settings, config)
+        try:
+            result = run(settings, config)
+        except TrainingDataError as error:
+            raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
     _metrics(result.metrics)
     _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
 
