@@ -17,6 +17,7 @@ _FIND = """
 SELECT u.user_id, u.version, u.merged_into FROM identities i JOIN users u USING (user_id)
 WHERE i.channel = %s AND i.channel_user_id = %s
 """
+_ATTACH = "INSERT INTO identities (channel, channel_user_id, user_id) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING"
 # The surviving customer is the older one, so that linking in either order ends the same.
 _LOCK = "SELECT user_id, version FROM users WHERE user_id = ANY(%s) AND merged_into IS NULL ORDER BY user_id FOR UPDATE"
 _OLDER = "SELECT user_id FROM users WHERE user_id = ANY(%s) ORDER BY created_at, user_id LIMIT 1"
@@ -120,7 +121,7 @@ class Identities:
         async with connection.transaction():
             await connection.execute("INSERT INTO users (user_id) VALUES (%s)", [user_id])
             inserted = await connection.execute(
-                "INSERT INTO identities (channel, channel_user_id, user_id) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
+                _ATTACH,
                 [subject.channel, subject.channel_user_id, user_id],
             )
             if inserted.rowcount == 0:  # another replica created it in the meantime: its customer is the one
@@ -139,15 +140,26 @@ class Identities:
         """
         if first == second:
             raise InvalidRequestError("subject", "must differ from the identity")
+        await self._attach_unknown(first, second)
         merged: tuple[str, ...] | None = None
         while merged is None:
-            merged = await self._merge(sorted({(await self.resolve(subject, create=True)).user_id for subject in (first, second)}))
+            merged = await self._merge(sorted({(await self.resolve(subject)).user_id for subject in (first, second)}))
         survivor = await self.resolve(first)
         for subject in (first, second):
             self.remember(subject, survivor.user_id)
         version = await self._states.rebuild(survivor.user_id)
         await self._online.forget_users(merged)
         return Linked(Token(survivor.user_id, version), merged)
+
+    async def _attach_unknown(self, first: Subject, second: Subject) -> None:
+        """An identity nobody has met joins the other one's customer as it is: it has no customer of its own to merge away."""
+        known = {subject: (await self.resolve(subject)).user_id for subject in (first, second)}
+        if all(known.values()):
+            return
+        owner = next(filter(None, known.values()), "") or (await self.resolve(first, create=True)).user_id
+        async with self._pool.connection() as connection:
+            for subject in (subject for subject, user_id in known.items() if not user_id):
+                await connection.execute(_ATTACH, [subject.channel, subject.channel_user_id, owner])
 
     async def _merge(self, ids: list[str]) -> tuple[str, ...] | None:
         """Merges two customers in one transaction; returns those merged away, or None when another merge won the race."""

@@ -172,6 +172,16 @@ async def test_linking_two_channels_makes_one_customer(running: Running) -> None
     assert more.tokens[0].user_id == linked.user_id
 
 
+async def test_linking_an_identity_nobody_has_met_changes_no_version(running: Running) -> None:
+    recorded = await running.web.record(running.web.event("solo-1", "view", item_id="a"))
+    linked = await running.app.link("solo-app-1", user(recorded.tokens[0].user_id))
+    assert (linked.user_id, linked.user_version, linked.merged_user_id) == (recorded.tokens[0].user_id, 1, "")
+    assert (await running.app.profile("solo-app-1")).user_id == linked.user_id
+    strangers = await running.app.link("solo-app-2", Subject(identity=ChannelIdentity(channel="web", channel_user_id="solo-web-2")))
+    assert (strangers.user_version, strangers.merged_user_id) == (0, "")
+    assert (await running.web.profile("solo-web-2")).user_id == strangers.user_id
+
+
 async def test_an_outbox_entry_is_recovered(running: Running) -> None:
     recorded = await running.web.record(running.web.event("lost-1", "view", item_id="a"))
     owner = recorded.tokens[0].user_id
