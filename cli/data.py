@@ -1,5 +1,6 @@
 """Commands on data: the stack, the schema, imports, the Feast repository and materialization."""
 
+import contextlib
 import shlex
 import signal
 from collections.abc import Callable
@@ -59,9 +60,10 @@ def up() -> None:
     with shop(Settings) as shop_settings:
         migrate_schema(shop_settings.postgres_dsn)
         apply_repository(shop_settings)
-        _print_env(shop_settings)
-        console.print("Up. Stop with Ctrl-C; data stays in", str(shop_settings.data_dir))
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):  # SIGINT and SIGTERM both end it in good order
+            _print_env(shop_settings)
+            console.print("Up. Stop with Ctrl-C; data stays in", str(shop_settings.data_dir))
+            signal.pause()
 
 
 def migrate() -> None:

@@ -1,5 +1,6 @@
 """The `concord` command. One module per group of commands; heavy rooms are imported only by the commands that need them."""
 
+import signal
 import sys
 
 import grpc
@@ -40,8 +41,14 @@ _EXTRAS = {
 }
 
 
+def _terminate(number: int, _frame: object) -> None:
+    """SIGTERM unwinds like an error would, so that embedded servers are stopped; the default would leave them running."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Runs the command line; expected errors end it with status 2 and one line."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except _EXPECTED as error:

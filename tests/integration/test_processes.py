@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,6 +180,25 @@ def test_the_command_line_does_the_main_steps(live: ServerSettings) -> None:
     listed = run(live, "models").stdout
     assert "yes" in listed
     assert "CONCORD_FEAST_PG_HOST" in run(live, "env").stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_embedded_stack_is_stopped_with_the_command(number: int) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CONCORD_")}
+    with tempfile.TemporaryDirectory(prefix="concord-test-", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-m", "cli.main", "up"]
+        up = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=kept | {"CONCORD_DATA_DIR": folder}, text=True)
+        assert up.stdout is not None
+        while "FEAST_USAGE" not in (line := up.stdout.readline()):  # the last of the variables it prints
+            assert line, up.stderr and up.stderr.read()
+        stack = json.loads((Path(folder) / "stack.json").read_text())
+        up.send_signal(number)
+        up.communicate(timeout=30)
+        assert up.returncode == 0
+        assert not (Path(folder) / "stack.json").exists()
+        assert not (Path(folder) / "postgres" / "postmaster.pid").exists()
+        with pytest.raises(redis.exceptions.ConnectionError):
+            redis.Redis.from_url(stack["redis_url"]).ping()
 
 
 def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings) -> None:
