@@ -1,5 +1,6 @@
 """Commands on models: train, evaluate, export, publish, activate, list."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,13 @@ _out = Console()
 _Run = Annotated[Path | None, typer.Option(help="A run folder; default: the newest one under the data folder.")]
 
 
+class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
+    """What to train."""
+
+    recommend = "recommend"
+    clicks = "clicks"
+
+
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command(epilog="Example: concord train --preset full --set cut=2011-11-01")(train)
@@ -26,10 +34,15 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
+    task: Annotated[Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier.")] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
 ) -> None:
-    """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them."""
+    """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
+
+    With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
+    """
+    from training.classifier import train_classifier
     from training.config import TrainConfig
     from training.dataset import TrainingDataError
     from training.run import train as run
@@ -43,7 +56,7 @@ def train(
         raise typer.BadParameter(str(error), param_hint="--set") from None
     with shop(Settings) as settings:
         try:
-            result = run(settings, config)
+            result = run(settings, config) if task is Task.recommend else train_classifier(settings, config)
         except TrainingDataError as error:
             raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
     _metrics(result.metrics)

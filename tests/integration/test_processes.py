@@ -182,6 +182,16 @@ def test_the_command_line_does_the_main_steps(live: ServerSettings) -> None:
     assert "CONCORD_FEAST_PG_HOST" in run(live, "env").stdout
 
 
+def test_the_click_classifier_trains_from_the_command_line(live: ServerSettings) -> None:
+    trained = run(live, "train", "--task", "clicks", "--preset", "tiny", "--set", "max_steps=3")
+    assert trained.returncode == 0, trained.stderr[-1000:]
+    assert "auc" in trained.stdout
+    assert list((live.data_dir / "runs").glob("*-classifier/classifier.onnx"))
+    refused = run(live, "train", "--set", "batch_sise=1")
+    assert refused.returncode == 2
+    assert "batch_sise" in refused.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_embedded_stack_is_stopped_with_the_command(number: int) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CONCORD_")}
