@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -139,7 +140,7 @@ def fetch(url: str, folder: Path) -> Manifest:
     Raises:
         BundleError: nothing readable stands at ``url``, or what was fetched is damaged.
     """
-    if (folder / MANIFEST).is_file():
+    with suppress(BundleError):  # not here, or damaged since: a disk that was full must not keep a good bundle away for ever
         return read_bundle(folder)
     folder.mkdir(parents=True, exist_ok=True)
     filesystem, source = fsspec.core.url_to_fs(url)

@@ -118,8 +118,9 @@ class Settings(BaseSettings):
         """Where bundles are published, as an absolute URL: processes with other working directories must agree."""
         if not self.models_url:
             return f"file://{(self.data_dir / 'models').resolve()}"
-        scheme, _, path = self.models_url.partition(":")
-        return f"file://{Path(path.removeprefix('//')).resolve()}" if scheme == "file" else self.models_url
+        if "://" in self.models_url and not self.models_url.startswith("file:"):
+            return self.models_url
+        return f"file://{Path(self.models_url.removeprefix('file:').removeprefix('//')).resolve()}"  # a bare path is one too
 
     def feast_environment(self) -> dict[str, str]:
         """Returns the variables that ``features/feature_store.yaml`` expands, so that plain ``feast`` commands work."""
@@ -187,12 +188,10 @@ def sqlalchemy_url(dsn: str) -> str:
 
 def feast_redis_string(url: str) -> str:
     """Returns a Redis URL in the ``host:port,db=0,...`` form of Feast's Redis store."""
-    parts = urlsplit(url)
-    options = [f"db={(parts.path or '/0').lstrip('/') or 0}"]
-    if parts.username:
-        options.append(f"username={parts.username}")
-    if parts.password:
-        options.append(f"password={parts.password}")
-    if parts.scheme == "rediss":
+    from redis.connection import parse_url
+
+    parts = parse_url(url)  # type: ignore[no-untyped-call]  # the client's own reading of it: percent-encoded passwords, ``?db=1``
+    options = [f"db={parts.get('db', 0)}", *(f"{name}={parts[name]}" for name in ("username", "password") if name in parts)]
+    if urlsplit(url).scheme == "rediss":
         options.append("ssl=true")
-    return ",".join([f"{parts.hostname or '127.0.0.1'}:{parts.port or 6379}", *options])
+    return ",".join([f"{parts.get('host', '127.0.0.1')}:{parts.get('port', 6379)}", *options])

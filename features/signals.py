@@ -100,7 +100,8 @@ def history(activity: Activity, table: ItemTable, config: SignalConfig) -> Histo
     rows = sorted(weight, key=lambda row: (age[row], row))
     return History(
         np.array(rows, np.int32),
-        np.array([weight[row] for row in rows], np.float32),
+        # A purchase of long ago must not round to 0 in float32: ranking divides by the sum of the weights.
+        np.maximum(np.array([weight[row] for row in rows], np.float32), np.finfo(np.float32).tiny),
         np.array([row in bought for row in rows], np.bool_),
         np.array([age[row] for row in rows], np.float32),
     )

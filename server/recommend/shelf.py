@@ -100,7 +100,11 @@ def read_page_token(token: str) -> tuple[str, int]:
         InvalidRequestError: the text is not a page token.
     """
     try:
-        slate_id, position = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode().split(":")
-        return slate_id, int(position)
+        slate_id, text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode().split(":")
+        position = int(text)
     except (ValueError, binascii.Error):
-        raise InvalidRequestError("page_token", "must be a token returned by this service, unchanged", reason="INVALID_TOKEN") from None
+        slate_id, position = "", -1
+    # A position below zero would count from the end of the slate, and show its last items first.
+    if position < 0 or page_token(slate_id, position) != token:
+        raise InvalidRequestError("page_token", "must be a token returned by this service, unchanged", reason="INVALID_TOKEN")
+    return slate_id, position

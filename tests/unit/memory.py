@@ -1,0 +1,254 @@
+"""The stores of a shop in memory, with the rules the real ones keep and hooks to move versions while somebody looks."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from time import sleep
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
+from features.behaviour import Activity, Behaviour
+from features.layout import FeatureValue, Status
+from features.signals import CollaborativeWeights, SignalConfig
+from server.catalog.offers import Offer, OfferTable
+from server.domain import Answer, Subject
+from server.errors import NotFoundError
+from server.ingest.identities import Identities
+from server.metrics import Metrics
+from server.online.states import MergedError
+from server.online.store import Fleet, Standing
+from server.recommend.compute import Policy
+from server.recommend.recommender import Recommender
+from server.recommend.snapshot import Snapshot
+from tests.unit.tables import DAY, table
+
+START = datetime(2026, 3, 1, 12, tzinfo=UTC)
+COUNT = 60
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass
+class Truth:
+    """PostgreSQL: what every customer did, who was merged into whom, and the versions the fleet should be at."""
+
+    customers: dict[str, Activity] = field(default_factory=dict)
+    merged: dict[str, str] = field(default_factory=dict)
+    fleet: Fleet = field(default_factory=lambda: Fleet("m1", 1, 1, 1))
+
+    def add(self, user_id: str, *item_ids: str) -> int:
+        """The customer views items, one after the other; returns the new version."""
+        known = self.customers.get(user_id, Activity(0))
+        for item_id in item_ids:
+            seen = Behaviour(item_id, "view", "web", 20_000 * DAY + known.version)
+            known = Activity(known.version + 1, (seen, *known.behaviours))
+        self.customers[user_id] = known
+        return known.version
+
+
+@dataclass
+class MemoryOnline:
+    """Redis: customers, committed slates and the fleet's pointers. ``on_read`` runs after each read, before its answer is used."""
+
+    customers: dict[str, Activity] = field(default_factory=dict)
+    slates: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    fleet: Fleet | None = field(default_factory=lambda: Fleet("m1", 1, 1, 1))
+    now: datetime = START
+    reads: int = 0
+    on_read: Callable[[], None] = _nothing
+
+    async def read(self, user_id: str, slot: str) -> Standing:
+        self.reads += 1
+        known = self.customers.get(user_id)
+        seen = Standing(known.version if known else None, self.slates.get((user_id, slot)), self.fleet, self.now)
+        self.on_read()
+        await asyncio.sleep(0)
+        return seen
+
+    async def commit(self, user_id: str, slot: str, *, user_version: int, payload: bytes, ttl_seconds: float) -> bytes:
+        await asyncio.sleep(0)
+        now = round(self.now.timestamp() * 1000)
+        standing = self.slates.get((user_id, slot))
+        if standing is not None:
+            version, expires, _ = standing.split(b":", 2)
+            if int(version) > user_version or (int(version) == user_version and int(expires) > now):
+                return standing
+        self.slates[user_id, slot] = b"%d:%d:%b" % (user_version, now + round(ttl_seconds * 1000), payload)
+        return self.slates[user_id, slot]
+
+
+@dataclass
+class MemoryStates:
+    """Reads customers from Redis, and rebuilds them from the truth."""
+
+    truth: Truth
+    online: MemoryOnline
+    rebuilds: int = 0
+    stale: bool = False
+
+    async def rebuild(self, user_id: str) -> int:
+        self.rebuilds += 1
+        await asyncio.sleep(0)
+        if user_id in self.truth.merged:
+            raise MergedError(self.truth.merged[user_id])
+        if user_id not in self.truth.customers:
+            raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
+        self.online.customers[user_id] = self.truth.customers[user_id]
+        return self.truth.customers[user_id].version
+
+    async def features(self, user_id: str, *, now: datetime) -> dict[str, dict[str, FeatureValue]]:
+        await asyncio.sleep(0)
+        if user_id not in self.online.customers:
+            await self.rebuild(user_id)
+        known = self.online.customers[user_id]
+        columns = {
+            "version": known.version,
+            "recent_items": [b.item_id for b in known.behaviours],
+            "recent_actions": [b.action for b in known.behaviours],
+            "recent_channels": [b.channel for b in known.behaviours],
+            "recent_times": [b.occurred_at for b in known.behaviours],
+            "recent_texts": [b.text for b in known.behaviours],
+            "purchased_items": list(known.purchased_items),
+            "purchased_days": list(known.purchased_days),
+        }
+        status = Status.STALE if self.stale else Status.PRESENT
+        profile = {"purchase_count": 2, "price_mean": 10.0, "price_low": 5.0, "price_high": 20.0}
+        return {
+            ACTIVITY_VIEW: {name: FeatureValue(value, Status.PRESENT, now) for name, value in columns.items()},
+            PROFILE_VIEW: {name: FeatureValue(value, status, now) for name, value in profile.items()},
+        }
+
+
+@dataclass
+class MemoryFleet:
+    """A replica's snapshots; the model is plain arithmetic that counts its runs and can be told to fail."""
+
+    truth: Truth
+    online: MemoryOnline
+    current: Snapshot | None = None
+    computations: int = 0
+    error: Exception | None = None
+
+    async def ensure(self, fleet: Fleet) -> Snapshot:
+        await asyncio.sleep(0)
+        self.current = self.snapshot(fleet.model_version, fleet.index_version)
+        return self.current
+
+    async def sync(self) -> Fleet:
+        self.online.fleet = self.truth.fleet
+        return self.truth.fleet
+
+    def snapshot(self, model_version: str, index_version: int) -> Snapshot:
+        items = table(COUNT, index_version=index_version)
+        if not model_version:
+            return Snapshot(None, items, np.zeros((COUNT, 0), np.float32), CollaborativeWeights.empty(COUNT))
+        rng = np.random.default_rng(list(model_version.encode()))
+        vectors = rng.standard_normal((COUNT, 8)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        mixer = rng.standard_normal(23).astype(np.float32)
+
+        def rank(matrix: Any) -> Any:
+            self.computations += 1
+            sleep(0.005)  # in a thread: long enough that concurrent calls overlap
+            if self.error is not None:
+                raise self.error
+            return np.einsum("cf,f->c", matrix, mixer)
+
+        model = SimpleNamespace(
+            model_version=model_version,
+            signals=SignalConfig(),
+            user_vector=lambda seen, items: vectors[items.rows[seen.behaviours[0].item_id]] if seen.behaviours else None,
+            rank=rank,
+        )
+        return Snapshot(cast("Any", model), items, vectors, CollaborativeWeights.empty(COUNT))
+
+
+@dataclass
+class MemoryOffers:
+    """Every item at its own price plus the offers' version in cents, so that a price says which version it is of."""
+
+    asked: list[int] = field(default_factory=list)
+
+    async def at_least(self, offer_version: int) -> OfferTable:
+        self.asked.append(offer_version)
+        return OfferTable(
+            offer_version,
+            {f"i{k:03d}": Offer((k + 1) * 1_000_000 + offer_version * 10_000, "EUR", None, frozenset(), "") for k in range(COUNT)},
+        )
+
+
+@dataclass
+class MemoryJournal:
+    logged: list[tuple[Answer, str, str]] = field(default_factory=list)
+
+    def log(self, answer: Answer, *, channel: str, surface: str, answered_at: datetime) -> None:
+        self.logged.append((answer, channel, surface))
+
+
+@dataclass
+class Replica:
+    """A recommender with its own copies, over stores that all replicas share."""
+
+    recommender: Recommender
+    fleet: MemoryFleet
+    states: MemoryStates
+    offers: MemoryOffers
+    journal: MemoryJournal
+    identities: Identities
+    registry: CollectorRegistry
+
+    def count(self, result: str) -> float:
+        """How many slates were a hit or a miss."""
+        return self.registry.get_sample_value("concord_slate_total", {"result": result}) or 0.0
+
+
+@dataclass
+class Shop:
+    """The shared stores."""
+
+    truth: Truth = field(default_factory=Truth)
+    online: MemoryOnline = field(default_factory=MemoryOnline)
+
+    def views(self, user_id: str, *item_ids: str, seen: bool = True) -> int:
+        """Stores views; ``seen`` says whether Redis caught up."""
+        version = self.truth.add(user_id, *item_ids)
+        if seen:
+            self.online.customers[user_id] = self.truth.customers[user_id]
+        return version
+
+    def point(self, **changes: Any) -> None:
+        """Moves pointers of the fleet everywhere."""
+        self.truth.fleet = self.online.fleet = replace(self.truth.fleet, **changes)
+
+    def pass_time(self, seconds: float) -> None:
+        self.online.now += timedelta(seconds=seconds)
+
+    def replica(self, *, ttl_seconds: float = 900.0, known: Sequence[tuple[Subject, str]] = ()) -> Replica:
+        registry = CollectorRegistry()
+        states, fleet = MemoryStates(self.truth, self.online), MemoryFleet(self.truth, self.online)
+        # The real one: resolving what it remembers needs no PostgreSQL.
+        identities = Identities(cast("Any", None), cast("Any", self.online), cast("Any", states), new_user_id=lambda: "new")
+        for subject, user_id in known:
+            identities.remember(subject, user_id)
+        offers, journal = MemoryOffers(), MemoryJournal()
+        recommender = Recommender(
+            identities=identities,
+            states=cast("Any", states),
+            online=cast("Any", self.online),
+            fleet=cast("Any", fleet),
+            offers=cast("Any", offers),
+            journal=cast("Any", journal),
+            metrics=Metrics(registry),
+            policy=Policy(slate_size=40, exclude_purchased=True, max_per_category=4),
+            slate_ttl_seconds=ttl_seconds,
+            hide_out_of_stock=True,
+            now=lambda: self.online.now,
+        )
+        return Replica(recommender, fleet, states, offers, journal, identities, registry)
