@@ -13,6 +13,7 @@ from features.bundle import COLLABORATIVE, ENCODER, GOLDEN, ITEMS, RANKER, TOKEN
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
 from features.signals import CollaborativeWeights, SignalConfig
+from server.errors import UnavailableError
 from server.inference.session import open_session, provider_of
 
 # What the golden outputs may differ by: other processors sum in other orders. On the exporting machine the difference is 0.
@@ -114,15 +115,24 @@ def load_model(folder: Path, *, provider: str, threads: int) -> LoadedModel:
     if manifest.ranking_features != RANKING_FEATURES:
         raise BundleError(f"{manifest.model_version}: {RANKER} was trained on other ranking features than this release computes")
     try:
-        encoder = open_session(folder / ENCODER, provider=provider, threads=threads)
-        ranker = open_session(folder / RANKER, provider="cpu", threads=1)  # 256 × 23 numbers: the copy to a GPU costs more
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        items, weights = np.load(folder / ITEMS), np.load(folder / COLLABORATIVE)
-    except (ort.capi.onnxruntime_pybind11_state.Fail, ort.capi.onnxruntime_pybind11_state.InvalidGraph, OSError, ValueError) as error:
-        raise BundleError(f"{manifest.model_version}: cannot be opened: {str(error).splitlines()[0]}") from None
+        model = _open(folder, manifest, provider=provider, threads=threads)
+        model.check_golden(folder)
+    except (BundleError, UnavailableError):
+        raise
+    except Exception as error:  # noqa: BLE001 - fifteen types of ONNX Runtime share no base, tokenizers raises Exception itself
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BundleError(f"{manifest.model_version}: cannot be opened: {line}") from None
+    return model
+
+
+def _open(folder: Path, manifest: Manifest, *, provider: str, threads: int) -> LoadedModel:
+    encoder = open_session(folder / ENCODER, provider=provider, threads=threads)
+    ranker = open_session(folder / RANKER, provider="cpu", threads=1)  # 256 × 23 numbers: the copy to a GPU costs more
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    model = LoadedModel(
+    items, weights = np.load(folder / ITEMS), np.load(folder / COLLABORATIVE)
+    return LoadedModel(
         manifest=manifest,
         encoder=encoder,
         ranker=ranker,
@@ -132,5 +142,3 @@ def load_model(folder: Path, *, provider: str, threads: int) -> LoadedModel:
         item_vectors=items["vectors"].astype(np.float32, copy=False),
         collaborative=CollaborativeWeights(weights["indptr"], weights["indices"], weights["weights"]),
     )
-    model.check_golden(folder)
-    return model

@@ -31,7 +31,7 @@ def shown(answer: Answer) -> list[tuple[str, int, float, int | None]]:
     return [(item.item_id, item.position, item.score, item.price_micros) for item in answer.items]
 
 
-def times(count: int, act: Callable[[], None]) -> Callable[[], None]:
+def times(count: int, act: Callable[[], object]) -> Callable[[], None]:
     """Returns a hook that acts the first ``count`` times it is called."""
     left = [count]
 
@@ -227,7 +227,8 @@ async def test_a_slate_stands_until_it_expires(shop: Shop) -> None:
 
 
 async def test_pages_join_to_the_whole_slate(shop: Shop) -> None:
-    replica, joined, token = shop.replica(), [], ""
+    replica, token = shop.replica(), ""
+    joined: list[tuple[str, int, float, int | None]] = []
     whole = await ask(replica, limit=100)
     assert (len(whole.items), whole.next_page_token) == (40, "")
     while token or not joined:
@@ -259,8 +260,8 @@ async def test_prices_are_live_and_the_slate_stays(shop: Shop) -> None:
 
 async def test_context_and_surface_are_places_of_their_own(shop: Shop) -> None:
     replica = shop.replica()
-    queries = [{}, {"surface": "product", "context_item_ids": ("i020",)}, {"surface": "product", "context_item_ids": ("i021",)}]
-    answers = [await ask(replica, **more) for more in queries]
+    products: list[dict[str, Any]] = [{"surface": "product", "context_item_ids": (item,)} for item in ("i020", "i021")]
+    answers = [await ask(replica, **more) for more in ({}, *products)]
     assert len({answer.slate_id for answer in answers}) == len(shop.online.slates) == 3
     assert shown(answers[1]) != shown(answers[2])  # a context item counts as just viewed
 

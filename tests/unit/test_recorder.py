@@ -25,19 +25,23 @@ class FakeWriter:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.stored: list[IncomingEvent] = []
+        self.struck: list[Any] = []
+        self.error: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def write(self, calls: Sequence[Sequence[IncomingEvent]]) -> list[Written]:
         await self.gate.wait()
         self.batches.append(len(calls))
+        if self.error is not None:
+            raise self.error
         if any(event.text == "poison" for call in calls for event in call):
             raise psycopg.DataError("bad value")
         self.stored += [event for call in calls for event in call]
         return [Written(tuple(EventOutcome(Stored.STORED, "u") for _ in call), (Token("u", 1),), ()) for call in calls]
 
     def caught_up(self, states: Any) -> None:
-        pass
+        self.struck.append(states)
 
 
 class FakeOnline:
@@ -129,8 +133,49 @@ async def test_a_caller_who_leaves_takes_nothing_with_them() -> None:
 
 
 async def test_events_are_acknowledged_while_redis_is_away() -> None:
-    async with recording() as (recorder, _, online):
+    async with recording() as (recorder, writer, online):
         online.down = True
         assert not (await recorder.record([event(0)])).online
+        assert writer.struck == []  # the outbox must go on naming whom Redis lacks
         online.down = False
         assert (await recorder.record([event(1)])).online
+        assert len(writer.struck) == 1
+
+
+async def test_an_outage_fails_the_waiting_calls_once_and_the_next_ones_are_stored() -> None:
+    async with recording() as (recorder, writer, _):
+        writer.gate.clear()
+        writer.error = psycopg.OperationalError("the server closed the connection")
+        calls = [asyncio.create_task(recorder.record([event(k)])) for k in range(5)]
+        await asyncio.sleep(0.02)
+        writer.gate.set()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [psycopg.OperationalError] * 5
+        assert len(writer.batches) <= 2  # no call is tried again behind its caller's back
+        writer.error = None
+        assert (await recorder.record([event(9)])).online
+    assert [e.event_id.int for e in writer.stored] == [9]
+
+
+async def test_a_queue_that_was_full_takes_calls_again() -> None:
+    async with recording(queue_events=2) as (recorder, writer, _):
+        for turn in range(3):
+            writer.gate.clear()
+            calls = [asyncio.create_task(recorder.record([event(10 * turn + k)])) for k in range(2)]
+            await asyncio.sleep(0.01)
+            calls += [asyncio.create_task(recorder.record([event(10 * turn + k)])) for k in (2, 3)]
+            await asyncio.sleep(0.01)
+            with pytest.raises(OverloadedError):
+                await recorder.record([event(99)])
+            writer.gate.set()
+            await asyncio.gather(*calls)
+    assert len(writer.stored) == 12
+
+
+async def test_each_call_gets_the_outcomes_of_its_own_events() -> None:
+    async with recording() as (recorder, writer, _):
+        writer.gate.clear()
+        calls = [asyncio.create_task(recorder.record([event(10 * n + k) for k in range(n)])) for n in range(1, 6)]
+        await asyncio.sleep(0.02)
+        writer.gate.set()
+        assert [len((await call).outcomes) for call in calls] == [1, 2, 3, 4, 5]

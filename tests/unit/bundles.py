@@ -1,0 +1,147 @@
+"""A whole bundle written in a second without PyTorch: real ONNX graphs with random weights, for tests of what reads bundles."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from features.bundle import (
+    COLLABORATIVE,
+    ENCODER,
+    GOLDEN,
+    ITEMS,
+    RANKER,
+    TOKENIZER,
+    FeatureContract,
+    FeatureRef,
+    Manifest,
+    checksums,
+    write_manifest,
+)
+from features.candidates import CANDIDATE_COUNT
+from features.item_table import FloatArray, ItemTable
+from features.ranking import RANKING_FEATURES
+
+SIZE = 16  # components of a vector
+_WORDS = ("viewed", "bought", "added", "searched", "title", "text", ";")
+
+
+def write_bundle(folder: Path, table: ItemTable, *, model_version: str = "m1", seed: int = 1) -> Manifest:
+    """Writes a bundle over all items of ``table`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    words = {word: code for code, word in enumerate(("[UNK]", *_WORDS, *table.ids))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / TOKENIZER))
+    onnx.save(_encoder(rng, len(words)), str(folder / ENCODER))
+    onnx.save(_ranker(rng), str(folder / RANKER))
+    vectors = _unit(rng.standard_normal((len(table), SIZE)))
+    np.savez(folder / ITEMS, item_ids=np.array(table.ids), content_hashes=np.array(table.content_hashes), vectors=vectors)
+    np.savez(folder / COLLABORATIVE, **_neighbours(rng, len(table)))
+    _write_golden(folder, rng, len(words))
+    manifest = _manifest(folder, model_version)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _manifest(folder: Path, model_version: str) -> Manifest:
+    day = datetime(2026, 1, 1, tzinfo=UTC)
+    return Manifest(
+        model_version=model_version,
+        created_at=day,
+        base_model="none",
+        tower="text",
+        vector_size=SIZE,
+        item_tokens=16,
+        user_tokens=24,
+        behaviour_limit=8,
+        half_life_days=30.0,
+        ranking_features=RANKING_FEATURES,
+        candidate_count=CANDIDATE_COUNT,
+        contract=FeatureContract(name="ranking_v1", features=(FeatureRef(ref="user_profile:price_mean", dtype="Float64"),)),
+        metrics={"ndcg_at_10": 0.5},
+        parity={"encoder": 0.0},
+        data_from=day,
+        data_until=day,
+        settings={"seed": 1},
+        files=dict(checksums(folder)),
+    )
+
+
+def _unit(rows: "np.ndarray[tuple[int, int], np.dtype[np.float64]]") -> FloatArray:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
+def _neighbours(rng: np.random.Generator, count: int, each: int = 5) -> dict[str, Any]:
+    indices = np.concatenate([np.sort(rng.choice(count, each, replace=False)) for _ in range(count)]) if count else np.zeros(0)
+    return {
+        "indptr": np.arange(count + 1, dtype=np.int64) * each,
+        "indices": indices.astype(np.int32),
+        "weights": rng.random(count * each).astype(np.float32),
+    }
+
+
+def _model(nodes: "list[onnx.NodeProto]", inputs: "list[onnx.ValueInfoProto]", outputs: "list[onnx.ValueInfoProto]", **weights: FloatArray):  # type: ignore[no-untyped-def]
+    constants = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _encoder(rng: np.random.Generator, words: int) -> onnx.ModelProto:
+    """Mean of word vectors, one head for customers and one for items, both of unit length."""
+    nodes = [
+        helper.make_node("Gather", ["words", "input_ids"], ["embedded"]),
+        helper.make_node("ReduceMean", ["embedded"], ["mean"], axes=[1], keepdims=0),
+    ]
+    for head in ("user", "item"):
+        nodes += [
+            helper.make_node("MatMul", ["mean", f"{head}_head"], [f"{head}_raw"]),
+            helper.make_node("LpNormalization", [f"{head}_raw"], [f"{head}_vector"], axis=1, p=2),
+        ]
+    ids = [helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "s"]) for name in ("input_ids", "attention_mask")]
+    vectors = [helper.make_tensor_value_info(f"{head}_vector", TensorProto.FLOAT, ["b", SIZE]) for head in ("user", "item")]
+    weights = {name: rng.standard_normal((SIZE, SIZE)).astype(np.float32) for name in ("user_head", "item_head")}
+    return _model(nodes, ids, vectors, words=rng.standard_normal((words, SIZE)).astype(np.float32), **weights)
+
+
+def _ranker(rng: np.random.Generator, hidden: int = 24) -> onnx.ModelProto:
+    """Two dense layers over the fixed height that the server runs."""
+    nodes = [
+        helper.make_node("Gemm", ["features", "w1", "b1"], ["h"]),
+        helper.make_node("Tanh", ["h"], ["t"]),
+        helper.make_node("MatMul", ["t", "w2"], ["column"]),
+        helper.make_node("Squeeze", ["column", "axis"], ["scores"]),
+    ]
+    given = helper.make_tensor_value_info("features", TensorProto.FLOAT, [CANDIDATE_COUNT, len(RANKING_FEATURES)])
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, [CANDIDATE_COUNT])
+    weights = {
+        "w1": rng.normal(0, 0.3, (len(RANKING_FEATURES), hidden)).astype(np.float32),
+        "b1": rng.standard_normal(hidden).astype(np.float32),
+        "w2": rng.standard_normal((hidden, 1)).astype(np.float32),
+    }
+    return _model(nodes, [given], [scores], axis=np.array([1], np.int64), **weights)
+
+
+def _write_golden(folder: Path, rng: np.random.Generator, words: int) -> None:
+    encoder, ranker = (onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"]) for name in (ENCODER, RANKER))
+    lengths = np.array([1, 5, 9])
+    ids = rng.integers(0, words, (3, 9))
+    pairs = [
+        encoder.run(None, {"input_ids": ids[k : k + 1, :n], "attention_mask": np.ones((1, n), np.int64)}) for k, n in enumerate(lengths)
+    ]
+    features = rng.standard_normal((CANDIDATE_COUNT, len(RANKING_FEATURES))).astype(np.float32)
+    np.savez(
+        folder / GOLDEN,
+        lengths=lengths,
+        input_ids=ids,
+        user_vectors=np.stack([user[0] for user, _ in pairs]),
+        item_vectors=np.stack([item[0] for _, item in pairs]),
+        ranker_features=features,
+        ranker_scores=ranker.run(None, {"features": features})[0],
+    )

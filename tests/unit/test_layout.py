@@ -1,0 +1,177 @@
+"""Feast's Redis layout: values that come back, statuses told apart, and views that cannot be stored refused."""
+
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from feast import Entity, FeatureView, Field, FileSource, ValueType
+from feast.infra.online_stores.helpers import _mmh3
+from feast.protos.feast.types.Value_pb2 import Value
+from feast.types import Array, Bool, Float32, Float64, Int32, Int64, String, UnixTimestamp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, UserStateCodec, activity_of, profile_of
+from features.layout import LayoutError, Status, ViewLayout, decode_value, encode_value, entity_key, load_layouts, view_layout
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+TYPES: dict[str, Any] = {
+    "Int32": st.integers(-(2**31), 2**31 - 1),
+    "Int64": st.integers(-(2**63), 2**63 - 1),
+    "Float32": st.floats(width=32, allow_nan=False),
+    "Float64": st.floats(allow_nan=False),
+    "String": st.text(st.characters(exclude_categories=("Cs",))),
+    "Bool": st.booleans(),
+}
+TYPES |= {f"Array({name})": st.lists(TYPES[name]) for name in ("Int64", "Float32", "Float64", "String")}
+VALUES = st.sampled_from(sorted(TYPES)).flatmap(lambda dtype: st.tuples(st.just(dtype), st.none() | TYPES[dtype]))
+
+
+def view(name: str = "v", *, ttl: timedelta = timedelta(0), keys: int = 1, online: bool = True, **schema: Any) -> FeatureView:
+    entities = [Entity(name=f"e{k}", join_keys=[f"e{k}_id"], value_type=ValueType.STRING) for k in range(keys)]
+    columns = [Field(name=f"e{k}_id", dtype=String) for k in range(keys)] + [Field(name=n, dtype=t) for n, t in schema.items()]
+    source = FileSource(path="nowhere.parquet", timestamp_field="t")
+    return FeatureView(name=name, entities=entities, schema=columns, source=source, ttl=ttl, online=online)
+
+
+def layout(ttl: timedelta = timedelta(0)) -> ViewLayout:
+    return view_layout(view(ttl=ttl, count=Int64, names=Array(String)))
+
+
+def read(stored: dict[bytes, bytes], of: ViewLayout, now: datetime = NOW) -> dict[str, tuple[Any, Status, datetime | None]]:
+    return {n: (v.value, v.status, v.event_timestamp) for n, v in of.decode([stored.get(f) for f in of.hash_fields], now).items()}
+
+
+@given(VALUES)
+def test_every_value_comes_back(pair: tuple[str, Any]) -> None:
+    dtype, value = pair
+    assert decode_value(encode_value(dtype, value)) == value
+
+
+def test_zero_and_empty_are_values_and_none_is_not() -> None:
+    """A count of 0 must not read as missing, nor an empty list."""
+    assert decode_value(encode_value("Int64", 0)) == 0
+    assert decode_value(encode_value("String", "")) == ""
+    assert decode_value(encode_value("Bool", False)) is False
+    assert decode_value(encode_value("Array(String)", [])) == []
+    assert encode_value("Int64", None) == b""
+
+
+def test_a_version_has_the_bytes_the_redis_script_reads() -> None:
+    """WRITE_STATE compares versions inside the serialized Value: tag 0x20, then a varint."""
+    assert encode_value("Int64", 0) == b"\x20\x00"
+    assert encode_value("Int64", 300) == b"\x20\xac\x02"
+
+
+def test_bytes_are_feasts_own() -> None:
+    stored = layout().encode({"count": 5, "names": ["a", "b"]}, NOW)
+    assert set(stored) == {b"_ts:v", _mmh3("v:count"), _mmh3("v:names")}
+    assert Value.FromString(stored[_mmh3("v:count")]).int64_val == 5
+    assert list(Value.FromString(stored[_mmh3("v:names")]).string_list_val.val) == ["a", "b"]
+
+
+def test_present_missing_and_stale_are_told_apart() -> None:
+    hourly = layout(timedelta(hours=1))
+    stored = hourly.encode({"count": 5, "names": None}, NOW)
+    assert read(stored, hourly) == {"count": (5, Status.PRESENT, NOW), "names": (None, Status.MISSING, NOW)}
+    assert read(stored, hourly, NOW + timedelta(hours=1))["count"][1] is Status.PRESENT
+    assert read(stored, hourly, NOW + timedelta(hours=1, microseconds=1)) == {
+        "count": (5, Status.STALE, NOW),
+        "names": (None, Status.MISSING, NOW),
+    }
+    assert read({}, hourly) == {"count": (None, Status.MISSING, None), "names": (None, Status.MISSING, None)}
+    del stored[_mmh3("v:count")]
+    assert read(stored, hourly)["count"] == (None, Status.MISSING, NOW)
+
+
+def test_without_a_time_to_live_nothing_grows_stale() -> None:
+    stored = layout().encode({"count": 5, "names": []}, datetime(1999, 1, 1, tzinfo=UTC))
+    assert read(stored, layout())["count"][1] is Status.PRESENT
+
+
+def test_a_view_says_its_types_in_order() -> None:
+    of = view_layout(view("all", a=Int32, b=Int64, c=Float32, d=Float64, e=String, f=Bool, g=Array(Int64), h=Array(Float32)))
+    assert of.join_key == "e0_id"
+    assert of.features == tuple("abcdefgh")
+    assert of.dtypes == ("Int32", "Int64", "Float32", "Float64", "String", "Bool", "Array(Int64)", "Array(Float32)")
+    assert of.hash_fields == (*of.fields, b"_ts:all")
+
+
+def test_what_cannot_be_stored_is_refused_by_name() -> None:
+    with pytest.raises(LayoutError, match="pairs: 2 join keys"):
+        view_layout(view("pairs", keys=2, a=Int64))
+    with pytest.raises(LayoutError, match="v:at: type UnixTimestamp"):
+        view_layout(view(at=UnixTimestamp))
+
+
+def loaded(*views: FeatureView) -> dict[str, ViewLayout]:
+    return load_layouts(cast("Any", SimpleNamespace(list_feature_views=lambda: list(views))))
+
+
+def colliding() -> tuple[str, str]:
+    """Two features of two views of one entity that share a 32-bit field: by the birthday paradox some 2^16 names hold a pair."""
+    seen: dict[bytes, str] = {}
+    for number in range(10**6):
+        other = seen.setdefault(_mmh3(f"v{number % 2}:f{number}"), f"f{number}")
+        if other != f"f{number}" and (int(other[1:]) - number) % 2:
+            return (other, f"f{number}") if int(other[1:]) % 2 == 0 else (f"f{number}", other)
+    raise AssertionError("no two names collide")
+
+
+def test_two_features_that_share_a_field_are_refused() -> None:
+    even, odd = colliding()
+    with pytest.raises(LayoutError, match="share one hash field"):
+        loaded(view("v0", **{even: Int64}), view("v1", **{odd: Int64}))
+    assert set(loaded(view("v0", **{even: Int64}), view("v1", fine=Int64))) == {"v0", "v1"}
+    assert set(loaded(view("v0", **{even: Int64}), view("v1", online=False, **{odd: Int64}))) == {"v0"}
+
+
+def test_keys_of_customers_and_shops_differ() -> None:
+    keys = {entity_key("user_id", user, project) for user in ("a", "b", "ab", "") for project in ("shop", "myshop")}
+    assert len(keys) == 8
+    assert entity_key("user_id", "a", "shop") != entity_key("item_id", "a", "shop")
+
+
+def test_a_customers_state_comes_back_as_it_was_read() -> None:
+    activity = view(
+        ACTIVITY_VIEW,
+        version=Int64,
+        **dict.fromkeys(("recent_items", "recent_actions", "recent_channels", "recent_texts", "purchased_items"), Array(String)),
+        **dict.fromkeys(("recent_times", "purchased_days"), Array(Int64)),
+    )
+    profile = view(PROFILE_VIEW, purchase_count=Int64, price_mean=Float64, price_low=Float64, price_high=Float64)
+    codec = UserStateCodec(loaded(activity, profile), "shop")
+    row: dict[str, Any] = {
+        "user_id": "zoë",
+        "version": 9,
+        "event_timestamp": NOW,
+        "recent_items": ["a", ""],
+        "recent_actions": ["view", "search"],
+        "recent_channels": ["web", "app"],
+        "recent_texts": ["", "red mug"],
+        "recent_times": [2, 1],
+        "purchased_items": ["a"],
+        "purchased_days": [20_000],
+        "profile": None,
+        "profile_timestamp": None,
+    }
+    state = codec.state(row)
+    assert (state.user_id, state.version, state.key) == ("zoë", 9, codec.key("zoë"))
+    version, field, count, *pairs = state.arguments
+    stored = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    assert (version, field, count) == (9, codec.version_field, len(stored)) == (9, codec.version_field, len(codec.activity.hash_fields))
+    features = codec.decode([cast("Any", stored).get(f) for f in codec.hash_fields], NOW)
+    seen = activity_of(features[ACTIVITY_VIEW])
+    assert seen is not None
+    assert (seen.version, seen.purchased_items, seen.purchased_days) == (9, ("a",), (20_000,))
+    assert [(b.item_id, b.action, b.channel, b.occurred_at, b.text) for b in seen.behaviours] == [
+        ("a", "view", "web", 2, ""),
+        ("", "search", "app", 1, "red mug"),
+    ]
+    assert str(profile_of(features[PROFILE_VIEW])) == "Profile(purchase_count=0.0, price_mean=nan, price_low=nan, price_high=nan)"
+    assert activity_of(codec.decode([None] * len(codec.hash_fields), NOW)[ACTIVITY_VIEW]) is None
+    bought = codec.state(
+        row | {"profile": {"purchase_count": 2, "price_mean": 3.5, "price_low": None, "price_high": 4}, "profile_timestamp": NOW}
+    )
+    assert bought.arguments[3 + 2 * len(stored)] == codec.profile.timestamp_field
