@@ -1,0 +1,2 @@
+-- The journal holds what a replay needs; audit results.
+SELECT 1;
