@@ -18,6 +18,8 @@ from server.catalog.offers import Offers
 from server.catalog.service import Catalog
 from server.database import postgres_pool, redis_client
 from server.fleet import FleetWatch
+from server.ingest.forget import Erasure
+from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities
 from server.ingest.recorder import EventRecorder
 from server.ingest.recovery import Recovery
@@ -67,7 +69,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         stack.push_async_callback(client.aclose)
         online = OnlineStore(client, codec)
         states = UserStates(pool, online, codec)
-        identities = Identities(pool, online, states, new_user_id=_new_user_id)
+        identities = Identities(pool, new_user_id=_new_user_id)
+        erasure = Erasure(pool, online)
         writer = EventWriter(pool, states, new_user_id=_new_user_id)
         recorder = EventRecorder(
             writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
@@ -78,7 +81,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         stack.push_async_callback(journal.flush)
         features = FeatureReader(client, states, identities, store=store, layouts=layouts, project=settings.project, now=_now)
         catalog = Catalog(pool, fleet, dsn=settings.postgres_dsn, epoch_seconds=settings.epoch_seconds)
-        recovery = Recovery(pool, states, online, metrics, after_seconds=settings.recovery_seconds)
+        recovery = Recovery(pool, states, online, erasure, metrics, after_seconds=settings.recovery_seconds)
         recommender = Recommender(
             identities=identities,
             states=states,
@@ -108,6 +111,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         services = Services(
             recorder=recorder,
             identities=identities,
+            graph=IdentityGraph(pool, states, new_user_id=_new_user_id),
+            erasure=erasure,
             recommender=recommender,
             profiles=Profiles(pool, identities, states, now=_now),
             catalog=catalog,

@@ -1,5 +1,11 @@
 """Connections: one PostgreSQL pool and one Redis client per process, with explicit timeouts and no hidden retries."""
 
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import psycopg
 import redis.asyncio
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
@@ -7,9 +13,42 @@ from psycopg_pool import AsyncConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from server.errors import ConflictError
 from server.settings import ServerSettings
 
 Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]
+T = TypeVar("T")
+
+_PAUSE_SECONDS = 0.01
+_LOST_RACES = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+
+
+class RestartError(Exception):
+    """What a transaction read before its locks no longer holds; it is rolled back and started again."""
+
+
+async def retried(transaction: Callable[[], Awaitable[T]], *, attempts: int = 5, spread: Callable[[], float] = random.random) -> T:
+    """Runs a transaction again while it loses races against others, after a pause that doubles and is spread out.
+
+    Args:
+        transaction: opens, does and commits one transaction; what it lost was rolled back.
+        attempts: how often in all.
+        spread: a number from 0 to 1 by which a pause is shortened.
+
+    Raises:
+        ConflictError: the last attempt had to be restarted.
+        psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure: the last attempt lost.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return await transaction()
+        except (*_LOST_RACES, RestartError) as error:
+            if attempt == attempts and isinstance(error, RestartError):
+                raise ConflictError("a concurrent change won; try again", reason="CONCURRENT_CHANGE") from None
+            if attempt == attempts:
+                raise
+        await asyncio.sleep(_PAUSE_SECONDS * 2 ** min(attempt, 5) * spread())
+    raise AssertionError("unreachable")
 
 
 def postgres_pool(settings: ServerSettings) -> Pool:

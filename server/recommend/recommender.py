@@ -19,10 +19,10 @@ from server.catalog.offers import Offers, OfferTable
 from server.domain import Answer, ItemFilter, RecommendQuery, Subject, Token, Versions
 from server.errors import ConflictError, NotFoundError, PreconditionError, StaleStateError, UnavailableError
 from server.fleet import FleetWatch
-from server.ingest.identities import Identities
+from server.ingest.identities import Identities, Known
 from server.journal.exposures import Journal
 from server.metrics import Metrics
-from server.online.states import MergedError, UserStates
+from server.online.states import RegroupedError, UserStates
 from server.online.store import Fleet, OnlineStore
 from server.recommend.compute import Policy, compute_slate, score_items
 from server.recommend.shelf import RankedItems, Shelf, page_token, read_page_token
@@ -101,7 +101,7 @@ class Recommender:
         """
         clock = _Clock()
         place = Place(query.surface, query.context_item_ids)
-        found = await self._following_merges(query.subject, lambda user: self._slate(user, place, query.token, clock), clock)
+        found = await self._following_merges(query.subject, lambda known: self._slate(known, place, query.token, clock), clock)
         slate, snapshot = found.slate, found.snapshot
         start = self._start(query.page_token, slate)
         with clock("offers"):
@@ -135,11 +135,11 @@ class Recommender:
         clock = _Clock()
         place = Place(surface)
 
-        async def scored(user_id: str) -> tuple[str, Activity, Profile, Snapshot, Fleet]:
-            snapshot, fleet, _ = await self._standing(user_id, place, token, clock)
+        async def scored(known: Known) -> tuple[str, Activity, Profile, Snapshot, Fleet]:
+            snapshot, fleet, _ = await self._standing(known, place, token, clock)
             with clock("features"):
-                activity, profile, _ = await self._customer(user_id)
-            return user_id, activity, profile, snapshot, fleet
+                activity, profile, _ = await self._customer(known.user_id)
+            return known.user_id, activity, profile, snapshot, fleet
 
         user_id, activity, profile, snapshot, fleet = await self._following_merges(subject, scored, clock)
         _require_model(snapshot)
@@ -170,7 +170,7 @@ class Recommender:
             NotFoundError: the item is not in the index.
             PreconditionError: no model is active.
         """
-        snapshot, fleet, _ = await self._standing("", Place("similar"), None, _Clock())
+        snapshot, fleet, _ = await self._standing(Known(""), Place("similar"), None, _Clock())
         row = snapshot.table.rows.get(item_id)
         if row is None:
             raise NotFoundError("no such item in the index", reason="ITEM_UNKNOWN", field="item_id")
@@ -186,22 +186,17 @@ class Recommender:
         items, _ = Shelf(channel, filters, self._hide_out_of_stock).page(ranked, offers, start=0, limit=limit)
         return Answer("", tuple(items), _versions(0, snapshot, offers), "", self._now(), None)
 
-    async def _following_merges(self, subject: Subject, act: Callable[[str], Any], clock: _Clock) -> Any:
-        """Runs ``act`` for the subject's customer, and for the survivor when the customer turns out to have been merged."""
+    async def _following_merges(self, subject: Subject, act: Callable[[Known], Any], clock: _Clock) -> Any:
+        """Runs ``act`` for the subject's customer, and again for whoever that turns out to be."""
         with clock("identity"):
-            user_id = await self._identities.user_of(subject)
-        for _ in range(_TURNS):
-            try:
-                return await act(user_id)
-            except MergedError as merged:
-                user_id = merged.survivor
-                self._identities.remember(subject, user_id)
-        raise UnavailableError("the customer is being merged", reason="MERGE_IN_PROGRESS")
+            known = await self._identities.customer_of(subject)
+        return await self._identities.following(subject, known, act)
 
-    async def _slate(self, user_id: str, place: Place, token: Token | None, clock: _Clock) -> _Found:
+    async def _slate(self, known: Known, place: Place, token: Token | None, clock: _Clock) -> _Found:
         """Returns the slate that stands for the customer's newest version under the fleet's versions, committing one if none does."""
+        user_id = known.user_id
         for _ in range(_TURNS):
-            snapshot, fleet, standing = await self._standing(user_id, place, token, clock)
+            snapshot, fleet, standing = await self._standing(known, place, token, clock)
             slot = place.slot(snapshot.model_version, snapshot.index_version)
             version = standing.user_version or 0
             slate = decode_slate(standing.slate, user_id, slot) if standing.slate else None
@@ -215,8 +210,14 @@ class Recommender:
                 return _Found(user_id, slate, snapshot, fleet.offer_version)
         raise UnavailableError("the versions keep moving", reason="VERSIONS_MOVING")
 
-    async def _standing(self, user_id: str, place: Place, token: Token | None, clock: _Clock) -> tuple[Snapshot, Fleet, Any]:
-        """Reads until the snapshot in hand is the one the pointers name and the customer's state satisfies the token."""
+    async def _standing(self, known: Known, place: Place, token: Token | None, clock: _Clock) -> tuple[Snapshot, Fleet, Any]:
+        """Reads until the snapshot in hand is the one the pointers name and the customer's state satisfies the token.
+
+        Raises:
+            MergedError: the customer is one with another now.
+            RegroupedError: the customer has been regrouped since the subject was resolved to it.
+        """
+        user_id = known.user_id
         minimum = await self._identities.minimum_version(user_id, token)
         snapshot = self._fleet.current
         for _ in range(_TURNS):
@@ -235,6 +236,8 @@ class Recommender:
                     # PostgreSQL is the truth: what it does not hold, no waiting brings (but a replica behind it may catch up).
                     raise StaleStateError("the state this token asks for is not there", reason="TOKEN_AHEAD", field="consistency_token")
                 continue
+            if known.outdated_by(standing.membership):
+                raise RegroupedError
             return snapshot, fleet, standing
         raise UnavailableError("the versions keep moving", reason="VERSIONS_MOVING")
 

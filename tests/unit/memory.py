@@ -18,7 +18,7 @@ from features.signals import CollaborativeWeights, SignalConfig
 from server.catalog.offers import Offer, OfferTable
 from server.domain import Answer, Subject
 from server.errors import NotFoundError
-from server.ingest.identities import Identities
+from server.ingest.identities import Identities, Known
 from server.metrics import Metrics
 from server.online.states import MergedError
 from server.online.store import Fleet, Standing
@@ -41,6 +41,8 @@ class Truth:
 
     customers: dict[str, Activity] = field(default_factory=dict)
     merged: dict[str, str] = field(default_factory=dict)
+    identities: dict[Subject, str] = field(default_factory=dict)
+    membership: dict[str, int] = field(default_factory=dict)
     fleet: Fleet = field(default_factory=lambda: Fleet("m1", 1, 1, 1))
 
     def add(self, user_id: str, *item_ids: str) -> int:
@@ -58,6 +60,7 @@ class MemoryOnline:
     """Redis: customers, committed slates and the fleet's pointers. ``on_read`` runs after each read, before its answer is used."""
 
     customers: dict[str, Activity] = field(default_factory=dict)
+    membership: dict[str, int] = field(default_factory=dict)
     slates: dict[tuple[str, str], bytes] = field(default_factory=dict)
     fleet: Fleet | None = field(default_factory=lambda: Fleet("m1", 1, 1, 1))
     now: datetime = START
@@ -67,7 +70,8 @@ class MemoryOnline:
     async def read(self, user_id: str, slot: str) -> Standing:
         self.reads += 1
         known = self.customers.get(user_id)
-        seen = Standing(known.version if known else None, self.slates.get((user_id, slot)), self.fleet, self.now)
+        version, membership = known.version if known else None, self.membership.get(user_id, 0)
+        seen = Standing(version, self.slates.get((user_id, slot)), self.fleet, self.now, membership=membership)
         self.on_read()
         await asyncio.sleep(0)
         return seen
@@ -101,6 +105,7 @@ class MemoryStates:
         if user_id not in self.truth.customers:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
         self.online.customers[user_id] = self.truth.customers[user_id]
+        self.online.membership[user_id] = self.truth.membership.get(user_id, 0)
         return self.truth.customers[user_id].version
 
     async def features(self, user_id: str, *, now: datetime) -> dict[str, dict[str, FeatureValue]]:
@@ -124,6 +129,21 @@ class MemoryStates:
             ACTIVITY_VIEW: {name: FeatureValue(value, Status.PRESENT, now) for name, value in columns.items()},
             PROFILE_VIEW: {name: FeatureValue(value, status, now) for name, value in profile.items()},
         }
+
+
+class MemoryIdentities(Identities):
+    """The real one, asking the truth instead of PostgreSQL; ``known`` is what a former look has left in the cache."""
+
+    def __init__(self, truth: Truth, known: dict[Subject, str]) -> None:
+        super().__init__(cast("Any", None), new_user_id=lambda: "new")
+        self._truth = truth
+        self._known = known
+        self._cache.update((subject, Known(user_id, 0)) for subject, user_id in known.items())
+
+    async def look_up(self, subject: Subject) -> Known:
+        user_id = self._truth.identities.get(subject) or self._known.get(subject, "")
+        user_id = self._truth.merged.get(user_id, user_id)
+        return Known(user_id if user_id in self._truth.customers else "", self._truth.membership.get(user_id, 0))
 
 
 @dataclass
@@ -221,6 +241,7 @@ class Shop:
         version = self.truth.add(user_id, *item_ids)
         if seen:
             self.online.customers[user_id] = self.truth.customers[user_id]
+        self.online.membership[user_id] = self.truth.membership.get(user_id, 0)
         return version
 
     def point(self, **changes: Any) -> None:
@@ -233,10 +254,7 @@ class Shop:
     def replica(self, *, ttl_seconds: float = 900.0, known: Sequence[tuple[Subject, str]] = ()) -> Replica:
         registry = CollectorRegistry()
         states, fleet = MemoryStates(self.truth, self.online), MemoryFleet(self.truth, self.online)
-        # The real one: resolving what it remembers needs no PostgreSQL.
-        identities = Identities(cast("Any", None), cast("Any", self.online), cast("Any", states), new_user_id=lambda: "new")
-        for subject, user_id in known:
-            identities.remember(subject, user_id)
+        identities = MemoryIdentities(self.truth, dict(known))
         offers, journal = MemoryOffers(), MemoryJournal()
         recommender = Recommender(
             identities=identities,
