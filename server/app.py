@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -16,7 +17,8 @@ from features.layout import load_layouts
 from features.store import feature_store
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
-from server.database import postgres_pool, redis_client
+from server.database import RECORD_AWAY, postgres_breaker, postgres_pool, redis_breaker, redis_client
+from server.errors import ConcordError
 from server.fleet import FleetWatch
 from server.ingest.identities import Identities
 from server.ingest.recorder import EventRecorder
@@ -28,9 +30,8 @@ from server.models import BundleLoader, Models
 from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.online.store import OnlineStore
-from server.recommend.compute import Policy
 from server.recommend.profiles import Profiles
-from server.recommend.recommender import Recommender
+from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import SnapshotBuilder
 from server.rpc.ports import Services
 from server.rpc.server import build_server
@@ -62,10 +63,12 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
     layouts = await asyncio.to_thread(load_layouts, store)
     codec = UserStateCodec(layouts, settings.project)
     async with contextlib.AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(postgres_pool(settings))
+        record_breaker = postgres_breaker(settings, partial(metrics.set_breaker, "record"))
+        pool = await stack.enter_async_context(postgres_pool(settings, record_breaker))
         client = redis_client(settings)
         stack.push_async_callback(client.aclose)
-        online = OnlineStore(client, codec)
+        online_breaker = redis_breaker(settings, client, partial(metrics.set_breaker, "online"))
+        online = OnlineStore(client, codec, online_breaker)
         states = UserStates(pool, online, codec)
         identities = Identities(pool, online, states, new_user_id=_new_user_id)
         writer = EventWriter(pool, states, new_user_id=_new_user_id)
@@ -76,10 +79,14 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         fleet = FleetWatch(pool, online, SnapshotBuilder(pool, dsn=settings.postgres_dsn), loader, metrics)
         journal = Journal(pool, metrics, bound=settings.journal_queue, pause_seconds=settings.journal_seconds, new_id=uuid.uuid4)
         stack.push_async_callback(journal.flush)
-        features = FeatureReader(client, states, identities, store=store, layouts=layouts, project=settings.project, now=_now)
+        features = FeatureReader(
+            client, online_breaker, states, identities, store=store, layouts=layouts, project=settings.project, now=_now
+        )
         catalog = Catalog(pool, fleet, dsn=settings.postgres_dsn, epoch_seconds=settings.epoch_seconds)
         recovery = Recovery(pool, states, online, metrics, after_seconds=settings.recovery_seconds)
-        recommender = Recommender(
+        online_breaker.catch_up = partial(_caught_up, recovery, fleet)
+        recommender = recommender_of(
+            settings,
             identities=identities,
             states=states,
             online=online,
@@ -87,12 +94,11 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             offers=Offers(pool),
             journal=journal,
             metrics=metrics,
-            policy=Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category),
-            slate_ttl_seconds=settings.slate_ttl_seconds,
-            hide_out_of_stock=settings.hide_out_of_stock,
             now=_now,
         )
         loops = (
+            record_breaker.run(),
+            online_breaker.run(),
             recorder.run(),
             writer.run(),
             recovery.run(),
@@ -115,6 +121,16 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             models=Models(fleet, dsn=settings.postgres_dsn),
         )
         yield Rooms(services, fleet)
+
+
+async def _caught_up(recovery: Recovery, fleet: FleetWatch) -> bool:
+    """Brings Redis up to PostgreSQL after it was away: customers whose writes it missed, and the fleet's pointers."""
+    try:
+        caught_up = await recovery.catch_up()
+        await fleet.sync()
+    except (*RECORD_AWAY, ConcordError):
+        return False
+    return caught_up
 
 
 def _report(task: "asyncio.Task[None]") -> None:
