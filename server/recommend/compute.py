@@ -1,6 +1,8 @@
 """From a customer's state to ranked items: the miss path as one pure function of snapshot, activity and profile."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from time import perf_counter
 
 import numpy as np
@@ -23,6 +25,11 @@ class Policy:
     slate_size: int
     exclude_purchased: bool
     max_per_category: int
+
+
+def policy_fingerprint(policy: Policy) -> str:
+    """Returns 16 hex digits that are equal for equal rules: replicas that differ in them would answer differently."""
+    return hashlib.sha256(json.dumps(asdict(policy), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,11 @@ def compute_slate(snapshot: Snapshot, activity: Activity, profile: Profile, poli
     marks.append(perf_counter())
     stages = dict(zip(("user_vector", "candidates", "ranking", "policy"), np.diff(marks).tolist(), strict=True))
     return Ranked(candidates.rows[final], scores[final], candidates.sources[final], flags, stages)
+
+
+def rehearse(snapshot: Snapshot, policy: Policy) -> None:
+    """Computes a slate that nobody sees, of somebody who looked at the first item: every part runs once before it answers."""
+    compute_slate(snapshot, Activity(0).with_context(snapshot.table.ids[:1], ""), Profile(), policy)
 
 
 def score_items(snapshot: Snapshot, activity: Activity, profile: Profile, rows: IntArray) -> Ranked:
