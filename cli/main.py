@@ -13,7 +13,7 @@ from cli import calls, data, demo, models
 from cli.context import console
 from features.bundle import BundleError
 from features.importers.mapping import MappingError
-from features.models import UnknownModelError
+from features.models import ActivationInProgressError, ReplicaUnreadyError, UnknownModelError
 from features.settings import SettingsError
 
 app = typer.Typer(
@@ -29,7 +29,15 @@ for group in (data, models, calls, demo):
     group.register(app)
 
 # Errors a person can act on: one line, no traceback. Anything else is a defect and shows where it happened.
-_EXPECTED = (SettingsError, MappingError, BundleError, UnknownModelError, FileNotFoundError)
+_EXPECTED = (
+    SettingsError,
+    MappingError,
+    BundleError,
+    UnknownModelError,
+    ActivationInProgressError,
+    ReplicaUnreadyError,
+    FileNotFoundError,
+)
 _STORES = (psycopg.OperationalError, sqlalchemy.exc.OperationalError, redis.exceptions.ConnectionError)
 # Which extra brings what the serving image leaves out.
 _EXTRAS = {

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import socket
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from server.ingest.recorder import EventRecorder
 from server.ingest.recovery import Recovery
 from server.ingest.writer import EventWriter
 from server.journal.exposures import Journal
+from server.membership import Membership
 from server.metrics import Metrics, serve_metrics
 from server.models import BundleLoader, Models
 from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.online.store import OnlineStore
+from server.recommend.compute import Policy, policy_fingerprint, rehearse
 from server.recommend.profiles import Profiles
 from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import SnapshotBuilder
@@ -76,7 +79,17 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
         )
         loader = BundleLoader(settings, store, provider=settings.onnx_provider, threads=settings.onnx_threads)
-        fleet = FleetWatch(pool, online, SnapshotBuilder(pool, dsn=settings.postgres_dsn), loader, metrics)
+        policy = Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
+        members = Membership(
+            pool,
+            replica_id=uuid.uuid4().hex,
+            config=policy_fingerprint(policy, hide_out_of_stock=settings.hide_out_of_stock, onnx_threads=settings.onnx_threads),
+            pause_seconds=settings.refresh_seconds,
+            epoch_wait_seconds=settings.epoch_wait_seconds,
+        )
+        builder = SnapshotBuilder(pool, dsn=settings.postgres_dsn)
+        fleet = FleetWatch(members, online, builder, loader, metrics, rehearse=lambda snapshot: rehearse(snapshot, policy))
+        stack.push_async_callback(fleet.leave)
         journal = Journal(pool, metrics, bound=settings.journal_queue, pause_seconds=settings.journal_seconds, new_id=uuid.uuid4)
         stack.push_async_callback(journal.flush)
         features = FeatureReader(
@@ -94,6 +107,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             offers=Offers(pool),
             journal=journal,
             metrics=metrics,
+            policy=policy,
             now=_now,
         )
         loops = (
@@ -161,7 +175,7 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None
         async with open_rooms(settings, metrics) as rooms:
             server = build_server(rooms.services, settings, metrics, _log)
             await server.start()
-            await _warm_up(rooms.fleet)
+            await _join(rooms.fleet, settings.host, server.port)
             await server.set_serving(True)
             announce(server.port, endpoint.port if endpoint else -1)
             await stop.wait()
@@ -173,8 +187,9 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None
             endpoint.close()
 
 
-async def _warm_up(fleet: FleetWatch) -> None:
-    """Loads what the fleet answers with before the first call: model, index and their sessions."""
-    snapshot = await fleet.ensure(await fleet.sync())
+async def _join(fleet: FleetWatch, host: str, port: int) -> None:
+    """Loads what the fleet answers with before the first call, under the address by which the others name this replica."""
+    name = socket.gethostname() if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared with, not bound to
+    snapshot = await fleet.join(f"{name}:{port}")
     provider = snapshot.model.provider if snapshot.model else "none"
     _log.info("ready", model_version=snapshot.model_version, index_version=snapshot.index_version, onnx_provider=provider)

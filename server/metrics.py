@@ -72,6 +72,8 @@ class Metrics:
             "concord_active_model_info", "1 for the model version this process answers with.", ["version"], registry=registry
         )
         self._active = ""
+        self._load_failures = Counter("concord_model_load_failures", "Models that could not be loaded here, each try.", registry=registry)
+        self._replicas = Gauge("concord_replicas", "Live replicas of the fleet, as this process sees it.", registry=registry)
 
     def observe_rpc(self, method: str, code: str, *, channel: str, seconds: float) -> None:
         """Counts one answered call; ``channel`` must be a registered channel or empty, so that labels stay bounded."""
@@ -144,6 +146,14 @@ class Metrics:
         if version:
             self._model.labels(version).set(1)
         self._active = version
+
+    def model_load_failed(self) -> None:
+        """Counts a model that could not be loaded; the process goes on with the one it has."""
+        self._load_failures.inc()
+
+    def set_replicas(self, count: int) -> None:
+        """Sets how many replicas live."""
+        self._replicas.set(count)
 
 
 def _keep_values_in_memory() -> None:

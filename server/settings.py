@@ -56,3 +56,6 @@ class ServerSettings(Settings):
     registry_seconds: float = Field(60.0, gt=0, description="Pause between looks at the Feast registry, in seconds.")
     recovery_seconds: float = Field(2.0, gt=0, description="Age at which a customer whose online state lags is recomputed, in seconds.")
     epoch_seconds: float = Field(1.0, gt=0, description="Shortest time between index epochs while items change, in seconds.")
+    epoch_wait_seconds: float = Field(
+        2.0, ge=0, description="How long a new index epoch waits for replicas that have not built it before it answers, in seconds."
+    )

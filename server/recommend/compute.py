@@ -94,6 +94,11 @@ def compute_slate(snapshot: Snapshot, activity: Activity, profile: Profile, poli
     return Ranked(candidates.rows[final], scores[final], candidates.sources[final], flags, stages)
 
 
+def rehearse(snapshot: Snapshot, policy: Policy) -> None:
+    """Computes a slate that nobody sees, of somebody who looked at the first item: every part runs once before it answers."""
+    compute_slate(snapshot, Activity(0).with_context(snapshot.table.ids[:1], ""), Profile(), policy)
+
+
 def score_items(snapshot: Snapshot, activity: Activity, profile: Profile, rows: IntArray) -> Ranked:
     """Ranks given items for a customer with the same scores a slate would give them."""
     understood = understand(snapshot, activity)

@@ -30,6 +30,7 @@ def recommender_of(
     offers: Offers,
     journal: Journal,
     metrics: Metrics,
+    policy: Policy,
     now: Callable[[], datetime],
 ) -> Recommender:
     """Returns the recommender of one process over its stores."""
@@ -44,7 +45,7 @@ def recommender_of(
         computing=computing,
         apart=Gate(slots=settings.apart_reads, waiting=settings.apart_waiting, reason="APART_QUEUE_FULL"),
         known=KnownSlates(settings.known_slates),
-        policy=Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category),
+        policy=policy,
         ttl_seconds=settings.slate_ttl_seconds,
     )
     return Recommender(

@@ -145,7 +145,7 @@ def build_server(
     events = EventServicer(
         services.recorder, EventValidator(validator, now, new_uuid), metrics, deadline_seconds=settings.default_deadline_seconds
     )
-    _register(server, services, events, validator)
+    _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
     health_servicer = DrainingHealth()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if settings.reflection:
@@ -154,14 +154,14 @@ def build_server(
     return GrpcServer(server, health_servicer, events, interceptor, port=port)
 
 
-def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator) -> None:
+def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator, *, deadline_seconds: float) -> None:
     events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
     identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(services.identities, validator), server)
     profile_pb2_grpc.add_ProfileServiceServicer_to_server(ProfileServicer(services.profiles, validator), server)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
-    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models), server)
+    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

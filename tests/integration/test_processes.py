@@ -241,6 +241,7 @@ def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings)
         "publish",
         "activate",
         "models",
+        "replicas",
         "serve",
         "record",
         "recommend",
