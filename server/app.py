@@ -34,6 +34,8 @@ from server.recommend.recommender import Recommender
 from server.recommend.snapshot import SnapshotBuilder
 from server.rpc.ports import Services
 from server.rpc.server import build_server
+from server.security.audit import AdminAudit
+from server.security.gate import open_gate
 from server.settings import ServerSettings
 
 _log = structlog.get_logger(__name__)
@@ -92,6 +94,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             hide_out_of_stock=settings.hide_out_of_stock,
             now=_now,
         )
+        gate, keys = open_gate(settings, pool, now=_now)
         loops = (
             recorder.run(),
             writer.run(),
@@ -100,6 +103,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
+            *([keys.run()] if keys else []),
         )
         for loop in loops:
             task = asyncio.create_task(loop)
@@ -113,6 +117,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog=catalog,
             features=features,
             models=Models(fleet, dsn=settings.postgres_dsn),
+            gate=gate,
+            audit=AdminAudit(pool),
         )
         yield Rooms(services, fleet)
 
@@ -128,12 +134,13 @@ async def _ended(task: "asyncio.Task[None]") -> None:
     await asyncio.wait([task])
 
 
-async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None]) -> None:
+async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int], None]) -> None:
     """Runs a server until SIGTERM or SIGINT, then lets calls in flight finish.
 
     Args:
         settings: everything the server can be told.
-        announce: called once with the gRPC port and the metrics port (-1 when off) when the server answers.
+        announce: called once with the gRPC port, the admin port (the same where there is one) and the metrics port (-1 when off)
+            when the server answers.
     """
     registry = CollectorRegistry()
     metrics = Metrics(registry)
@@ -147,7 +154,7 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None
             await server.start()
             await _warm_up(rooms.fleet)
             await server.set_serving(True)
-            announce(server.port, endpoint.port if endpoint else -1)
+            announce(server.port, server.admin_port, endpoint.port if endpoint else -1)
             await stop.wait()
             _log.info("draining", seconds=settings.drain_seconds)
             await server.set_serving(False)
