@@ -38,6 +38,8 @@ from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import SnapshotBuilder
 from server.rpc.ports import Services
 from server.rpc.server import build_server
+from server.security.audit import AdminAudit
+from server.security.gate import open_gate
 from server.settings import ServerSettings
 
 _log = structlog.get_logger(__name__)
@@ -110,6 +112,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             policy=policy,
             now=_now,
         )
+        gate, keys = open_gate(settings, pool, now=_now)
         loops = (
             record_breaker.run(),
             online_breaker.run(),
@@ -120,6 +123,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
+            *([keys.run()] if keys else []),
         )
         for loop in loops:
             task = asyncio.create_task(loop)
@@ -133,6 +137,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog=catalog,
             features=features,
             models=Models(fleet, dsn=settings.postgres_dsn),
+            gate=gate,
+            audit=AdminAudit(pool),
         )
         yield Rooms(services, fleet)
 
@@ -158,12 +164,13 @@ async def _ended(task: "asyncio.Task[None]") -> None:
     await asyncio.wait([task])
 
 
-async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None]) -> None:
+async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int], None]) -> None:
     """Runs a server until SIGTERM or SIGINT, then lets calls in flight finish.
 
     Args:
         settings: everything the server can be told.
-        announce: called once with the gRPC port and the metrics port (-1 when off) when the server answers.
+        announce: called once with the gRPC port, the admin port (the same where there is one) and the metrics port (-1 when off)
+            when the server answers.
     """
     registry = CollectorRegistry()
     metrics = Metrics(registry)
@@ -177,7 +184,7 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None
             await server.start()
             await _join(rooms.fleet, settings.host, server.port)
             await server.set_serving(True)
-            announce(server.port, endpoint.port if endpoint else -1)
+            announce(server.port, server.admin_port, endpoint.port if endpoint else -1)
             await stop.wait()
             _log.info("draining", seconds=settings.drain_seconds)
             await server.set_serving(False)

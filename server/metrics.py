@@ -40,6 +40,7 @@ class Metrics:
             "concord_rpc_seconds", "Time from request to answer.", ["method", "channel"], buckets=_BUCKETS, registry=registry
         )
         self._in_flight = Gauge("concord_rpc_in_flight", "Calls being answered now.", registry=registry)
+        self._shed = Counter("concord_rpc_shed", "Calls refused unread because too many were in flight.", registry=registry)
         self._stage = Histogram(
             "concord_stage_seconds", "Time of one stage of a recommendation.", ["stage"], buckets=_BUCKETS, registry=registry
         )
@@ -79,6 +80,10 @@ class Metrics:
         """Counts one answered call; ``channel`` must be a registered channel or empty, so that labels stay bounded."""
         self._rpc_count.labels(method, code, channel).inc()
         self._rpc_seconds.labels(method, channel).observe(seconds)
+
+    def call_shed(self) -> None:
+        """A call was refused unread because too many were in flight."""
+        self._shed.inc()
 
     def call_started(self) -> None:
         """One more call is being answered."""

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from features.settings import Settings
+from server.security.settings import SecuritySettings
 
 
-class ServerSettings(Settings):
+class ServerSettings(SecuritySettings):
     """Everything ``concord serve`` can be told."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces.")

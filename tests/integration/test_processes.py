@@ -30,6 +30,7 @@ def environment(settings: ServerSettings, **more: str) -> dict[str, str]:
         "CONCORD_DATA_DIR": str(settings.data_dir),
         "CONCORD_MODELS_URL": settings.models_url,
         "CONCORD_PORT": "0",
+        "CONCORD_ADMIN_PORT": "-1",
         "CONCORD_METRICS_PORT": "0",
         **more,
     }
