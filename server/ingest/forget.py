@@ -8,12 +8,13 @@ import redis.exceptions
 import structlog
 
 from features.materialize import MATERIALIZING
-from server.database import Pool, retried
+from server.database import Pool
 from server.domain import Receipt, Subject
 from server.errors import NotFoundError
 from server.ingest.graph import locked
 from server.ingest.personas import Connection, buried_as, find
 from server.online.store import OnlineStore
+from server.transactions import retried
 
 _log = structlog.get_logger(__name__)
 _ATTEMPTS = 10

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from features.activity import UserState
-from server.database import Pool, RestartError, retried
+from server.database import Pool
 from server.domain import Graph, Link, Linked, Persona, Subject, Token, Unlinked
 from server.errors import InvalidRequestError, NotFoundError, PreconditionError
 from server.ingest import regrouping
 from server.ingest.grouping import Member, regroup, roots
 from server.ingest.personas import Connection, find, find_or_create, forgotten, refuse_forgotten
 from server.online.states import UserStates
+from server.transactions import RestartError, retried
 
 # Regrouping locks every persona of a customer and moves all their events. An id that hundreds share is no customer but a
 # device at a counter, or an attack.
@@ -136,8 +137,8 @@ class IdentityGraph:
             if pair[0] != pair[1] and pair not in links:
                 await connection.execute(_ADD_LINK, pair)
                 links.add(pair)
-            related = await regrouping.related(connection, pair)
-            plan = regroup(group.members.values(), links, fresh=fresh, related=related)
+            events = await regrouping.shared_events(connection, group.members.values(), pair)
+            plan = regroup(group.members.values(), links, fresh=fresh, events=events)
             await regrouping.apply(connection, plan)
             await regrouping.join_families(connection, list(group.members))
             states = await self._states.recompute(connection, sorted(plan.versions))

@@ -50,20 +50,20 @@ def roots(members: Iterable[Member], links: Iterable[tuple[str, str]]) -> dict[s
 
 
 def regroup(
-    members: Collection[Member], links: Iterable[tuple[str, str]], *, fresh: Collection[str] = (), related: bool = False
+    members: Collection[Member], links: Iterable[tuple[str, str]], *, fresh: Collection[str] = (), events: int | None = None
 ) -> Regrouping:
     """Plans the way from the roots that stand to those the links ask for.
 
     A merge adds the versions of its customers up, plus one for each that is merged away: above every version given out, and
-    the same in whatever order they merge. Customers that were one before (``related``) count each other's events already, so
-    the highest version plus one is enough; adding would double with every round of linking and unlinking. A split leaves all
-    sides one above the version they had together.
+    the same in whatever order they merge. Customers that were one before count each other's events already: there the highest
+    version plus one is enough, and adding would double with every round of linking and unlinking. A split leaves all sides one
+    above the version they had together. So a version is never below the number of events.
 
     Args:
         members: every persona of the components concerned.
         links: the links between them from now on.
         fresh: personas that this transaction has created: nobody has seen them, so they change no version.
-        related: whether the customers to be merged were one before.
+        events: how many events the personas have, given when the customers to be merged were one before.
     """
     after = roots(members, links)
     version = {member.user_id: member.version for member in members}
@@ -79,7 +79,7 @@ def regroup(
         if root not in olds or any(len(targets[old]) > 1 for old in olds):
             versions[root] = max(version[root], *known) + 1
         elif len(olds) > 1:
-            versions[root] = max(known) + 1 if related else sum(known) + len(known) - 1
+            versions[root] = sum(known) + len(known) - 1 if events is None else max(*known, events) + 1
     # One version more for those merged away: a replica still writing the last state of one must not overtake its marker.
     merged = sorted(targets.keys() - sources.keys())
     versions |= {old: version[old] + 1 for old in merged}

@@ -8,11 +8,12 @@ from typing import TypeVar
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
-from server.database import Pool, RestartError, retried
+from server.database import Pool
 from server.domain import Resolved, Subject, Token
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
 from server.ingest.personas import find_or_create, refuse_forgotten
 from server.online.states import MergedError, RegroupedError
+from server.transactions import RestartError, retried
 
 T = TypeVar("T")
 
@@ -46,9 +47,19 @@ class Known:
     user_id: str
     membership: int | None = None
 
-    def outdated_by(self, membership: int) -> bool:
-        """Says whether the customer has been regrouped since, so that the identity may belong to another one now."""
-        return self.membership is not None and self.membership < membership
+    def checked(self, answer: T, membership: int) -> T:
+        """Returns an answer made from the customer's state, unless it has been regrouped since this was looked up.
+
+        Args:
+            answer: what was made.
+            membership: the customer's, in the state it was made from.
+
+        Raises:
+            RegroupedError: the identity may belong to another customer now.
+        """
+        if self.membership is not None and self.membership < membership:
+            raise RegroupedError
+        return answer
 
 
 class Identities:

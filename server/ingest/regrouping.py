@@ -1,11 +1,11 @@
 """Carries a planned regrouping out: users, identities, events, profiles and outbox, under the locks of all personas concerned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from uuid import uuid4
 
 from features.materialize import retake_profiles
-from server.ingest.grouping import Regrouping
+from server.ingest.grouping import Member, Regrouping
 from server.ingest.personas import Connection
 
 _CONTENT = "channel, action, item_id, text, value, quantity, session_id, slate_id, occurred_at, received_at"
@@ -67,6 +67,7 @@ ON CONFLICT (user_id) DO UPDATE SET version = greatest(online_outbox.version, ex
 """
 
 _RELATED = "SELECT count(*) = 2 AND min(family::text) = max(family::text) FROM identity_families WHERE user_id = ANY(%s)"
+_COUNT = "SELECT count(*) FROM events WHERE user_id = ANY(%s)"
 # One at a time, and the last lock a link takes: two links that join three families must end with one.
 _FAMILY_LOCK = "SELECT pg_advisory_xact_lock(hashtext('concord:families'))"
 _FAMILIES = "SELECT user_id, family FROM identity_families WHERE user_id = ANY(%s)"
@@ -107,10 +108,13 @@ async def set_versions(connection: Connection, versions: Mapping[str, int]) -> N
         await connection.execute(_SET_VERSIONS, [list(versions), list(versions.values())])
 
 
-async def related(connection: Connection, personas: Sequence[str]) -> bool:
-    """Says whether two personas were ever one customer, directly or through others."""
-    row = await (await connection.execute(_RELATED, [list(personas)])).fetchone()
-    return bool(row and row[0])
+async def shared_events(connection: Connection, members: Collection[Member], pair: tuple[str, str]) -> int | None:
+    """Returns how many events the members have, if the two personas were ever one customer, directly or through others."""
+    row = await (await connection.execute(_RELATED, [list(pair)])).fetchone()
+    if row is None or not row[0]:
+        return None
+    count = await (await connection.execute(_COUNT, [sorted({member.root for member in members})])).fetchone()
+    return int(count[0]) if count else None
 
 
 async def join_families(connection: Connection, personas: Sequence[str]) -> None:

@@ -11,10 +11,11 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
 from features.activity import UserState
-from server.database import Pool, retried
+from server.database import Pool
 from server.domain import EventOutcome, IncomingEvent, Stored, Subject, Token
 from server.ingest.personas import find_or_create, forgotten
 from server.online.states import UserStates
+from server.transactions import retried
 
 _log = structlog.get_logger(__name__)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from redis.asyncio import Redis
@@ -10,6 +10,9 @@ from redis.asyncio import Redis
 from features.activity import FORGOTTEN_FIELD, MEMBERSHIP_FIELD, MERGED_FIELD, WRITE_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, decode_value
 from server.errors import NotFoundError
+from server.online.breaker import CircuitBreaker
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -95,24 +98,31 @@ return 1
 
 
 class OnlineStore:
-    """Reads and writes Redis for the request path. Scripts touch keys of one customer only.
+    """Reads and writes Redis for the request path. Scripts touch keys of one customer only; every call passes the breaker.
 
     Args:
         client: connected to the shop's Redis database.
         codec: encodes customers' states.
+        breaker: refuses calls while Redis is away.
         forgotten_seconds: how long a forgotten customer's keys refuse writes; above any deadline, so that nothing in flight
             comes after it.
     """
 
-    def __init__(self, client: Redis, codec: UserStateCodec, *, forgotten_seconds: float = 60.0) -> None:
+    def __init__(self, client: Redis, codec: UserStateCodec, breaker: CircuitBreaker, *, forgotten_seconds: float = 60.0) -> None:
         self._client = client
         self._codec = codec
+        self._breaker = breaker
         self._forgotten_ms = int(forgotten_seconds * 1000)
         self._fleet_key = f"concord:{codec.project}:fleet"
         self._commit: Any = client.register_script(_COMMIT)
         self._point: Any = client.register_script(_POINT)
         self._write: Any = client.register_script(WRITE_STATE)
         self._erase: Any = client.register_script(_ERASE)
+
+    @property
+    def behind(self) -> bool:
+        """True while Redis is just back and may lag behind what was answered from PostgreSQL meanwhile."""
+        return self._breaker.behind
 
     def slates_key(self, user_id: str) -> str:
         """Returns the key of a customer's slates; the empty user id is every customer without an identity."""
@@ -125,12 +135,13 @@ class OnlineStore:
         pipeline.hget(self.slates_key(user_id), slot)
         pipeline.hmget(self._fleet_key, ["model", "activation", "index", "offer"])
         pipeline.time()
-        (version, merged_into, membership), slate, fleet, (seconds, micros) = await pipeline.execute()
+        async with self._breaker.call():
+            (version, merged_into, membership), slate, fleet, (seconds, micros) = await pipeline.execute()
         return Standing(
             user_version=None if version is None else decode_value(version),
             slate=slate,
             fleet=None if None in fleet else Fleet(fleet[0].decode(), int(fleet[1]), int(fleet[2]), int(fleet[3])),
-            now=datetime.fromtimestamp(seconds + micros / 1e6, UTC),
+            now=_EPOCH + timedelta(seconds=seconds, microseconds=micros),
             merged_into=(merged_into or b"").decode(),
             membership=int(membership or 0),
         )
@@ -142,7 +153,8 @@ class OnlineStore:
             NotFoundError: the customer was forgotten meanwhile.
         """
         arguments = [slot, user_version, int(ttl_seconds * 1000), payload]
-        standing: bytes | None = await self._commit(keys=[self.slates_key(user_id)], args=arguments)
+        async with self._breaker.call():
+            standing: bytes | None = await self._commit(keys=[self.slates_key(user_id)], args=arguments)
         if standing is None:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
         return standing
@@ -150,15 +162,18 @@ class OnlineStore:
     async def point(self, fleet: Fleet) -> None:
         """Moves the fleet's pointers forward; a pointer that is already further stays."""
         arguments = [fleet.model_version, fleet.activation, fleet.index_version, fleet.offer_version]
-        await self._point(keys=[self._fleet_key], args=arguments)
+        async with self._breaker.call():
+            await self._point(keys=[self._fleet_key], args=arguments)
 
     async def point_offers(self, offer_version: int) -> None:
         """Moves only the offers' pointer forward: prices do not wait for a model that cannot be loaded."""
-        await self._point(keys=[self._fleet_key], args=["", -1, -1, offer_version])
+        async with self._breaker.call():
+            await self._point(keys=[self._fleet_key], args=["", -1, -1, offer_version])
 
     async def user_features(self, user_id: str, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         """Reads all views of a customer with one command, so that no read mixes two writes."""
-        replies = await self._client.hmget(self._codec.key(user_id), list(self._codec.hash_fields))  # type: ignore[misc, arg-type]
+        async with self._breaker.call():
+            replies = await self._client.hmget(self._codec.key(user_id), list(self._codec.hash_fields))  # type: ignore[misc, arg-type]
         return self._codec.decode(replies, now)
 
     async def write_users(self, states: Sequence[UserState]) -> None:
@@ -168,7 +183,8 @@ class OnlineStore:
             await self._write(keys=[state.key], args=list(state.arguments), client=pipeline)
             if state.merged_into:
                 pipeline.delete(self.slates_key(state.user_id))
-        await pipeline.execute()
+        async with self._breaker.call():
+            await pipeline.execute()
 
     async def erase_users(self, user_ids: Sequence[str]) -> None:
         """Erases state and slates of customers that no longer exist, and keeps work in flight from writing them again."""
@@ -176,4 +192,5 @@ class OnlineStore:
         for user_id in user_ids:
             for key in (self._codec.key(user_id), self.slates_key(user_id)):
                 await self._erase(keys=[key], args=[self._forgotten_ms], client=pipeline)
-        await pipeline.execute()
+        async with self._breaker.call():
+            await pipeline.execute()

@@ -15,16 +15,16 @@ import pytest
 from features.activity import ACTIVITY_VIEW, UserStateCodec, activity_of
 from features.layout import load_layouts
 from features.store import feature_store
-from server.database import postgres_pool, redis_client
+from server.database import postgres_breaker, postgres_pool, redis_breaker, redis_client
 from server.domain import IncomingEvent, Linked, Stored, Subject, Token
 from server.ingest.forget import Erasure
 from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities, Known
 from server.ingest.writer import EventWriter
-from server.online.states import RegroupedError, UserStates
+from server.online.states import UserStates
 from server.online.store import OnlineStore
 from server.settings import ServerSettings
-from tests.integration.conftest import NewShop
+from tests.integration.fixtures import NewShop
 
 
 @dataclass
@@ -57,8 +57,7 @@ class Replica:
                 if standing.user_version is not None and standing.user_version >= minimum:
                     break
                 assert await self.states.rebuild(known.user_id) >= minimum
-            if known.outdated_by(standing.membership):
-                raise RegroupedError
+            known.checked(None, standing.membership)
             features = await self.states.features(known.user_id, now=datetime.now(UTC))
             activity = activity_of(features[ACTIVITY_VIEW])
             assert activity is not None
@@ -82,9 +81,9 @@ def app(name: str) -> Subject:
 @contextlib.asynccontextmanager
 async def replica(settings: ServerSettings) -> AsyncIterator[Replica]:
     codec = UserStateCodec(await asyncio.to_thread(lambda: load_layouts(feature_store(settings))), settings.project)
-    async with postgres_pool(settings) as pool:
-        client = redis_client(settings)
-        online = OnlineStore(client, codec)
+    client = redis_client(settings)
+    async with postgres_pool(settings, postgres_breaker(settings, lambda _: None)) as pool:
+        online = OnlineStore(client, codec, redis_breaker(settings, client, lambda _: None))
         states = UserStates(pool, online, codec)
 
         def new_user_id() -> str:
