@@ -32,9 +32,9 @@ from server.models import BundleLoader, Models
 from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.online.store import OnlineStore
-from server.recommend.compute import Policy, policy_fingerprint, rehearse
+from server.recommend.compute import policy_fingerprint, rehearse
 from server.recommend.profiles import Profiles
-from server.recommend.rooms import recommender_of
+from server.recommend.rooms import policy_of, recommender_of
 from server.recommend.snapshot import SnapshotBuilder
 from server.rpc.ports import Services
 from server.rpc.server import build_server
@@ -81,7 +81,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
         )
         loader = BundleLoader(settings, store, provider=settings.onnx_provider, threads=settings.onnx_threads)
-        policy = Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
+        policy = policy_of(settings)
         members = Membership(
             pool,
             replica_id=uuid.uuid4().hex,
@@ -109,7 +109,6 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             offers=Offers(pool),
             journal=journal,
             metrics=metrics,
-            policy=policy,
             now=_now,
         )
         gate, keys = open_gate(settings, pool, now=_now)
