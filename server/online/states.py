@@ -1,7 +1,6 @@
 """Customers' online state: read from Redis, recomputed from PostgreSQL when Redis lacks it or lags."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -12,15 +11,11 @@ from features.activity import READ_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, ViewLayout
 from server.database import Pool
 from server.errors import NotFoundError, StaleStateError, UnavailableError
-from server.online.store import Fleet, OnlineStore
+from server.online.store import OnlineStore
 
 Features = dict[str, dict[str, FeatureValue]]
 
-# What OnlineStore.read tells, from PostgreSQL; one statement, so of one moment.
-_RECORDED = """
-SELECT f.model_version, f.activation, f.index_version, f.offer_version, u.version, u.merged_into
-FROM fleet_state f LEFT JOIN users u ON u.user_id = %s
-"""
+_RECORDED = "SELECT version, merged_into FROM users WHERE user_id = %s"
 _PROFILE_AT = "SELECT * FROM user_profile WHERE user_id = %s AND event_timestamp = %s"
 
 
@@ -30,14 +25,6 @@ class MergedError(Exception):
     def __init__(self, survivor: str) -> None:
         super().__init__(survivor)
         self.survivor = survivor
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Where a customer and the fleet stand in PostgreSQL; version 0 for the empty user id."""
-
-    user_version: int
-    fleet: Fleet
 
 
 class UserStates:
@@ -73,20 +60,21 @@ class UserStates:
         await self._online.write_users(states)
         return states[0].version
 
-    async def recorded(self, user_id: str) -> Recorded:
-        """Reads a customer's version and the fleet's versions from PostgreSQL, which is never behind any token.
+    async def recorded(self, user_id: str) -> int:
+        """Returns a customer's version in PostgreSQL, which is never behind any token; 0 for the empty user id.
 
         Raises:
             NotFoundError, MergedError: as ``rebuild``.
         """
+        if not user_id:
+            return 0
         async with self._pool.connection() as connection:
             row = await (await connection.execute(_RECORDED, [user_id])).fetchone()
-        assert row is not None
-        if user_id and row[4] is None:
+        if row is None:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
-        if row[5] is not None:
-            raise MergedError(row[5])
-        return Recorded(row[4] or 0, Fleet(*row[:4]))
+        if row[1] is not None:
+            raise MergedError(row[1])
+        return int(row[0])
 
     async def recorded_features(self, user_id: str, *, now: datetime) -> Features:
         """Recomputes all views of a customer in PostgreSQL, as they would stand in Redis, without touching Redis.

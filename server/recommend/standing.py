@@ -89,12 +89,13 @@ class Standings:
     async def recorded(self, user_id: str, minimum: int, clock: StageClock) -> Stand:
         """Reads PostgreSQL only; errors as ``online``."""
         with clock("recorded_read"):
-            recorded = await self._states.recorded(user_id)
-            if recorded.user_version < minimum:
+            fleet = await self._fleet.pointers()
+            version = await self._states.recorded(user_id)
+            if version < minimum:
                 raise ahead()
         with clock("snapshot"):
-            snapshot = await self._fleet.ensure(recorded.fleet)
-        return Stand(recorded.user_version, snapshot, recorded.fleet.offer_version, None, self._now())
+            snapshot = await self._fleet.ensure(fleet)
+        return Stand(version, snapshot, fleet.offer_version, None, self._now())
 
     def show(self, user_id: str, version: int) -> None:
         """Notes that a version PostgreSQL holds was answered, which Redis may not hold yet."""

@@ -22,8 +22,9 @@ from server.domain import Answer, Subject
 from server.errors import NotFoundError
 from server.ingest.identities import Identities
 from server.metrics import Metrics
-from server.online.states import MergedError, Recorded
+from server.online.states import MergedError
 from server.online.store import Fleet, Standing
+from server.recommend.compute import Policy
 from server.recommend.recommender import Recommender
 from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import Snapshot
@@ -127,18 +128,18 @@ class MemoryStates:
 
     async def rebuild(self, user_id: str) -> int:
         self.rebuilds += 1
-        version = (await self.recorded(user_id)).user_version
+        version = await self.recorded(user_id)
         self.online.check()
         self.online.customers[user_id] = self.truth.customers[user_id]
         return version
 
-    async def recorded(self, user_id: str) -> Recorded:
+    async def recorded(self, user_id: str) -> int:
         await self.truth.ask()
         if user_id in self.truth.merged:
             raise MergedError(self.truth.merged[user_id])
         if user_id and user_id not in self.truth.customers:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
-        return Recorded(self.truth.customers[user_id].version if user_id else 0, self.truth.fleet)
+        return self.truth.customers[user_id].version if user_id else 0
 
     async def features(self, user_id: str, *, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         await asyncio.sleep(0)
@@ -198,6 +199,10 @@ class MemoryFleet:
 
     def held(self, model_version: str, index_version: int) -> Snapshot | None:
         return self.loaded.get((model_version, index_version))
+
+    async def pointers(self) -> Fleet:
+        await self.truth.ask()
+        return self.truth.fleet
 
     async def sync(self) -> Fleet:
         await self.truth.ask()
@@ -303,7 +308,7 @@ class Shop:
             identities.remember(subject, user_id)
         offers, journal = MemoryOffers(self.truth), MemoryJournal()
         recommender = recommender_of(
-            ServerSettings(slate_size=40, slate_ttl_seconds=ttl_seconds, **settings),
+            ServerSettings(slate_ttl_seconds=ttl_seconds, **settings),
             identities=identities,
             states=cast("Any", states),
             online=cast("Any", self.online),
@@ -311,6 +316,7 @@ class Shop:
             offers=cast("Any", offers),
             journal=cast("Any", journal),
             metrics=Metrics(registry),
+            policy=Policy(slate_size=40, exclude_purchased=True, max_per_category=4),
             now=lambda: self.online.now,
         )
         return Replica(recommender, fleet, states, offers, journal, identities, registry)
