@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +20,12 @@ from psycopg import sql
 from cli.stack import embedded_redis
 from concord import Concord, user
 from concord.v1.recommendation_pb2 import RecommendResponse
+from features.catalogue import Item, Relation, publish_epoch, upsert_items, upsert_relations
+from features.item_table import load_item_table
 from features.materialize import free_time, materialize, take_snapshot
 from features.store import feature_store
 from server.settings import ServerSettings
+from tests.integration.fixtures import NewShop
 from tests.integration.serving import served
 
 
@@ -82,7 +85,8 @@ def stopped(pids: Sequence[int]) -> Iterator[None]:
 
 
 def redis_pid(settings: ServerSettings) -> int:
-    return int(redis.Redis.from_url(settings.redis_url).info("server")["process_id"])
+    with closing(redis.Redis.from_url(settings.redis_url)) as client:
+        return int(client.info("server")["process_id"])
 
 
 @contextmanager
@@ -172,7 +176,8 @@ async def test_without_postgres_reads_go_on_and_what_cannot_be_kept_is_refused_f
         assert (await fleet.ask(known)).slate_id == before.slate_id
         computed = await fleet.ask(other, surface="cart")
         assert (computed.degraded, computed.stale) == (False, False)
-        redis.Redis.from_url(fleet.settings.redis_url).flushdb()  # and now what Redis held is gone as well
+        with closing(redis.Redis.from_url(fleet.settings.redis_url)) as client:
+            client.flushdb()  # and now what Redis held is gone as well
         answer = await eventually(lambda answer: answer.stale, lambda: fleet.ask(known))
         assert (answer.slate_id, shown(answer)) == (before.slate_id, shown(before))
         assert "RECORD_STORE_UNAVAILABLE" in answer.degraded_reasons
@@ -209,9 +214,8 @@ async def test_with_both_away_the_last_answer_stands_flagged_and_a_newer_token_i
 
 
 async def test_a_hanging_postgres_does_not_hold_up_what_redis_can_answer(fleet: Fleet) -> None:
-    known, unknown = fleet.customers[10], fleet.customers[11]
+    known, unknown = fleet.customers[10], fleet.customers[11]  # Redis is new: it holds only who was asked for
     before = await fleet.ask(known)
-    redis.Redis.from_url(fleet.settings.redis_url).delete(*redis.Redis.from_url(fleet.settings.redis_url).keys(f"*{unknown}*"))
     name = psycopg.conninfo.conninfo_to_dict(fleet.settings.postgres_dsn)["dbname"]
     with psycopg.connect(fleet.settings.postgres_dsn) as connection:
         rows = connection.execute("SELECT pid FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()", [name]).fetchall()
@@ -278,3 +282,28 @@ def test_no_two_materializations_share_a_time_and_a_snapshot_in_use_stays_as_it_
         connection.rollback()
         epochs = connection.execute("SELECT features_as_of FROM index_epochs ORDER BY index_version DESC LIMIT 2").fetchall()
     assert [row[0] for row in epochs] == [reports[1].snapshot.as_of, reports[0].snapshot.as_of]
+
+
+def test_an_epoch_keeps_the_edges_it_was_published_with(new_shop: NewShop) -> None:
+    dsn = new_shop().postgres_dsn
+    items = [Item(name, name, price_micros=1_000_000, currency="USD") for name in ("a", "b", "c")]
+
+    def edges(version: int) -> list[tuple[int, int, float]]:
+        with psycopg.connect(dsn) as connection:
+            table = load_item_table(connection, version)
+        return list(zip(table.relation_from.tolist(), table.relation_to.tolist(), table.relation_weight.tolist(), strict=True))
+
+    with psycopg.connect(dsn) as connection:
+        upsert_items(connection, items)
+        upsert_relations(connection, [Relation("a", "b", "complement", 0.5)])
+        first = publish_epoch(connection)
+    before = edges(first)
+    assert before == [(0, 1, 0.5)]
+    with psycopg.connect(dsn) as connection:
+        for weight in (0.25, 0.75):  # the second alters what no epoch holds yet
+            upsert_relations(connection, [Relation("a", "b", "complement", weight), Relation("a", "c", "substitute", weight)])
+    assert edges(first) == before
+    with psycopg.connect(dsn) as connection:
+        second = publish_epoch(connection)
+        upsert_relations(connection, [Relation("a", "b", "complement", 0.75)])  # nothing new
+    assert (edges(first), edges(second)) == (before, [(0, 1, 0.75), (0, 2, 0.75)])
