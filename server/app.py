@@ -18,7 +18,7 @@ from features.layout import load_layouts
 from features.store import feature_store
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
-from server.database import RECORD_AWAY, postgres_breaker, postgres_pool, redis_breaker, redis_client
+from server.database import ONLINE_REFUSES, RECORD_AWAY, postgres_breaker, postgres_pool, redis_breaker, redis_client
 from server.errors import ConcordError
 from server.fleet import FleetWatch
 from server.ingest.identities import Identities
@@ -144,11 +144,14 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
 
 
 async def _caught_up(recovery: Recovery, fleet: FleetWatch) -> bool:
-    """Brings Redis up to PostgreSQL after it was away: customers whose writes it missed, and the fleet's pointers."""
+    """Brings Redis up to PostgreSQL after it was away: customers whose writes it missed, and the fleet's pointers.
+
+    Returns False where that cannot be done now although Redis answers; its answers are used, flagged stale, and it is tried again.
+    """
     try:
         caught_up = await recovery.catch_up()
         await fleet.sync()
-    except (*RECORD_AWAY, ConcordError):
+    except (*RECORD_AWAY, *ONLINE_REFUSES, ConcordError):
         return False
     return caught_up
 

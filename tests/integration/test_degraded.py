@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from psycopg import sql
 
 from cli.stack import embedded_redis
 from concord import Concord, user
+from concord.v1 import common_pb2, features_pb2, features_pb2_grpc
 from concord.v1.recommendation_pb2 import RecommendResponse
 from features.catalogue import Item, Relation, publish_epoch, upsert_items, upsert_relations
 from features.item_table import load_item_table
@@ -34,9 +35,9 @@ class Fleet:
     """Two replicas over a Redis of their own, and clients that remember nothing between calls."""
 
     settings: ServerSettings
-    clients: Sequence[Concord]
+    addresses: tuple[str, str]
+    clients: tuple[Concord, Concord]
     customers: list[str]
-    versions: list[tuple[int, bool]] = field(default_factory=list)
 
     async def ask(self, customer: str, *, replica: int = 0, **more: Any) -> RecommendResponse:
         return await self.clients[replica].recommend(user(customer), **{"surface": "home", "limit": 50, **more})
@@ -48,7 +49,7 @@ async def fleet_of(settings: ServerSettings) -> AsyncIterator[Fleet]:
         one = Concord(first, channel="web", timeout=3.0, remembered_customers=0)
         two = Concord(second, channel="app", timeout=3.0, remembered_customers=0)
         async with one, two:
-            yield Fleet(settings, (one, two), customers(settings))
+            yield Fleet(settings, (first, second), (one, two), customers(settings))
 
 
 @pytest.fixture
@@ -71,6 +72,16 @@ def only_common(*answers: RecommendResponse) -> list[list[tuple[Any, ...]]]:
     """Channels may lack what they do not sell."""
     common = set.intersection(*({item.item_id for item in answer.items} for answer in answers))
     return [[row for row in shown(answer) if row[1] in common] for answer in answers]
+
+
+async def features(fleet: Fleet, customer: str, name: str, token: str = "", *, item_id: str = "") -> tuple[int, int]:
+    """Returns one online feature and its status, as the second replica reads it."""
+    async with grpc.aio.insecure_channel(fleet.addresses[1]) as channel:
+        request = features_pb2.GetOnlineFeaturesRequest(features=features_pb2.FeatureList(feature_refs=[name]))
+        request.entities.add(user_id=customer, item_id=item_id, consistency_token=token)
+        answer = await features_pb2_grpc.FeatureServiceStub(channel).GetOnlineFeatures(request, timeout=3.0)
+    result = answer.rows[0].results[0]
+    return result.value.int64_value, result.status
 
 
 @contextmanager
@@ -152,6 +163,11 @@ async def test_a_hanging_redis_costs_its_timeout_a_few_times_and_no_promise(flee
         assert fresh.versions.user_version == token.user_version == before[some[0]].versions.user_version + 1
         ranked = await fleet.clients[1].rank(user(some[0]), [item.item_id for item in fresh.items[:9]], surface="home")
         assert (ranked.versions.user_version, ranked.degraded, ranked.stale) == (token.user_version, True, False)
+        version, held = await features(fleet, some[0], "user_activity:version", token.consistency_token)
+        assert (version, held) == (token.user_version, common_pb2.FEATURE_STATUS_PRESENT)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:  # what only Redis keeps in its online form
+            await features(fleet, some[0], "item_popularity:views_7d", item_id=fresh.items[0].item_id)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         profile = await fleet.clients[1].profile(user(some[0]))
         assert (profile.user_version, profile.recent_behaviours[0].item_id) == (token.user_version, "seen-while-away")
     # Redis goes on where it was stopped: with the older state. Nobody is shown it, whichever replica answers.
