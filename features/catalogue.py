@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from psycopg import Connection, Cursor
@@ -149,21 +149,11 @@ def _copy_items(cursor: Cursor[TupleRow], items: Sequence[Item]) -> None:
             )
 
 
-# An edge whose weight changes is closed and opened anew with the next epoch; one opened since the last epoch is altered as it is.
-_CLOSE_RELATION = """
-UPDATE item_relations r SET valid_to = s.index_version + 1 FROM fleet_state s
-WHERE r.item_id = %(item_id)s AND r.related_item_id = %(related_item_id)s AND r.relation = %(relation)s
-  AND r.weight <> %(weight)s AND r.valid_to IS NULL AND r.valid_from <= s.index_version
-"""
-_OPEN_RELATION = """
+_UPSERT_RELATION = """
 INSERT INTO item_relations (item_id, related_item_id, relation, weight, valid_from)
-SELECT %(item_id)s, %(related_item_id)s, %(relation)s, %(weight)s, s.index_version + 1 FROM fleet_state s
-WHERE NOT EXISTS (
-    SELECT 1 FROM item_relations r
-    WHERE r.item_id = %(item_id)s AND r.related_item_id = %(related_item_id)s AND r.relation = %(relation)s
-      AND r.valid_to IS NULL AND r.valid_from <= s.index_version
-)
-ON CONFLICT (item_id, related_item_id, relation, valid_from) DO UPDATE SET weight = excluded.weight
+VALUES (%s, %s, %s, %s, (SELECT index_version + 1 FROM fleet_state))
+ON CONFLICT (item_id, related_item_id, relation) DO UPDATE SET weight = excluded.weight, valid_from = excluded.valid_from
+WHERE item_relations.weight <> excluded.weight
 """
 
 
@@ -171,8 +161,7 @@ def upsert_relations(connection: Connection[TupleRow], relations: Sequence[Relat
     """Stores knowledge-graph edges in the caller's transaction; they take effect with the next index epoch."""
     with connection.cursor() as cursor:
         cursor.execute("UPDATE fleet_state SET content_version = content_version + 1")  # locks, and makes the next epoch due
-        for statement in (_CLOSE_RELATION, _OPEN_RELATION):
-            cursor.executemany(statement, [asdict(relation) for relation in relations])
+        cursor.executemany(_UPSERT_RELATION, [(r.item_id, r.related_item_id, r.relation, r.weight) for r in relations])
 
 
 # An epoch closes the rows whose description changed and opens new ones; everything else stays as it was.

@@ -21,12 +21,9 @@ from cli.stack import embedded_redis
 from concord import Concord, user
 from concord.v1 import common_pb2, features_pb2, features_pb2_grpc
 from concord.v1.recommendation_pb2 import RecommendResponse
-from features.catalogue import Item, Relation, publish_epoch, upsert_items, upsert_relations
-from features.item_table import load_item_table
 from features.materialize import free_time, materialize, take_snapshot
 from features.store import feature_store
 from server.settings import ServerSettings
-from tests.integration.fixtures import NewShop
 from tests.integration.serving import served
 
 
@@ -298,28 +295,3 @@ def test_no_two_materializations_share_a_time_and_a_snapshot_in_use_stays_as_it_
         connection.rollback()
         epochs = connection.execute("SELECT features_as_of FROM index_epochs ORDER BY index_version DESC LIMIT 2").fetchall()
     assert [row[0] for row in epochs] == [reports[1].snapshot.as_of, reports[0].snapshot.as_of]
-
-
-def test_an_epoch_keeps_the_edges_it_was_published_with(new_shop: NewShop) -> None:
-    dsn = new_shop().postgres_dsn
-    items = [Item(name, name, price_micros=1_000_000, currency="USD") for name in ("a", "b", "c")]
-
-    def edges(version: int) -> list[tuple[int, int, float]]:
-        with psycopg.connect(dsn) as connection:
-            table = load_item_table(connection, version)
-        return list(zip(table.relation_from.tolist(), table.relation_to.tolist(), table.relation_weight.tolist(), strict=True))
-
-    with psycopg.connect(dsn) as connection:
-        upsert_items(connection, items)
-        upsert_relations(connection, [Relation("a", "b", "complement", 0.5)])
-        first = publish_epoch(connection)
-    before = edges(first)
-    assert before == [(0, 1, 0.5)]
-    with psycopg.connect(dsn) as connection:
-        for weight in (0.25, 0.75):  # the second alters what no epoch holds yet
-            upsert_relations(connection, [Relation("a", "b", "complement", weight), Relation("a", "c", "substitute", weight)])
-    assert edges(first) == before
-    with psycopg.connect(dsn) as connection:
-        second = publish_epoch(connection)
-        upsert_relations(connection, [Relation("a", "b", "complement", 0.75)])  # nothing new
-    assert (edges(first), edges(second)) == (before, [(0, 1, 0.75), (0, 2, 0.75)])
