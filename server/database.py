@@ -26,6 +26,8 @@ _HANG_SECONDS = 0.4
 
 # What the stores raise when they cannot answer now. A call refused by its breaker raises one of them too.
 ONLINE_AWAY = (redis.exceptions.RedisError,)
+# What Redis answers when it is there but takes no writes, such as at its memory's limit.
+ONLINE_REFUSES = (redis.exceptions.ResponseError,)
 RECORD_AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
 
 

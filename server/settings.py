@@ -40,8 +40,8 @@ class ServerSettings(SecuritySettings):
     compute_waiting: int = Field(
         64, ge=0, description="Slates waiting to be computed; beyond it the last known slate is answered, or RESOURCE_EXHAUSTED."
     )
-    apart_reads: int = Field(4, ge=1, description="Calls answered from PostgreSQL at a time while Redis is away.")
-    apart_waiting: int = Field(64, ge=0, description="Calls waiting for that; beyond it as for compute_waiting.")
+    degraded_reads: int = Field(4, ge=1, description="Calls answered from PostgreSQL at a time while Redis is away.")
+    degraded_waiting: int = Field(64, ge=0, description="Calls waiting for that; beyond it as for compute_waiting.")
     known_slates: int = Field(
         10_000, ge=0, description="Slates remembered in each server process, to be answered flagged stale when nothing else is left."
     )

@@ -47,7 +47,7 @@ def recommender_of(
         fleet=fleet,
         metrics=metrics,
         computing=computing,
-        apart=Gate(slots=settings.apart_reads, waiting=settings.apart_waiting, reason="APART_QUEUE_FULL"),
+        apart=Gate(slots=settings.degraded_reads, waiting=settings.degraded_waiting, reason="DEGRADED_QUEUE_FULL"),
         known=KnownSlates(settings.known_slates),
         policy=policy_of(settings),
         ttl_seconds=settings.slate_ttl_seconds,

@@ -20,6 +20,7 @@ from concord.transport import SERVICE_CONFIG
 from concord.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
+    common_pb2,
     events_pb2,
     events_pb2_grpc,
     identity_pb2,
@@ -45,6 +46,7 @@ class Shop(
         self.unavailable = unavailable
         self.seconds = seconds
         self.error = error
+        self.fails_with_token = False
         self.received = []
         self.deadlines = []
         self.versions = {}
@@ -57,13 +59,18 @@ class Shop(
         if self.unavailable:
             self.unavailable -= 1
             await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
-        if self.error is not None:
+        if self.error is not None and (not self.fails_with_token or request.consistency_token):
             context.set_trailing_metadata((("grpc-status-details-bin", self.error),))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "bad request")
 
     def _user(self, subject):
         user_id = subject.user_id or f"u-{subject.identity.channel_user_id}"
         return self.survivors.get(user_id, user_id)
+
+    def _state(self, subject):
+        user_id = self._user(subject)
+        version = self.versions.get(user_id)
+        return {"user_id": user_id, "user_version": version, "consistency_token": f"{user_id}@{version}"} if version else {}
 
     async def RecordEvents(self, request, context):
         await self._enter(request, context)
@@ -90,7 +97,7 @@ class Shop(
 
     async def GetProfile(self, request, context):
         await self._enter(request, context)
-        return profile_pb2.GetProfileResponse(user_id=self._user(request.subject))
+        return profile_pb2.GetProfileResponse(**self._state(request.subject))
 
     async def GetItems(self, request, context):
         await self._enter(request, context)
@@ -98,7 +105,9 @@ class Shop(
 
     async def Recommend(self, request, context):
         await self._enter(request, context)
-        return recommendation_pb2.RecommendResponse(items=[recommendation_pb2.RecommendedItem(item_id="A")])
+        state = self._state(request.subject)
+        versions = common_pb2.Versions(user_version=state.pop("user_version", 0))
+        return recommendation_pb2.RecommendResponse(items=[recommendation_pb2.RecommendedItem(item_id="A")], versions=versions, **state)
 
     async def RankItems(self, request, context):
         await self._enter(request, context)
@@ -193,6 +202,30 @@ async def test_token_follows_the_customer_through_a_merge():
         for customer in ("guest", "anna", user("u-guest"), user("u-anna")):
             await concord.profile(customer)
     assert [request.consistency_token for request in shop.received[2:]] == ["u-anna@3"] * 4
+
+
+async def test_what_one_answer_reflected_the_next_one_must():
+    shop = Shop()
+    async with connected(shop) as concord:
+        shop.versions["u-anna"] = 4  # another backend wrote
+        await concord.recommend("anna", surface="home")
+        await concord.profile("anna")
+        shop.versions["u-anna"] = 2  # a replica that lags answers, flagged stale: what was seen before still holds
+        await concord.recommend("anna", surface="home")
+        await concord.rank(user("u-anna"), ["A"], surface="home")
+    assert [request.consistency_token for request in shop.received] == ["", "u-anna@4", "u-anna@4", "u-anna@4"]
+
+
+@pytest.mark.parametrize("reason", ["TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"])
+async def test_a_remembered_token_that_outlived_its_customer_is_dropped(reason):
+    shop = Shop()
+    async with connected(shop) as concord:
+        await concord.record(concord.event("anna", "view", item_id="A"))
+        shop.error, shop.fails_with_token = packed_status(ErrorInfo(reason=reason, domain="concord")), True
+        assert (await concord.recommend("anna", surface="home")).items
+        assert [request.consistency_token for request in shop.received[1:]] == ["u-anna@1", ""]
+        with pytest.raises(grpc.aio.AioRpcError):
+            await concord.recommend("ben", surface="home", consistency_token="handed over")  # the caller's own to explain
 
 
 async def test_retries_on_unavailable_send_the_same_event_ids():
