@@ -52,7 +52,7 @@ def serve(
                 if admin_port != port:
                     _out.print(f"Admin methods are on {settings.admin_host}:{admin_port}", highlight=False)
 
-        _run(run(settings, announce=announce))
+        finished(run(settings, announce=announce))
 
 
 def health(server: _Server = "127.0.0.1:50051") -> None:
@@ -85,10 +85,10 @@ def record(
     """Records one event and prints its result and consistency token."""
 
     async def call() -> Any:
-        async with _client(server, channel) as client:
+        async with connected(server, channel) as client:
             return await client.record(client.event(customer, action, item_id=item, text=text))
 
-    _out.print_json(data=MessageToDict(_run(call()), preserving_proto_field_name=True))
+    _out.print_json(data=MessageToDict(finished(call()), preserving_proto_field_name=True))
 
 
 def recommend(
@@ -102,10 +102,10 @@ def recommend(
     from concord.v1 import recommendation_pb2
 
     async def call() -> Any:
-        async with _client(server, channel) as client:
+        async with connected(server, channel) as client:
             return await client.recommend(customer, surface=surface, limit=limit)
 
-    answer = _run(call())
+    answer = finished(call())
     table = Table("#", "item", "title", "price", "score", "why")
     for item in answer.items:
         price = f"{item.price.units + item.price.nanos / 1e9:.2f} {item.price.currency_code}"
@@ -115,14 +115,15 @@ def recommend(
     _out.print(f"slate {answer.slate_id}, versions {MessageToDict(answer.versions, preserving_proto_field_name=True)}")
 
 
-def _client(server: str, channel: str) -> "Concord":
+def connected(server: str, channel: str) -> "Concord":
+    """Returns a client for a channel with the credentials of the settings, to be entered."""
     from concord import Concord
 
     settings = call_settings()
     return Concord(server, channel=channel, credentials=settings.channel_credentials(), api_key=settings.call_key.get_secret_value())
 
 
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
+def finished(work: Coroutine[Any, Any, Any]) -> Any:
     """Runs a coroutine on uvloop where it is installed, which is everywhere but Windows."""
     try:
         import uvloop

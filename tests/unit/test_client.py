@@ -91,6 +91,24 @@ class Shop(
             user_id=kept, user_version=version, consistency_token=f"{kept}@{version}", merged_user_id=lost
         )
 
+    async def UnlinkIdentity(self, request, context):
+        await self._enter(request, context)
+        parted, kept = f"u-{request.identity.channel_user_id}", "u-anna"
+        self.survivors.pop(parted, None)
+        version = max(self.versions.values()) + 1
+        other = identity_pb2.SeparatedCustomer(user_id=kept, user_version=version, consistency_token=f"{kept}@{version}")
+        return identity_pb2.UnlinkIdentityResponse(
+            user_id=parted, user_version=version, consistency_token=f"{parted}@{version}", separated_customers=[other]
+        )
+
+    async def ForgetUser(self, request, context):
+        await self._enter(request, context)
+        return identity_pb2.ForgetUserResponse(receipt_id="r")
+
+    async def GetIdentityGraph(self, request, context):
+        await self._enter(request, context)
+        return identity_pb2.GetIdentityGraphResponse(user_id=self._user(request.subject))
+
     async def ResolveIdentity(self, request, context):
         await self._enter(request, context)
         return identity_pb2.ResolveIdentityResponse(user_id="u-anna", created=request.create_if_missing)
@@ -226,6 +244,23 @@ async def test_a_remembered_token_that_outlived_its_customer_is_dropped(reason):
         assert [request.consistency_token for request in shop.received[1:]] == ["u-anna@1", ""]
         with pytest.raises(grpc.aio.AioRpcError):
             await concord.recommend("ben", surface="home", consistency_token="handed over")  # the caller's own to explain
+
+
+async def test_tokens_part_with_the_customers_and_go_with_the_forgotten():
+    shop = Shop()
+    async with connected(shop) as concord:
+        await concord.record(concord.event("anna", "view", item_id="A"), concord.event("guest", "view", item_id="B"))
+        await concord.link("guest", "anna")
+        answer = await concord.unlink("guest", "anna")
+        assert (answer.user_id, answer.user_version) == ("u-guest", 4)
+        for customer in ("guest", "anna", user("u-guest"), user("u-anna")):
+            await concord.profile(customer)
+        assert (await concord.forget("guest")).receipt_id == "r"
+        assert (await concord.graph("anna")).user_id == "u-anna"
+        await concord.profile("guest")
+        await concord.profile("anna")
+    tokens = [request.consistency_token for request in shop.received if hasattr(request, "consistency_token")]
+    assert tokens == ["u-guest@4", "u-anna@4", "u-guest@4", "u-anna@4", "", "u-anna@4"]
 
 
 async def test_retries_on_unavailable_send_the_same_event_ids():
