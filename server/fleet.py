@@ -78,6 +78,10 @@ class FleetWatch:
         """Model versions this replica could answer with."""
         return {model for model, _ in self._snapshots if model}
 
+    def held(self, model_version: str, index_version: int) -> Snapshot | None:
+        """Returns a snapshot if it is loaded here, without loading it."""
+        return self._snapshots.get((model_version, index_version))
+
     async def ensure(self, fleet: Fleet) -> Snapshot:
         """Returns the snapshot the pointers name and answers with it from now on, loading it first if need be.
 

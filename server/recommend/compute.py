@@ -27,9 +27,10 @@ class Policy:
     max_per_category: int
 
 
-def policy_fingerprint(policy: Policy) -> str:
-    """Returns 16 hex digits that are equal for equal rules: replicas that differ in them would answer differently."""
-    return hashlib.sha256(json.dumps(asdict(policy), sort_keys=True).encode()).hexdigest()[:16]
+def policy_fingerprint(policy: Policy, *, hide_out_of_stock: bool, onnx_threads: int) -> str:
+    """Returns 12 hex digits that replicas of one fleet must share: with other rules, equal versions give other answers."""
+    rules = {**asdict(policy), "hide_out_of_stock": hide_out_of_stock, "onnx_threads": onnx_threads}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
