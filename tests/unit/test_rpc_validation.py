@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -202,6 +203,10 @@ VIOLATIONS: list[tuple[Message, str, str]] = [
     ),
     # models
     (models_pb2.ActivateModelRequest(), "model_version", "is required"),
+    (models_pb2.ActivateModelRequest(model_version="m", on_unready=9), "on_unready", "must be one of ActivationPolicy"),
+    (models_pb2.ActivateModelRequest(model_version="m", wait=Duration(seconds=-1)), "wait", "must be 0 to 3600 seconds"),
+    (models_pb2.ActivateModelRequest(model_version="m", wait=Duration(seconds=3601)), "wait", "must be 0 to 3600 seconds"),
+    (models_pb2.ActivateModelRequest(model_version="m", wait=Duration(nanos=10**9)), "wait", "must be 0 to 3600 seconds"),
 ]
 
 
