@@ -112,7 +112,9 @@ def test_it_serves_as_a_plain_user_from_a_read_only_root():
     assert json.loads(only(FINAL, "ENTRYPOINT")) == ["concord"]
     assert json.loads(only(FINAL, "CMD")) == ["serve"]
     assert json.loads(only(FINAL, "VOLUME")) == ["/data"]
-    assert only(FINAL, "EXPOSE").split() == [str(ServerSettings.model_fields[name].default) for name in ("port", "admin_port", "metrics_port")]
+    assert only(FINAL, "EXPOSE").split() == [
+        str(ServerSettings.model_fields[name].default) for name in ("port", "admin_port", "metrics_port")
+    ]
     environment = dict(pair.split("=", 1) for pair in only(FINAL, "ENV").split())
     assert environment["CONCORD_DATA_DIR"] == environment["HOME"] == "/data"
     assert environment["CONCORD_MODELS_URL"].startswith("file:/data/")
