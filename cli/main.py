@@ -13,7 +13,7 @@ from cli import calls, data, demo, keys, models
 from cli.context import console
 from features.bundle import BundleError
 from features.importers.mapping import MappingError
-from features.models import UnknownModelError
+from features.models import ActivationInProgressError, ReplicaUnreadyError, UnknownModelError
 from features.settings import SettingsError
 from server.security.key_store import KeyRefusedError
 
@@ -30,7 +30,16 @@ for group in (data, models, keys, calls, demo):
     group.register(app)
 
 # Errors a person can act on: one line, no traceback. Anything else is a defect and shows where it happened.
-_EXPECTED = (SettingsError, MappingError, BundleError, UnknownModelError, KeyRefusedError, FileNotFoundError)
+_EXPECTED = (
+    SettingsError,
+    MappingError,
+    BundleError,
+    UnknownModelError,
+    ActivationInProgressError,
+    ReplicaUnreadyError,
+    KeyRefusedError,
+    FileNotFoundError,
+)
 _STORES = (psycopg.OperationalError, sqlalchemy.exc.OperationalError, redis.exceptions.ConnectionError)
 # Which extra brings what the serving image leaves out.
 _EXTRAS = {

@@ -16,7 +16,8 @@ from features.behaviour import Activity, Behaviour
 from features.candidates import Source
 from features.catalogue import Item, Relation, UpsertResult
 from features.layout import FeatureValue, Status
-from features.models import Activation, ModelVersion
+from features.models import Activation, ModelVersion, OnUnready
+from features.replicas import Replica
 from server.domain import (
     Answer,
     CustomerProfile,
@@ -236,9 +237,13 @@ class FakeModels(Script):
         await self.play(())
         return next((model for model in self.models if model.active), None)
 
-    async def activate(self, model_version: str) -> Activation:
-        await self.play(model_version)
+    async def activate(self, model_version: str, *, on_unready: OnUnready, wait_seconds: float) -> Activation:
+        await self.play((model_version, on_unready, wait_seconds))
         return Activation(model_version, "m1", 5)
+
+    async def replicas(self) -> "list[Replica]":
+        await self.play(())
+        return [Replica("r1", "10.0.0.1:50051", NOW, NOW, True, "m1", 4, 2, {"m1": [1, 2]}, {"m2": "BUNDLE_INVALID: no"}, "c1")]
 
 
 @dataclass

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from features.catalogue import Item, Relation, UpsertResult
 from features.layout import FeatureValue
-from features.models import Activation, ModelVersion
+from features.models import Activation, ModelVersion, OnUnready
+from features.replicas import Replica
 from server.domain import (
     Answer,
     CustomerProfile,
@@ -132,8 +133,12 @@ class Models(Protocol):
         """Returns the model the fleet answers with."""
         ...
 
-    async def activate(self, model_version: str) -> Activation:
-        """Makes a published model the active one."""
+    async def activate(self, model_version: str, *, on_unready: OnUnready, wait_seconds: float) -> Activation:
+        """Makes a published model the active one, once every live replica is ready for it."""
+        ...
+
+    async def replicas(self) -> Sequence[Replica]:
+        """Returns the server processes of the fleet."""
         ...
 
 

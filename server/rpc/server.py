@@ -179,7 +179,7 @@ def build_server(
             new_id=lambda: new_uuid().hex,
         )
         server = patient_server(edge, interceptors=[edge], options=_options(settings))
-        _register(server, services, events, validator)
+        _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if settings.reflection:
             reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -192,14 +192,14 @@ def build_server(
     return GrpcServer(main, None if one_port else open_port(settings.admin_host, settings.admin_port, admin=True), health_servicer, events)
 
 
-def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator) -> None:
+def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator, *, deadline_seconds: float) -> None:
     events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
     identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(services.identities, validator), server)
     profile_pb2_grpc.add_ProfileServiceServicer_to_server(ProfileServicer(services.profiles, validator), server)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
-    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models), server)
+    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:
