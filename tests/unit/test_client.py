@@ -14,7 +14,7 @@ from google.protobuf.any_pb2 import Any
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from concord import Concord, ErrorDetails, error_details, user
+from concord import Concord, ErrorDetails, error_details, tls, user
 from concord.customers import TokenMemory, subject_of
 from concord.transport import SERVICE_CONFIG
 from concord.v1 import (
@@ -49,12 +49,14 @@ class Shop(
         self.fails_with_token = False
         self.received = []
         self.deadlines = []
+        self.bearers = []
         self.versions = {}
         self.survivors = {}
 
     async def _enter(self, request, context):
         self.received.append(request)
         self.deadlines.append(context.time_remaining())
+        self.bearers.append(dict(context.invocation_metadata()).get("authorization"))
         await asyncio.sleep(self.seconds)
         if self.unavailable:
             self.unavailable -= 1
@@ -308,6 +310,33 @@ async def test_a_server_that_hangs_costs_no_more_than_the_deadline():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await concord.items(["A"])
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_the_key_is_sent_with_every_call():
+    shop = Shop()
+    async with connected(shop, api_key="concord_1_secret") as concord:
+        await concord.recommend("anna", surface="home")
+        await concord.resolve("anna")
+        assert "secret" not in repr(concord)
+    async with connected(shop) as concord:
+        await concord.recommend("anna", surface="home")
+    assert shop.bearers == ["Bearer concord_1_secret", "Bearer concord_1_secret", None]
+
+
+async def test_the_token_is_asked_for_before_each_call():
+    shop, tokens = Shop(), iter(["first", "second"])
+    async with connected(shop, token=lambda: next(tokens)) as concord:
+        for _ in range(2):
+            await concord.recommend("anna", surface="home")
+    assert shop.bearers == ["Bearer first", "Bearer second"]
+
+
+def test_a_client_certificate_needs_its_key(tmp_path):
+    (tmp_path / "certificate.pem").write_text("")
+    with pytest.raises(ValueError, match="go together"):
+        tls(certificate=tmp_path / "certificate.pem")
+    with pytest.raises(FileNotFoundError):
+        tls(tmp_path / "gone.pem")
 
 
 async def test_requests_say_what_was_asked():
