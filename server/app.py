@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -18,6 +18,7 @@ from server.catalog.offers import Offers
 from server.catalog.service import Catalog
 from server.database import postgres_pool, redis_client
 from server.fleet import FleetWatch
+from server.health import HealthWatch, PostgresProbe, Probe, probes
 from server.ingest.identities import Identities
 from server.ingest.recorder import EventRecorder
 from server.ingest.recovery import Recovery
@@ -35,6 +36,8 @@ from server.recommend.snapshot import SnapshotBuilder
 from server.rpc.ports import Services
 from server.rpc.server import build_server
 from server.settings import ServerSettings
+from server.tracing import tracing
+from server.vitals import Vitals
 
 _log = structlog.get_logger(__name__)
 
@@ -49,10 +52,11 @@ def _new_user_id() -> str:
 
 @dataclass(frozen=True)
 class Rooms:
-    """The services of one process, and its view of the fleet."""
+    """The services of one process, its view of the fleet, and how to ask what it depends on."""
 
     services: Services
     fleet: FleetWatch
+    probes: Mapping[str, Probe]
 
 
 @contextlib.asynccontextmanager
@@ -100,6 +104,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
+            Vitals(pool, client, recorder, journal, fleet, metrics).run(),
         )
         for loop in loops:
             task = asyncio.create_task(loop)
@@ -114,7 +119,9 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             features=features,
             models=Models(fleet, dsn=settings.postgres_dsn),
         )
-        yield Rooms(services, fleet)
+        postgres = PostgresProbe(settings.postgres_dsn)
+        stack.push_async_callback(postgres.close)
+        yield Rooms(services, fleet, probes(postgres, client, online, fleet, store))
 
 
 def _report(task: "asyncio.Task[None]") -> None:
@@ -141,11 +148,18 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     endpoint = serve_metrics(registry, settings.host, settings.metrics_port) if settings.metrics_port >= 0 else None
+    traces = tracing(settings)
     try:
-        async with open_rooms(settings, metrics) as rooms:
-            server = build_server(rooms.services, settings, metrics, _log)
+        async with open_rooms(settings, metrics) as rooms, contextlib.AsyncExitStack() as stack:
+            server = build_server(rooms.services, settings, metrics, _log, tracing=traces)
             await server.start()
+            health = HealthWatch(rooms.probes, metrics, server.show_health)
+            await health.look()
+            watching = asyncio.create_task(health.run(settings.health_seconds))
+            watching.add_done_callback(_report)
+            stack.push_async_callback(_ended, watching)
             await _warm_up(rooms.fleet)
+            await health.look()
             await server.set_serving(True)
             announce(server.port, endpoint.port if endpoint else -1)
             await stop.wait()
@@ -153,6 +167,7 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None
             await server.set_serving(False)
             await server.stop(settings.drain_seconds)
     finally:
+        await traces.close()
         if endpoint:
             endpoint.close()
 

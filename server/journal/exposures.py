@@ -46,6 +46,11 @@ class Journal:
         self._pause = pause_seconds
         self._new_id = new_id
 
+    @property
+    def queued(self) -> int:
+        """Exposures that wait to be written."""
+        return len(self._queue)
+
     def log(self, answer: Answer, *, channel: str, surface: str, answered_at: datetime) -> None:
         """Queues an exposure; never waits."""
         if len(self._queue) >= self._bound:

@@ -28,6 +28,7 @@ from server.recommend.compute import Policy, compute_slate, score_items
 from server.recommend.shelf import RankedItems, Shelf, page_token, read_page_token
 from server.recommend.slate import Place, Slate, SlateFlag, decode_slate, encode_payload
 from server.recommend.snapshot import Snapshot
+from server.tracing import span
 
 # Each turn follows a pointer or a version that moved while we looked; more than a few in one call means the stores disagree.
 _TURNS = 12
@@ -43,7 +44,8 @@ class _Clock:
     def __call__(self, stage: str) -> Any:
         started = perf_counter()
         try:
-            yield
+            with span(stage):
+                yield
         finally:
             self.stages[stage] = self.stages.get(stage, 0.0) + perf_counter() - started
 
@@ -123,6 +125,7 @@ class Recommender:
             stages=clock.stages,
         )
         self._observe(clock)
+        self._metrics.answered(answer.degraded_reasons, stale=answer.stale)
         if query.log_exposure:
             self._journal.log(answer, channel=query.channel, surface=query.surface, answered_at=self._now())
         return answer

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from server.errors import ConcordError, OverloadedError, UnavailableError
 from server.metrics import Metrics
 from server.rpc.status import REQUEST_ID_KEY, failure_of, trailing_metadata
+from server.tracing import Tracing
 
 _OURS = "/concord."
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
@@ -31,6 +32,12 @@ class _Call:
     request_id: str
     code: str = "OK"
     channel: str = ""
+    trace_id: str = ""
+
+    @property
+    def trace(self) -> dict[str, str]:
+        """The trace id for logs and errors; nothing while tracing is off."""
+        return {"trace_id": self.trace_id} if self.trace_id else {}
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -48,6 +55,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         default_deadline_seconds: float,
         max_in_flight: int,
         new_id: Callable[[], str],
+        tracing: Tracing,
     ) -> None:
         self._metrics = metrics
         self._logger = logger
@@ -55,6 +63,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._default_deadline = default_deadline_seconds
         self._max_in_flight = max_in_flight
         self._new_id = new_id
+        self._tracing = tracing
         self._draining = False
         self._in_flight = 0
         self._wrapped: dict[str, Any] = {}
@@ -126,8 +135,9 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     @contextmanager
     def _call(self, method: str, context: Context) -> Iterator[_Call]:
         """Everything that holds from a call's first moment to its last, however it ends."""
-        call = _Call(method, _request_id(context) or self._new_id())
-        structlog.contextvars.bind_contextvars(request_id=call.request_id, method=method)
+        traced = self._tracing.call(method, context.invocation_metadata() or ())
+        call = _Call(method, _request_id(context) or self._new_id(), trace_id=traced.trace_id)
+        structlog.contextvars.bind_contextvars(request_id=call.request_id, method=method, **call.trace)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         started = perf_counter()
         self._in_flight += 1
@@ -141,6 +151,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._in_flight -= 1
             self._metrics.call_finished()
             self._metrics.observe_rpc(method, call.code, channel=call.channel, seconds=perf_counter() - started)
+            traced.end(call.code, call.channel)
 
     def drain(self) -> None:
         """Refuses new calls from now on with UNAVAILABLE, which clients retry elsewhere; gRPC's own stop would say CANCELLED."""
@@ -167,7 +178,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._logger.error("call failed", error_id=failure.error_id, exc_info=error)
         elif not isinstance(error, ConcordError):  # our own refusals are counted, not logged: under overload they are many
             self._logger.warning("call failed", code=failure.code.name, error=f"{type(error).__name__}: {error}")
-        await context.abort(failure.code, failure.message, trailing_metadata(failure, call.request_id))
+        await context.abort(failure.code, failure.message, trailing_metadata(failure, call.request_id, **call.trace))
 
 
 def _request_id(context: Context) -> str:
