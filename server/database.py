@@ -16,7 +16,8 @@ from server.settings import ServerSettings
 from server.tracing import span
 
 _STATEMENT = re.compile(
-    r"\s*(SELECT|INSERT|UPDATE|DELETE|COPY|WITH)\b(?:.*?\b(?:FROM|INTO|(?<!FOR )UPDATE)\s+([a-z_]+)\b(?!\())?", re.IGNORECASE | re.DOTALL
+    r"\s*(?=(SELECT|INSERT|UPDATE|DELETE|COPY|WITH)\b)(?:.*?\b(?:FROM|INTO|(?<!FOR )UPDATE)\s+([a-z_]+)\b(?!\())?",
+    re.IGNORECASE | re.DOTALL,
 )
 
 Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]

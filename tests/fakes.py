@@ -38,6 +38,7 @@ from server.metrics import Metrics
 from server.rpc.ports import Services
 from server.rpc.server import GrpcServer, build_server
 from server.settings import ServerSettings
+from server.tracing import Tracing
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -280,7 +281,9 @@ class Edge:
 
 
 @asynccontextmanager
-async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **settings: Any) -> AsyncIterator[Edge]:
+async def serving(
+    fakes: Fakes | None = None, *, max_in_flight: int = 64, tracing: Tracing | None = None, **settings: Any
+) -> AsyncIterator[Edge]:
     """Runs a real gRPC server over fakes on a free port."""
     fakes = fakes or Fakes()
     registry = CollectorRegistry()
@@ -292,6 +295,7 @@ async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **sett
         structlog.wrap_logger(log, wrapper_class=structlog.stdlib.BoundLogger, processors=[_keep]),
         now=lambda: NOW,
         max_in_flight=max_in_flight,
+        tracing=tracing,
     )
     await server.start()
     await server.set_serving(True)
