@@ -67,10 +67,8 @@ class Metrics:
         self._vitals = _Vitals(registry)
 
     def answered(self, degraded_reasons: Sequence[str], *, stale: bool) -> None:
-        """Counts a recommendation: whole, degraded (once per reason) or made of a stale profile."""
+        """Counts a recommendation: whole, degraded, or made of a stale profile."""
         self._vitals.answers.labels("degraded" if degraded_reasons else "stale" if stale else "whole").inc()
-        for reason in degraded_reasons:
-            self._vitals.degraded.labels(reason).inc()
 
     def set_dependency(self, dependency: str, up: bool) -> None:
         """Says whether a dependency answers."""
@@ -173,7 +171,6 @@ class _Vitals:
         self.answers = Counter("concord_answers", "Recommendations by what became of them.", ["result"], registry=registry)
         for result in ("whole", "degraded", "stale"):
             self.answers.labels(result)
-        self.degraded = Counter("concord_degraded_answers", "Degraded recommendations by reason.", ["reason"], registry=registry)
         self.dependency = Gauge("concord_dependency_up", "1 while a dependency answers, 0 while not.", ["dependency"], registry=registry)
         self.versions = Gauge(
             "concord_version",

@@ -20,11 +20,11 @@ from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry
 
 from concord.v1 import common_pb2, recommendation_pb2
-from server.database import _statement_name
 from server.domain import EventOutcome, IncomingEvent, Stored, Subject, Token
 from server.ingest.recorder import EventRecorder
 from server.ingest.writer import Written
 from server.metrics import Metrics
+from server.traced import statement_name
 from server.tracing import Tracing, on_behalf_of, origin, span, trace_provider
 from tests.fakes import FakeRecommender, Fakes, refusal, serving
 
@@ -281,7 +281,7 @@ async def test_work_done_for_nobody_in_particular_leaves_no_context_behind() -> 
     ],
 )
 def test_statements_are_named_by_verb_and_table(query: Any, name: str) -> None:
-    assert _statement_name(query) == name
+    assert statement_name(query) == name
 
 
 def test_a_span_that_is_not_recorded_costs_next_to_nothing() -> None:
