@@ -102,15 +102,17 @@ class HealthWatch:
         self._metrics = metrics
         self._publish = publish
         self._seen = {name: _Seen() for name in probes}
+        self._looking = asyncio.Lock()
 
     async def look(self) -> Health:
         """Asks all that are due and publishes what follows."""
-        await asyncio.gather(*(self._ask(name) for name in self._probes))
-        health = Health({name: seen.up for name, seen in self._seen.items()})
-        for name, up in health.dependencies.items():
-            self._metrics.set_dependency(name, up)
-        await self._publish(health)
-        return health
+        async with self._looking:
+            await asyncio.gather(*(self._ask(name) for name in self._probes))
+            health = Health({name: seen.up for name, seen in self._seen.items()})
+            for name, up in health.dependencies.items():
+                self._metrics.set_dependency(name, up)
+            await self._publish(health)
+            return health
 
     async def run(self, pause_seconds: float) -> None:
         """Looks until cancelled."""
@@ -165,7 +167,7 @@ class PostgresProbe:
 
     async def __call__(self) -> None:
         """Raises psycopg.Error when PostgreSQL does not answer."""
-        if self._connection is None or self._connection.broken:
+        if self._connection is None or self._connection.closed:
             self._connection = await AsyncConnection.connect(self._dsn, autocommit=True, connect_timeout=3)
         await self._connection.execute("SELECT 1")
 

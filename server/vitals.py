@@ -12,7 +12,7 @@ from server.journal.exposures import Journal
 from server.metrics import Metrics
 
 _PAUSE_SECONDS = 1.0
-_OUTBOX_EVERY = 5  # looks; the count reads the whole outbox, which is long just when PostgreSQL has other work
+_OUTBOX_SECONDS = 5.0  # the count reads the whole outbox, which is long just when PostgreSQL has other work
 _OUTBOX = "SELECT count(*), coalesce(extract(epoch FROM now() - min(enqueued_at)), 0)::double precision FROM online_outbox"
 
 
@@ -28,16 +28,21 @@ class Vitals:
         self._metrics = metrics
 
     async def run(self) -> None:
-        """Looks until cancelled."""
-        loop, look = asyncio.get_running_loop(), 0
+        """Looks until cancelled; a PostgreSQL that hangs holds up the outbox's numbers alone."""
+        await asyncio.gather(self._watch_process(), self._watch_outbox())
+
+    async def _watch_process(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             self.look()
-            if look % _OUTBOX_EVERY == 0:
-                await self.look_at_outbox()
-            look += 1
             due = loop.time() + _PAUSE_SECONDS
             await asyncio.sleep(_PAUSE_SECONDS)
             self._metrics.set_loop_delay(max(0.0, loop.time() - due))
+
+    async def _watch_outbox(self) -> None:
+        while True:
+            await self.look_at_outbox()
+            await asyncio.sleep(_OUTBOX_SECONDS)
 
     def look(self) -> None:
         """Takes the numbers of this process."""

@@ -111,6 +111,13 @@ async def test_a_dependency_that_hangs_is_away_is_asked_once_and_hides_no_other(
     assert (await watched.watch.look()).dependencies["postgres"]
 
 
+async def test_two_who_look_at_once_ask_once_each_in_turn() -> None:
+    watched = Watched()
+    first, second = await asyncio.gather(watched.watch.look(), watched.watch.look())
+    assert first == second
+    assert {dependency.asked for dependency in watched.dependencies.values()} == {2}
+
+
 async def test_an_expensive_probe_runs_at_its_pace_while_well_and_at_once_while_not() -> None:
     watched = Watched(pause_seconds=3600)
     model = watched.dependencies["model"]
