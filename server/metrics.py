@@ -1,7 +1,7 @@
 """Prometheus metrics of a server process: calls, stages, slates and degraded answers, ingest, journal, versions, dependencies."""
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from threading import Thread
@@ -25,6 +25,7 @@ STAGES = (
     "offers",
     "answer",
 )
+_STORES = {"online": "Redis", "record": "PostgreSQL"}
 INGEST_STAGES = ("queue", "commit", "online_write")
 
 # 0.25 ms to 10 s: a slate hit takes under 1 ms, a miss some tens, and no call outlives the default deadline by much.
@@ -41,6 +42,7 @@ class Metrics:
             "concord_rpc_seconds", "Time from request to answer.", ["method", "channel"], buckets=_BUCKETS, registry=registry
         )
         self._in_flight = Gauge("concord_rpc_in_flight", "Calls being answered now.", registry=registry)
+        self._shed = Counter("concord_rpc_shed", "Calls refused unread because too many were in flight.", registry=registry)
         self._stage = Histogram(
             "concord_stage_seconds", "Time of one stage of a recommendation.", ["stage"], buckets=_BUCKETS, registry=registry
         )
@@ -53,6 +55,15 @@ class Metrics:
             self._ingest_stage.labels(name)
         self._slates = Counter("concord_slate", "Slates asked for, by whether one stood committed.", ["result"], registry=registry)
         self._hits, self._misses = self._slates.labels("hit"), self._slates.labels("miss")
+        self._degraded = Counter("concord_degraded_answers", "Answers flagged degraded, by reason.", ["reason"], registry=registry)
+        self._breaker_open = {
+            store: Gauge(f"concord_{store}_breaker_open", f"1 while calls to {what} are refused at once.", registry=registry)
+            for store, what in _STORES.items()
+        }
+        self._breaker_opened = {
+            store: Counter(f"concord_{store}_breaker_opened", f"Times {what} was found to be away.", registry=registry)
+            for store, what in _STORES.items()
+        }
         self._events = Counter("concord_ingest_events", "Events received, by what became of them.", ["status"], registry=registry)
         self._journal = Counter(
             "concord_journal", "Exposures written, or dropped because the queue was full.", ["result"], registry=registry
@@ -64,11 +75,13 @@ class Metrics:
             "concord_active_model_info", "1 for the model version this process answers with.", ["version"], registry=registry
         )
         self._active = ""
+        self._load_failures = Counter("concord_model_load_failures", "Models that could not be loaded here, each try.", registry=registry)
+        self._replicas = Gauge("concord_replicas", "Live replicas of the fleet, as this process sees it.", registry=registry)
         self._vitals = _Vitals(registry)
 
-    def answered(self, degraded_reasons: Sequence[str], *, stale: bool) -> None:
+    def answered(self, *, degraded: bool, stale: bool) -> None:
         """Counts a recommendation: whole, degraded, or made of a stale profile."""
-        self._vitals.answers.labels("degraded" if degraded_reasons else "stale" if stale else "whole").inc()
+        self._vitals.answers.labels("degraded" if degraded else "stale" if stale else "whole").inc()
 
     def set_dependency(self, dependency: str, up: bool) -> None:
         """Says whether a dependency answers."""
@@ -103,6 +116,10 @@ class Metrics:
         self._rpc_count.labels(method, code, channel).inc()
         self._rpc_seconds.labels(method, channel).observe(seconds)
 
+    def call_shed(self) -> None:
+        """A call was refused unread because too many were in flight."""
+        self._shed.inc()
+
     def call_started(self) -> None:
         """One more call is being answered."""
         self._in_flight.inc()
@@ -136,6 +153,16 @@ class Metrics:
         """A slate had to be computed."""
         self._misses.inc()
 
+    def degraded(self, reason: str) -> None:
+        """Counts an answer flagged degraded, once for each reason."""
+        self._degraded.labels(reason).inc()
+
+    def set_breaker(self, store: str, is_open: bool) -> None:
+        """Notes that the breaker of ``online`` (Redis) or ``record`` (PostgreSQL) opened or closed."""
+        self._breaker_open[store].set(is_open)
+        if is_open:
+            self._breaker_opened[store].inc()
+
     def events(self, status: str, count: int = 1) -> None:
         """Counts events by status: stored, duplicate or rejected."""
         self._events.labels(status).inc(count)
@@ -159,6 +186,14 @@ class Metrics:
         if version:
             self._model.labels(version).set(1)
         self._active = version
+
+    def model_load_failed(self) -> None:
+        """Counts a model that could not be loaded; the process goes on with the one it has."""
+        self._load_failures.inc()
+
+    def set_replicas(self, count: int) -> None:
+        """Sets how many replicas live."""
+        self._replicas.set(count)
 
 
 class _Vitals:
