@@ -24,6 +24,7 @@ from server.domain import EventOutcome, IncomingEvent, Stored, Subject, Token
 from server.ingest.recorder import EventRecorder
 from server.ingest.writer import Written
 from server.metrics import Metrics
+from server.recommend.computing import Computing
 from server.traced import statement_name
 from server.tracing import Tracing, on_behalf_of, origin, span, trace_provider
 from tests.fakes import FakeRecommender, Fakes, refusal, serving
@@ -85,9 +86,11 @@ async def test_spans_nest_through_tasks_and_threads() -> None:
         with span("onnx ranker"):
             pass
 
+    computing = Computing(threads=1, waiting=1)
+
     async def compute() -> None:
         with span("ranking"):
-            await asyncio.to_thread(ranker)
+            await computing.run(ranker)
 
     async def work() -> None:
         with span("snapshot"):
