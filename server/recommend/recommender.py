@@ -124,7 +124,7 @@ class Recommender:
         )
         self._observe(clock)
         if query.log_exposure:
-            self._journal.log(answer, channel=query.channel, surface=query.surface, answered_at=self._now())
+            self._journal.log(answer, query, answered_at=self._now())
         return answer
 
     async def rank(self, subject: Subject, *, channel: str, surface: str, item_ids: Sequence[str], token: Token | None) -> Answer:
