@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from server.audit.run import Scope
     from server.audit.store import AuditStore
     from server.audit.workshop import Workshop
+    from server.recommend.compute import Policy
 
 _out = Console()
 _SHOWN = 40
@@ -78,19 +79,22 @@ async def run_audit(
 ) -> "AuditReport":
     """Runs one audit and keeps its report; ``servers`` None means the replicas that live."""
     from cli.audit_probes import Clients, visible_after
+    from cli.credentials import call_settings
     from server.audit.offers import OfferAudit
     from server.audit.probes import Prober
     from server.audit.report import AuditReport
     from server.audit.run import Audit
+    from server.recommend.compute import policy_fingerprint
 
     report = AuditReport(str(uuid.uuid4()), datetime.now(UTC))
     started = time.monotonic()
-    async with _rooms(settings) as (store, workshop, online), Clients(settings.channels) as clients:
-        addresses = list(servers) if servers is not None else await clients.answering(await store.addresses(), settings, report)
+    async with _rooms(settings) as (store, workshop, online), Clients(call_settings()) as clients:
+        addresses = list(servers) if servers is not None else [replica.address for replica in await store.replicas()]
         if not addresses:
-            report.notes.append("no server answers, so nothing was probed live; name them with --server")
+            report.notes.append("no replica lives, so nothing was probed")
         prober = Prober(clients.ask, replicas=addresses, channels=settings.channels) if addresses else None
-        run = Audit(store, workshop, online, OfferAudit(store, hide_out_of_stock=settings.hide_out_of_stock))
+        rules = policy_fingerprint(_policy(settings), hide_out_of_stock=settings.hide_out_of_stock, onnx_threads=settings.onnx_threads)
+        run = Audit(store, workshop, online, OfferAudit(store, hide_out_of_stock=settings.hide_out_of_stock), rules=rules)
         await run.run(scope, report, prober=prober, progress=progress)
         if canary and addresses:
             report.staleness.visible_seconds = await visible_after(clients, addresses, settings.channels, customer=canary)
@@ -111,23 +115,29 @@ async def _rooms(settings: ServerSettings) -> "AsyncIterator[tuple[AuditStore, W
     from server.audit.online import OnlineAudit
     from server.audit.store import AuditStore
     from server.audit.workshop import Workshop
-    from server.database import postgres_pool, redis_client
+    from server.database import postgres_breaker, postgres_pool, redis_breaker, redis_client
     from server.models import BundleLoader
-    from server.recommend.compute import Policy
+    from server.online.store import OnlineStore
     from server.recommend.snapshot import SnapshotBuilder
 
     features = await asyncio.to_thread(feature_store, settings)
     codec = UserStateCodec(await asyncio.to_thread(load_layouts, features), settings.project)
     async with contextlib.AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(postgres_pool(settings))
+        pool = await stack.enter_async_context(postgres_pool(settings, postgres_breaker(settings, lambda _open: None)))
         connection = await psycopg.AsyncConnection.connect(settings.postgres_dsn, autocommit=True, row_factory=dict_row)
         store = AuditStore(await stack.enter_async_context(connection))
         client = redis_client(settings)
         stack.push_async_callback(client.aclose)
         loader = BundleLoader(settings, features, provider=settings.onnx_provider, threads=settings.onnx_threads)
-        policy = Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
-        workshop = Workshop(store, loader, SnapshotBuilder(pool, dsn=settings.postgres_dsn), policy)
-        yield store, workshop, OnlineAudit(client, codec, store, workshop)
+        workshop = Workshop(store, loader, SnapshotBuilder(pool, dsn=settings.postgres_dsn), _policy(settings))
+        online = OnlineStore(client, codec, redis_breaker(settings, client, lambda _open: None))
+        yield store, workshop, OnlineAudit(client, codec, online, store=store, workshop=workshop)
+
+
+def _policy(settings: ServerSettings) -> "Policy":
+    from server.recommend.compute import Policy
+
+    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
 
 
 def _print(report: "AuditReport") -> None:

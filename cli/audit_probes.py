@@ -2,21 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC
 from typing import Self
 
 import grpc
 
+from cli.credentials import CallSettings
 from concord import Concord, user
 from concord.v1.recommendation_pb2 import RecommendResponse
 from server.audit.probes import Probe
-from server.audit.report import Answered, AuditReport
-from server.settings import ServerSettings
+from server.audit.report import Answered
 
 _TIMEOUT = 10.0
-_KNOCK = 3.0
 # No shop sells it, so the event changes the customer's version and nothing that is ranked.
 _CANARY_ITEM = "concord-audit-canary"
 
@@ -24,8 +23,9 @@ _CANARY_ITEM = "concord-audit-canary"
 class Clients:
     """One client per replica and channel, opened when first needed."""
 
-    def __init__(self, channels: Iterable[str]) -> None:
-        self._channels = tuple(channels)
+    def __init__(self, calls: CallSettings) -> None:
+        self._credentials = calls.channel_credentials()
+        self._key = calls.call_key.get_secret_value()
         self._clients: dict[tuple[str, str], Concord] = {}
         self._open = AsyncExitStack()
 
@@ -41,22 +41,11 @@ class Clients:
         """Returns the client of one channel to one replica; it remembers no tokens, which would hide staleness."""
         key = (replica, channel)
         if key not in self._clients:
-            client = Concord(replica, channel=channel, timeout=_TIMEOUT, remembered_customers=1)
+            client = Concord(
+                replica, channel=channel, credentials=self._credentials, api_key=self._key, timeout=_TIMEOUT, remembered_customers=1
+            )
             self._clients[key] = await self._open.enter_async_context(client)
         return self._clients[key]
-
-    async def answering(self, listed: Sequence[str], settings: ServerSettings, report: AuditReport) -> list[str]:
-        """Returns the replicas that PostgreSQL lists, or the one the settings name if something listens there."""
-        if listed:
-            return list(listed)
-        address = f"{settings.host}:{settings.port}"
-        async with grpc.aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            try:
-                await asyncio.wait_for(channel.channel_ready(), _KNOCK)
-            except TimeoutError:
-                report.notes.append(f"nothing answers on {address}")
-                return []
-        return [address]
 
     async def ask(self, probe: Probe) -> Answered | None:
         """Asks one question without leaving an exposure; None when it is not answered."""

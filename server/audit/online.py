@@ -19,12 +19,12 @@ _NEARBY = 4
 class OnlineAudit:
     """Compares what Redis holds with what PostgreSQL gives for the very versions Redis names."""
 
-    def __init__(self, client: Redis, codec: UserStateCodec, store: AuditStore, workshop: Workshop) -> None:
+    def __init__(self, client: Redis, codec: UserStateCodec, online: OnlineStore, *, store: AuditStore, workshop: Workshop) -> None:
         self._client = client
         self._codec = codec
         self._store = store
         self._workshop = workshop
-        self._online = OnlineStore(client, codec)
+        self._online = online
 
     async def states(self, user_ids: Sequence[str], report: AuditReport) -> None:
         """Checks the state of customers: equal to the byte to that of its version, and how far that is behind."""

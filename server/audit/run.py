@@ -39,11 +39,12 @@ class Scope:
 class Audit:
     """The checks of one run over the stores of one shop."""
 
-    def __init__(self, store: AuditStore, workshop: Workshop, online: OnlineAudit, offers: OfferAudit) -> None:
+    def __init__(self, store: AuditStore, workshop: Workshop, online: OnlineAudit, offers: OfferAudit, *, rules: str) -> None:
         self._store = store
         self._replayer = Replayer(store, workshop)
         self._online = online
         self._offers = offers
+        self._rules = rules
 
     async def run(self, scope: Scope, report: AuditReport, *, prober: Prober | None, progress: Progress) -> None:
         """Runs every check; findings go into ``report``."""
@@ -59,6 +60,10 @@ class Audit:
         await self._online.states(customers, report)
         await self._online.pointers(report)
         await self._models(logged, report)
+        for replica in await self._store.replicas():
+            if replica.config != self._rules:
+                expected, seen = f"rules {self._rules}, those of this audit's settings", f"rules {replica.config}"
+                report.violations.append(Violation("config_differs", "replicas", expected, seen, replica=replica.address))
         report.staleness.answer_seconds = await self._store.staleness([answer for answer in logged if answer.user_id])
         report.staleness.outbox_size, report.staleness.outbox_seconds = await self._store.outbox()
 

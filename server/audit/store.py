@@ -96,6 +96,14 @@ class Customer:
     merged_into: str
 
 
+@dataclass(frozen=True)
+class Replica:
+    """A server process that lives: where it answers, and the fingerprint of the rules it makes slates by."""
+
+    address: str
+    config: str
+
+
 class AuditStore:
     """Reads over one autocommit connection whose rows are mappings; writes nothing but ``save``."""
 
@@ -133,7 +141,7 @@ class AuditStore:
 
     async def fleet(self) -> Fleet:
         """Returns the fleet's versions as PostgreSQL has them."""
-        (row,) = await self._all("SELECT model_version, activation, index_version, offer_version FROM fleet_state")
+        (row,) = await self._all("SELECT model_version, activation, answering_index AS index_version, offer_version FROM fleet_state")
         return Fleet(**row)
 
     async def offers(self, wanted: Sequence[tuple[str, int]]) -> list[Offer | None]:
@@ -159,9 +167,9 @@ class AuditStore:
         columns = [[a.user_id for a in answers], [a.user_version for a in answers], [a.answered_at for a in answers]]
         return [max(row["seconds"], 0.0) for row in await self._all(_STALENESS, columns)]
 
-    async def addresses(self) -> list[str]:
-        """Returns the addresses of the replicas that live."""
-        return sorted({row["address"] for row in await self._all("SELECT address FROM live_replicas")})
+    async def replicas(self) -> list[Replica]:
+        """Returns the replicas that live, by address."""
+        return [Replica(**row) for row in await self._all("SELECT address, config FROM live_replicas ORDER BY address")]
 
     async def outbox(self) -> tuple[int, float]:
         """Returns how many customers wait to be written online, and the age of the oldest in seconds."""
@@ -188,7 +196,17 @@ def _offer(row: Mapping[str, Any]) -> Offer:
     return Offer(row["offer_version"], row["price_micros"], row["currency"], row["stock"], tuple(row["channels"]), row["removed"])
 
 
-_SCALARS = ("user_id", "slate_id", "channel", "surface", "user_version", "model_version", "index_version", "offer_version", "as_of")
+_SCALARS: tuple[str, ...] = (
+    "user_id",
+    "slate_id",
+    "channel",
+    "surface",
+    "user_version",
+    "model_version",
+    "index_version",
+    "offer_version",
+    "as_of",
+)
 _SCALARS += ("page_start", "page_limit", "filtered", "stale", "answered_at")
 _ARRAYS = ("context_item_ids", "item_ids", "positions", "scores", "prices_micros", "currencies", "in_stock", "degraded_reasons")
 

@@ -28,7 +28,7 @@ from features.store import feature_store
 from server.audit.report import AuditReport, Outcome, Violation
 from server.audit.run import Scope
 from server.settings import ServerSettings
-from tests.integration.conftest import NewShop
+from tests.integration.fixtures import NewShop
 from tests.integration.serving import deploy, fill, served
 from tests.integration.test_processes import environment
 
