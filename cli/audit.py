@@ -154,7 +154,9 @@ def _print(report: "AuditReport") -> None:
     table.add_row("live answers compared", str(report.probes), str(agreed), moving)
     unknown = f"{report.offers['unknown']} older than the history" if report.offers["unknown"] else ""
     table.add_row("prices and stock", str(report.offers.total()), str(report.offers["equal"]), unknown)
-    table.add_row("online states", str(report.states.total()), str(report.states["equal"] + report.states["absent"]), "")
+    table.add_row(
+        "online states", str(report.states.total()), str(sum(report.states[name] for name in ("equal", "absent", "regrouped"))), ""
+    )
     _out.print(table)
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.not_replayable.items()))
     if reasons:

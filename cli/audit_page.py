@@ -70,11 +70,13 @@ def _svg(report: AuditReport, draw: Callable[[Axes, AuditReport], bool]) -> str:
             axes.set_axis_off()
             axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", color=_GREY, fontsize=12)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True)
     return re.sub(r"\A.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
 
 
 def _agreement(axes: Axes, report: AuditReport) -> bool:
+    if not report.by_channel:
+        return False
     channels = sorted(report.by_channel, reverse=True)
     ratios = [report.by_channel[channel].ratio for channel in channels]
     bars = axes.barh(channels, ratios, color=[_GOOD if ratio == 1 else _BAD for ratio in ratios], height=0.6)
@@ -84,32 +86,35 @@ def _agreement(axes: Axes, report: AuditReport) -> bool:
     axes.set_xlim(0, 1.3)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    return bool(channels)
+    return True
 
 
 def _timeline(axes: Axes, report: AuditReport) -> bool:
+    if not report.timeline:
+        return False
     minutes = sorted(report.timeline)
     times = [datetime.fromisoformat(minute) for minute in minutes]
     # Bars as wide as the shortest gap, or a twentieth of what there is: a few minutes must not look like a line.
-    span = (times[-1] - times[0]).total_seconds() if times else 0
+    span = (times[-1] - times[0]).total_seconds()
     width = max(60.0, min(span / 60, 3600.0)) * 0.9 / 86400
     bottom = [0.0] * len(minutes)
     for outcome, colour in _COLOURS.items():
         heights = [float(report.timeline[minute].get(outcome.value, 0)) for minute in minutes]
         axes.bar(times, heights, width=width, bottom=bottom, color=colour, label=outcome.value.replace("_", " "))  # type: ignore[arg-type]
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    if times:
-        locator = AutoDateLocator(maxticks=6)  # type: ignore[no-untyped-call]
-        axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz="UTC"))  # type: ignore[no-untyped-call]
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_ylabel("answers")
-        axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return bool(times)
+    locator = AutoDateLocator(maxticks=6)  # type: ignore[no-untyped-call]
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz="UTC"))  # type: ignore[no-untyped-call]
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_ylabel("answers")
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return True
 
 
 def _staleness(axes: Axes, report: AuditReport) -> bool:
     seconds = report.staleness.answer_seconds
+    if not seconds:
+        return False
     edges = [0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1000]
     names = ["none", *(f"{edge:g} s" if edge >= 1 else f"{1000 * edge:g} ms" for edge in edges[1:]), "more"]
     found = Counter(bisect_left(edges, value) for value in seconds)
@@ -119,15 +124,17 @@ def _staleness(axes: Axes, report: AuditReport) -> bool:
     axes.tick_params(axis="x", labelrotation=45, labelsize=9)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_ylabel("answers")
-    return bool(seconds)
+    return True
 
 
 def _offers(axes: Axes, report: AuditReport) -> bool:
     names = [name for name, count in report.offers.most_common() if count][::-1]
+    if not names:
+        return False
     counts = [report.offers[name] for name in names]
     colours = {"equal": _GOOD, "unknown": _GREY}
     bars = axes.barh([name.replace("_", " ") for name in names], counts, color=[colours.get(name, _BAD) for name in names], height=0.6)
     axes.bar_label(bars, [f"{count:,}" for count in counts], padding=4)
     axes.set_xscale("symlog")
     axes.margins(x=0.2)
-    return bool(names)
+    return True

@@ -43,6 +43,9 @@ class OnlineAudit:
             stale.customers_checked += 1
             stale.customers_lagging += version < customer.version
             stale.versions_behind = max(stale.versions_behind, customer.version - version)
+            if version < customer.regrouped_version:
+                report.states["regrouped"] += 1
+                continue
             violation = await self._state(user_id, seen, version=version, newest=customer.version)
             report.states[violation.kind if violation else "equal"] += 1
             if violation:

@@ -50,5 +50,7 @@ class Replayer:
             return Replayed(answer, Outcome.EQUAL, slate_items=items)
         if set(answer.degraded_reasons) - {"NO_ACTIVE_MODEL"}:
             return Replayed(answer, Outcome.NOT_REPLAYABLE, "degraded_answer")
+        if customer and answer.user_version < customer.regrouped_version:
+            return Replayed(answer, Outcome.NOT_REPLAYABLE, "customer_regrouped")
         violation = await self._explainer.explain(answer, slate, snapshot, inputs)
         return Replayed(answer, Outcome.DIFFERS, violation=violation, slate_items=items)

@@ -172,7 +172,7 @@ class AuditReport:
     by_channel: dict[str, Agreement] = field(default_factory=dict)
     by_replica: dict[str, Agreement] = field(default_factory=dict)
     offers: Counter[str] = field(default_factory=Counter)  # equal, violations by kind, unknown
-    states: Counter[str] = field(default_factory=Counter)  # equal, absent, violations by kind
+    states: Counter[str] = field(default_factory=Counter)  # equal, absent, regrouped (not comparable), violations by kind
     staleness: Staleness = field(default_factory=Staleness)
     notes: list[str] = field(default_factory=list)
     violations: list[Violation] = field(default_factory=list)
@@ -224,8 +224,8 @@ class AuditReport:
             "kinds": dict(self.kinds),
         }
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns everything as plain values, ready for JSON."""
+    def as_dict(self, *, names: bool = True) -> dict[str, Any]:
+        """Returns everything as plain values, ready for JSON; without ``names`` no customer is named."""
         whole: dict[str, Any] = _plain(self)
         for name in ("by_channel", "by_replica"):
             for key, part in getattr(self, name).items():
@@ -238,6 +238,8 @@ class AuditReport:
             "max": max(times, default=0.0),
             **{name: self.staleness.quantile(share) for name, share in shares.items()},
         }
+        if not names:
+            whole["violations"] = [violation | {"customer": ""} for violation in whole["violations"]]
         whole["summary"] = self.summary()
         return whole
 

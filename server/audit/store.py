@@ -19,7 +19,7 @@ SELECT * FROM (
     WHERE answered_at >= %(since)s AND (%(channel)s = '' OR channel = %(channel)s)
 ) e ORDER BY place, channel LIMIT %(last)s
 """
-_CUSTOMERS = "SELECT user_id, version, merged_into FROM users WHERE user_id = ANY(%s)"
+_CUSTOMERS = "SELECT user_id, version, merged_into, regrouped_version FROM users WHERE user_id = ANY(%s)"
 _ACTIVITIES = """
 SELECT w.user_id, a.* FROM unnest(%s::text[], %s::bigint[]) AS w (user_id, wanted)
 CROSS JOIN LATERAL user_activity_at(w.user_id, 'infinity', w.wanted) a
@@ -45,13 +45,15 @@ WHERE (i.price_micros, i.currency, i.stock, i.channels, i.removed, i.offer_versi
       IS DISTINCT FROM (h.price_micros, h.currency, h.stock, h.channels, h.removed, h.offer_version)
 ORDER BY i.item_id
 """
-# The oldest event that was stored before the answer and is in a later version than the answer's.
+# The oldest event that was stored before the answer and is in a later version than the answer's. Events that a merge brought
+# are older than their version, so answers of before it cannot be judged.
 _STALENESS = """
 SELECT coalesce(extract(epoch FROM x.answered_at - (
     SELECT min(e.received_at) FROM events e
     WHERE e.user_id = x.user_id AND e.version > x.user_version AND e.received_at < x.answered_at
 )), 0)::double precision AS seconds
 FROM unnest(%s::text[], %s::bigint[], %s::timestamptz[]) AS x (user_id, user_version, answered_at)
+JOIN users u USING (user_id) WHERE u.merged_into IS NULL AND x.user_version >= u.regrouped_version
 """
 _OUTBOX = """
 SELECT count(*) AS size, coalesce(extract(epoch FROM now() - min(enqueued_at)), 0)::double precision AS seconds FROM online_outbox
@@ -90,10 +92,16 @@ class Offer:
 
 @dataclass(frozen=True)
 class Customer:
-    """A customer as PostgreSQL has it now; ``merged_into`` is empty unless merged away."""
+    """A customer as PostgreSQL has it now.
+
+    Attributes:
+        merged_into: empty unless merged away.
+        regrouped_version: of the newest merge or unlink; events moved then, so what was before cannot always be computed again.
+    """
 
     version: int
     merged_into: str
+    regrouped_version: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class AuditStore:
     async def customers(self, user_ids: Iterable[str]) -> dict[str, Customer]:
         """Returns the customers that exist."""
         rows = await self._all(_CUSTOMERS, [sorted(set(user_ids))])
-        return {row["user_id"]: Customer(row["version"], row["merged_into"] or "") for row in rows}
+        return {row["user_id"]: Customer(row["version"], row["merged_into"] or "", row["regrouped_version"]) for row in rows}
 
     async def activities(self, wanted: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Mapping[str, Any]]:
         """Returns the ``user_activity`` row of customers at given versions; unknown customers are left out."""
@@ -163,7 +171,7 @@ class AuditStore:
         return [(row["item_id"], _offer(row), _offer(row["versioned"])) for row in await self._all(_UNVERSIONED)]
 
     async def staleness(self, answers: Sequence[Answered]) -> list[float]:
-        """Returns for each answer the age in seconds of the oldest event it lacked, 0 where it lacked none."""
+        """Returns for each answer that can be judged the age in seconds of the oldest event it lacked, 0 where it lacked none."""
         columns = [[a.user_id for a in answers], [a.user_version for a in answers], [a.answered_at for a in answers]]
         return [max(row["seconds"], 0.0) for row in await self._all(_STALENESS, columns)]
 
@@ -182,10 +190,10 @@ class AuditStore:
         return list(dict.fromkeys(row["user_id"] for row in rows))[:count]
 
     async def save(self, report: AuditReport) -> None:
-        """Keeps a finished report in ``audit_results``."""
+        """Keeps a finished report in ``audit_results``, without customers' names: forgetting one must leave no trace here."""
         await self._connection.execute(
             "INSERT INTO audit_results (run_id, ran_at, result) VALUES (%s, %s, %s)",
-            [report.run_id, report.ran_at, json.dumps(report.as_dict())],
+            [report.run_id, report.ran_at, json.dumps(report.as_dict(names=False))],
         )
 
     async def _all(self, query: str, parameters: Any = None) -> list[DictRow]:

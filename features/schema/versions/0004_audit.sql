@@ -33,6 +33,18 @@ ALTER TABLE item_relations
     DROP CONSTRAINT item_relations_pkey,
     ADD PRIMARY KEY (item_id, related_item_id, relation, valid_from);
 
+-- The user_version of a customer's newest regrouping (a merge or an unlink): answers of before it need not be reproducible, since
+-- events and profiles have moved.
+ALTER TABLE users ADD COLUMN regrouped_version bigint NOT NULL DEFAULT 0;
+UPDATE users SET regrouped_version = version WHERE membership > 0;
+CREATE FUNCTION note_regrouping() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.regrouped_version := NEW.version;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER note_regrouping BEFORE UPDATE OF membership ON users FOR EACH ROW
+    WHEN (NEW.membership <> OLD.membership) EXECUTE FUNCTION note_regrouping();
+
 CREATE INDEX audit_results_time ON audit_results (ran_at);
 
 -- The one definition of a customer's activity: online (p_as_of = 'infinity'), offline (point in time), and, for a replay, as it
