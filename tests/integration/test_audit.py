@@ -334,6 +334,35 @@ async def test_what_cannot_be_replayed_is_counted_by_reason(shop: Shop) -> None:
     assert (await shop.audit(servers=[])).not_replayable["model_or_epoch_gone"] == 1
 
 
+async def test_merging_parting_and_forgetting_customers_is_no_violation(shop: Shop) -> None:
+    older, younger = "older", "younger"
+    for name in (older, younger):
+        await shop["web"].record(*(shop["web"].event(name, "view", item_id=f"KIT-{k}") for k in range(1, 5)))
+    ids = {name: (await shop["web"].resolve(name)).user_id for name in (older, younger)}
+    for name in (older, younger):
+        await shop.logged((await shop["web"].recommend(name, surface="home")).slate_id)
+    await shop["web"].link(older, younger)
+    merged = await shop["web"].recommend(younger, surface="home")
+    assert merged.user_id == ids[older]
+    await shop.logged(merged.slate_id)
+    report = await shop.audit(servers=[])
+    assert report.violations == []
+    assert report.not_replayable == {"customer_regrouped": 1}  # what the younger one saw before
+    assert report.replays["journal"]["equal"] == 2
+    await shop["web"].unlink(older, younger)
+    for name in (older, younger):
+        await shop.logged((await shop["web"].recommend(name, surface="home")).slate_id)
+    report = await shop.audit(servers=[], customers=4)
+    assert report.violations == []
+    assert report.replays["journal"]["equal"] >= 2
+    assert report.replays["journal"]["equal"] + report.not_replayable["customer_regrouped"] == 5
+    await shop["web"].forget(older)
+    report = await shop.audit(servers=[], customers=4)
+    assert report.violations == []
+    assert shop.execute("SELECT count(*) FROM exposures WHERE user_id = %s", ids[older]) == [(0,)]
+    assert shop.execute("SELECT count(*) FROM audit_results WHERE position(%s in result::text) > 0", ids[older]) == [(0,)]
+
+
 async def test_staleness_is_measured_from_the_log_and_from_the_stores(shop: Shop) -> None:
     customer = shop.fresh()
     await shop.logged((await shop.ask(customer)).slate_id)
