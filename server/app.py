@@ -22,6 +22,8 @@ from server.database import RECORD_AWAY, postgres_breaker, postgres_pool, redis_
 from server.errors import ConcordError
 from server.fleet import FleetWatch
 from server.health import HealthWatch, PostgresProbe, Probe, probes
+from server.ingest.forget import Erasure
+from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities
 from server.ingest.recorder import EventRecorder
 from server.ingest.recovery import Recovery
@@ -79,7 +81,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         online_breaker = redis_breaker(settings, client, partial(metrics.set_breaker, "online"))
         online = OnlineStore(client, codec, online_breaker)
         states = UserStates(pool, online, codec)
-        identities = Identities(pool, online, states, new_user_id=_new_user_id)
+        identities = Identities(pool, new_user_id=_new_user_id)
+        erasure = Erasure(pool, online)
         writer = EventWriter(pool, states, new_user_id=_new_user_id)
         recorder = EventRecorder(
             writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
@@ -102,7 +105,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             client, online_breaker, states, identities, store=store, layouts=layouts, project=settings.project, now=_now
         )
         catalog = Catalog(pool, fleet, dsn=settings.postgres_dsn, epoch_seconds=settings.epoch_seconds)
-        recovery = Recovery(pool, states, online, metrics, after_seconds=settings.recovery_seconds)
+        recovery = Recovery(pool, states, online, erasure, metrics, after_seconds=settings.recovery_seconds)
         online_breaker.catch_up = partial(_caught_up, recovery, fleet)
         recommender = recommender_of(
             settings,
@@ -137,6 +140,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         services = Services(
             recorder=recorder,
             identities=identities,
+            graph=IdentityGraph(pool, states, new_user_id=_new_user_id),
+            erasure=erasure,
             recommender=recommender,
             profiles=Profiles(pool, identities, states, now=_now),
             catalog=catalog,

@@ -66,7 +66,7 @@ class Metrics:
         }
         self._events = Counter("concord_ingest_events", "Events received, by what became of them.", ["status"], registry=registry)
         self._journal = Counter(
-            "concord_journal", "Exposures written, or dropped because the queue was full.", ["result"], registry=registry
+            "concord_journal", "Exposures written, dropped (the queue was full), or of a forgotten customer.", ["result"], registry=registry
         )
         self._lag = Gauge(
             "concord_online_lag_seconds", "Age of the oldest customer whose online state lags, 0 when none does.", registry=registry
@@ -174,6 +174,10 @@ class Metrics:
     def journal_dropped(self, count: int = 1) -> None:
         """Counts exposures dropped because the journal's queue was full."""
         self._journal.labels("dropped").inc(count)
+
+    def journal_forgotten(self, count: int) -> None:
+        """Counts exposures not written because their customer had been forgotten."""
+        self._journal.labels("forgotten").inc(count)
 
     def set_online_lag(self, seconds: float) -> None:
         """Sets the age of the oldest customer whose online state lags behind PostgreSQL."""

@@ -20,7 +20,19 @@ from concord.v1 import (
 from concord.v1.catalog_pb2 import GetItemsRequest, GetItemsResponse
 from concord.v1.common_pb2 import ChannelIdentity, Subject
 from concord.v1.events_pb2 import Event, RecordEventsRequest, RecordEventsResponse
-from concord.v1.identity_pb2 import LinkIdentitiesRequest, LinkIdentitiesResponse, ResolveIdentityRequest, ResolveIdentityResponse
+from concord.v1.identity_pb2 import (
+    ForgetUserRequest,
+    ForgetUserResponse,
+    GetIdentityGraphRequest,
+    GetIdentityGraphResponse,
+    LinkIdentitiesRequest,
+    LinkIdentitiesResponse,
+    ResolveIdentityRequest,
+    ResolveIdentityResponse,
+    SeparatedCustomer,
+    UnlinkIdentityRequest,
+    UnlinkIdentityResponse,
+)
 from concord.v1.profile_pb2 import GetProfileRequest, GetProfileResponse
 from concord.v1.recommendation_pb2 import (
     ItemFilter,
@@ -237,7 +249,7 @@ class Concord:
         return answer
 
     async def link(self, channel_user_id: str, customer: Customer, *, timeout: float | None = None) -> LinkIdentitiesResponse:
-        """Declares this channel's ``channel_user_id`` and ``customer`` to be one; two known customers are merged, for good."""
+        """Declares this channel's ``channel_user_id`` and ``customer`` to be one; two known customers are merged."""
         identity = ChannelIdentity(channel=self._channel, channel_user_id=channel_user_id)
         subject = subject_of(customer, self._channel)
         request = LinkIdentitiesRequest(identity=identity, subject=subject)
@@ -246,6 +258,33 @@ class Concord:
         for name in (Subject(identity=identity), subject, *merged):
             self._memory.identify(name, answer.user_id)
         self._memory.remember(answer.user_id, answer.user_version, answer.consistency_token)
+        return answer
+
+    async def unlink(
+        self, channel_user_id: str, customer: Customer | None = None, *, timeout: float | None = None
+    ) -> UnlinkIdentityResponse:
+        """Takes back that this channel's ``channel_user_id`` and ``customer`` are one, or without one every link it has."""
+        identity = ChannelIdentity(channel=self._channel, channel_user_id=channel_user_id)
+        request = UnlinkIdentityRequest(identity=identity, subject=None if customer is None else subject_of(customer, self._channel))
+        answer: UnlinkIdentityResponse = await self._call(self._identities.UnlinkIdentity, request, timeout)
+        self._memory.identify(Subject(identity=identity), answer.user_id)
+        customers: list[UnlinkIdentityResponse | SeparatedCustomer] = [answer, *answer.separated_customers]
+        for parted in customers:
+            self._memory.identify(user(parted.user_id), parted.user_id)  # no longer one that was merged into another
+            self._memory.remember(parted.user_id, parted.user_version, parted.consistency_token)
+        return answer
+
+    async def graph(self, customer: Customer, *, timeout: float | None = None) -> GetIdentityGraphResponse:
+        """Returns the personas ``customer`` consists of, their identities, and the links between them."""
+        request = GetIdentityGraphRequest(subject=subject_of(customer, self._channel))
+        answer: GetIdentityGraphResponse = await self._call(self._identities.GetIdentityGraph, request, timeout)
+        return answer
+
+    async def forget(self, customer: Customer, *, timeout: float | None = None) -> ForgetUserResponse:
+        """Erases ``customer`` for good, in all channels, and returns the receipt; once more, it returns the same one."""
+        subject = subject_of(customer, self._channel)
+        answer: ForgetUserResponse = await self._call(self._identities.ForgetUser, ForgetUserRequest(subject=subject), timeout)
+        self._memory.drop(subject)
         return answer
 
     async def items(self, item_ids: Iterable[str], *, timeout: float | None = None) -> GetItemsResponse:

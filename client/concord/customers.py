@@ -49,15 +49,24 @@ class TokenMemory:
 
     def token_for(self, subject: Subject) -> str:
         """Returns the newest token of ``subject``, or an empty string."""
-        user_id = subject.user_id or self._users.get(_key(subject), "")
-        while (survivor := self._users.get(_key(user(user_id)), user_id)) != user_id:
-            user_id = survivor
+        user_id = self._user_id(subject)
         if user_id not in self._tokens:
             return ""
         self._tokens.move_to_end(user_id)
         if (key := _key(subject)) in self._users:
             self._users.move_to_end(key)
         return self._tokens[user_id][1]
+
+    def drop(self, subject: Subject) -> None:
+        """Forgets ``subject`` and the token of whoever that is."""
+        self._tokens.pop(self._user_id(subject), None)
+        self._users.pop(_key(subject), None)
+
+    def _user_id(self, subject: Subject) -> str:
+        user_id = subject.user_id or self._users.get(_key(subject), "")
+        while (survivor := self._users.get(_key(user(user_id)), user_id)) != user_id:
+            user_id = survivor
+        return user_id
 
     def _put(self, entries: OrderedDict[K, V], key: K, value: V) -> None:
         entries[key] = value

@@ -169,7 +169,8 @@ def build_server(
 
 def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator, *, deadline_seconds: float) -> None:
     events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
-    identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(services.identities, validator), server)
+    identity = IdentityServicer(services.identities, services.graph, services.erasure, validator)
+    identity_pb2_grpc.add_IdentityServiceServicer_to_server(identity, server)
     profile_pb2_grpc.add_ProfileServiceServicer_to_server(ProfileServicer(services.profiles, validator), server)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)

@@ -246,6 +246,7 @@ def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings)
         "serve",
         "record",
         "recommend",
+        "audit",
         "demo",
     ],
 )

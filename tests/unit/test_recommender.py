@@ -202,7 +202,7 @@ async def test_a_merged_customer_is_followed_to_the_survivor_and_remembered(shop
     shop.truth.merged["loser"] = "u"
     answer = await replica.recommender.recommend(RecommendQuery(subject, "web", "home", 5))
     assert (answer.user_id, answer.token) == ("u", Token("u", 3))
-    assert await replica.identities.user_of(subject) == "u"
+    assert (await replica.identities.customer_of(subject)).user_id == "u"
     direct = await ask(replica, limit=5)
     assert shown(answer) == shown(direct)
 
