@@ -15,6 +15,7 @@ from features.ranking import RANKING_FEATURES
 from features.signals import CollaborativeWeights, SignalConfig
 from server.errors import UnavailableError
 from server.inference.session import open_session, provider_of
+from server.tracing import span
 
 # What the golden outputs may differ by: other processors sum in other orders. On the exporting machine the difference is 0.
 _GOLDEN_TOLERANCE = 1e-3
@@ -71,7 +72,8 @@ class LoadedModel:
         return self._run_encoder(np.array([ids], np.int64), output)
 
     def _run_encoder(self, ids: "np.ndarray[tuple[int, int], np.dtype[np.int64]]", output: str) -> FloatArray:
-        vector: FloatArray = self.encoder.run([output], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0]
+        with span("onnx encoder", {"concord.model_version": self.model_version, "concord.tokens": ids.shape[1]}):
+            vector: FloatArray = self.encoder.run([output], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0]
         return vector
 
     def rank(self, matrix: FloatArray) -> FloatArray:
@@ -82,7 +84,8 @@ class LoadedModel:
             part = matrix[start : start + height]
             padded = np.zeros((height, matrix.shape[1]), np.float32)
             padded[: len(part)] = part
-            scores.append(self.ranker.run(["scores"], {"features": padded})[0][: len(part)])
+            with span("onnx ranker", {"concord.model_version": self.model_version, "concord.candidates": len(part)}):
+                scores.append(self.ranker.run(["scores"], {"features": padded})[0][: len(part)])
         return np.concatenate(scores) if scores else np.zeros(0, np.float32)
 
     def check_golden(self, folder: Path) -> None:

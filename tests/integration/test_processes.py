@@ -277,6 +277,7 @@ def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings)
         "identity link",
         "identity unlink",
         "identity forget",
+        "audit",
         "demo",
         "keys",
     ],

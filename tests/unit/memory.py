@@ -18,7 +18,7 @@ from features.behaviour import Activity, Behaviour
 from features.layout import FeatureValue, Status
 from features.signals import CollaborativeWeights, SignalConfig
 from server.catalog.offers import Offer, OfferTable
-from server.domain import Answer, Subject
+from server.domain import Answer, RecommendQuery, Subject
 from server.errors import NotFoundError
 from server.ingest.identities import Identities, Known
 from server.metrics import Metrics
@@ -278,8 +278,8 @@ class MemoryOffers:
 class MemoryJournal:
     logged: list[tuple[Answer, str, str]] = field(default_factory=list)
 
-    def log(self, answer: Answer, *, channel: str, surface: str, answered_at: datetime) -> None:
-        self.logged.append((answer, channel, surface))
+    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime) -> None:
+        self.logged.append((answer, query.channel, query.surface))
 
 
 @dataclass
