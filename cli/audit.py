@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from cli.context import console, progress_bars, shop
+from cli.context import progress_bars, shop
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from server.audit.online import OnlineAudit
     from server.audit.replay import Progress
-    from server.audit.report import AuditReport
+    from server.audit.report import AuditReport, Violation
     from server.audit.run import Scope
     from server.audit.store import AuditStore
     from server.audit.workshop import Workshop
@@ -173,10 +174,16 @@ def _print(report: "AuditReport") -> None:
     for note in report.notes:
         _out.print(f"note: {note}", highlight=False)
     if report.violations:
-        found = Table("kind", "whom", "where", "expected", "seen", title=f"{len(report.violations)} violations")
-        for v in report.violations[:_SHOWN]:
-            whom = " ".join(filter(None, (v.customer, v.item_id, v.slate_id[:8])))
-            found.add_row(v.kind, whom, " ".join(filter(None, (v.channel, v.replica))) or v.check, v.expected, v.seen)
+        found = Table("kind", "what", title=f"{len(report.violations)} violations", show_lines=True)
+        for violation in report.violations[:_SHOWN]:
+            found.add_row(violation.kind, escape(_described(violation)))
         _out.print(found)
-        for kind, count in sorted(report.kinds.items()):
-            console.print(f"{kind} ({count}): {KINDS[kind]}", highlight=False)
+    for kind, count in sorted(report.kinds.items()):
+        _out.print(f"{kind} ({count}): {KINDS[kind]}", highlight=False)
+
+
+def _described(violation: "Violation") -> str:
+    named = (("customer", violation.customer), ("item", violation.item_id), ("slate", violation.slate_id[:16]))
+    whom = ", ".join(f"{name} {value}" for name, value in named if value)
+    where = " ".join(filter(None, (violation.check, violation.channel, violation.replica)))
+    return f"{whom or 'the fleet'} ({where})\nexpected: {violation.expected}\nseen: {violation.seen}"

@@ -5,7 +5,7 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ _STYLE: Any = {
     "axes.edgecolor": "#9aa3ad",
 }
 _LISTED = 500
+_BARS = 40
 
 
 def page(report: AuditReport, *, project: str) -> str:
     """Returns the page of a report."""
     plots = [
         ("Agreement by channel", "Share of live answers that agreed with every other channel and replica.", _svg(report, _agreement)),
-        ("Replays over time", "Logged answers computed again from PostgreSQL, by the minute of the answer.", _svg(report, _timeline)),
+        ("Replays over time", "Logged answers computed again from PostgreSQL, by when they were given.", _svg(report, _timeline)),
         ("Staleness of logged answers", "Age of the oldest event that an answer did not reflect yet.", _svg(report, _staleness)),
         ("Prices and stock", "Shown prices, stock flags and channels against the catalogue at their offer_version.", _svg(report, _offers)),
     ]
@@ -92,15 +93,18 @@ def _agreement(axes: Axes, report: AuditReport) -> bool:
 def _timeline(axes: Axes, report: AuditReport) -> bool:
     if not report.timeline:
         return False
-    minutes = sorted(report.timeline)
-    times = [datetime.fromisoformat(minute) for minute in minutes]
-    # Bars as wide as the shortest gap, or a twentieth of what there is: a few minutes must not look like a line.
-    span = (times[-1] - times[0]).total_seconds()
-    width = max(60.0, min(span / 60, 3600.0)) * 0.9 / 86400
-    bottom = [0.0] * len(minutes)
+    minutes = {datetime.fromisoformat(minute): counts for minute, counts in report.timeline.items()}
+    first, last = min(minutes), max(minutes)
+    step = max((last - first) / _BARS, timedelta(minutes=1))
+    bars: dict[datetime, Counter[str]] = {}
+    for minute, counts in minutes.items():
+        bars.setdefault(first + step * ((minute - first) // step), Counter()).update(counts)
+    times = sorted(bars)
+    bottom = [0.0] * len(times)
     for outcome, colour in _COLOURS.items():
-        heights = [float(report.timeline[minute].get(outcome.value, 0)) for minute in minutes]
-        axes.bar(times, heights, width=width, bottom=bottom, color=colour, label=outcome.value.replace("_", " "))  # type: ignore[arg-type]
+        heights = [float(bars[time][outcome.value]) for time in times]
+        label = outcome.value.replace("_", " ")
+        axes.bar(times, heights, width=0.9 * step, align="edge", bottom=bottom, color=colour, label=label)  # type: ignore[arg-type]
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     locator = AutoDateLocator(maxticks=6)  # type: ignore[no-untyped-call]
     axes.xaxis.set_major_locator(locator)

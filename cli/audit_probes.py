@@ -48,11 +48,17 @@ class Clients:
         return self._clients[key]
 
     async def ask(self, probe: Probe) -> Answered | None:
-        """Asks one question without leaving an exposure; None when it is not answered."""
+        """Asks one question without leaving an exposure; None when it is not answered.
+
+        Raises:
+            LookupError: the customer was forgotten meanwhile.
+        """
         client = await self.client(probe.replica, probe.channel)
         try:
             answer = await client.recommend(user(probe.user_id), surface=probe.surface, limit=probe.limit, skip_exposure_logging=True)
-        except grpc.aio.AioRpcError:
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                raise LookupError(probe.user_id) from None
             return None
         return _answered(answer, probe)
 

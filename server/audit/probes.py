@@ -23,7 +23,7 @@ class Probe:
     limit: int
 
 
-# Asks a replica without leaving an exposure; None when it does not answer.
+# Asks a replica without leaving an exposure; None when it does not answer. Raises LookupError when the customer is not (any more).
 Ask = Callable[[Probe], Awaitable[Answered | None]]
 
 
@@ -32,7 +32,7 @@ class Prober:
 
     def __init__(self, ask: Ask, *, replicas: Sequence[str], channels: Sequence[str]) -> None:
         self._ask = ask
-        self._replicas = replicas
+        self._replicas = list(replicas)
         self._channels = channels
 
     async def probe(self, user_id: str, surface: str, report: AuditReport) -> list[Answered]:
@@ -42,16 +42,26 @@ class Prober:
         """
         answers: dict[_Key, Answered | None] = {}
         for _ in range(_TRIES):
-            answers = await self._everywhere(user_id, surface)
-            versions = {_versions(answer) for answer in answers.values() if answer}
-            if len(versions) <= 1:
+            try:
+                answers = await self._everywhere(user_id, surface)
+            except LookupError:
+                return []
+            if None in answers.values() or len({_versions(answer) for answer in answers.values() if answer}) <= 1:
                 break
         given = {key: answer for key, answer in answers.items() if answer is not None}
-        for replica, channel in answers.keys() - given.keys():
-            expected, seen = "an answer", "none within the deadline"
-            report.violations.append(Violation("no_answer", "probe", expected, seen, customer=user_id, channel=channel, replica=replica))
+        self._leave_out(answers.keys() - given.keys(), user_id, report)
         await self._compare(given, report)
         return list(given.values())
+
+    def _leave_out(self, silent: set[_Key], user_id: str, report: AuditReport) -> None:
+        """Reports who did not answer; a replica silent in every channel is asked no more, since each silence costs a deadline."""
+        for replica in sorted({replica for replica, _ in silent}):
+            channels = sorted(channel for name, channel in silent if name == replica)
+            gone = len(channels) == len(self._channels)
+            if gone:
+                self._replicas.remove(replica)
+            whom = {"customer": "", "channel": ""} if gone else {"customer": user_id, "channel": ", ".join(channels)}
+            report.violations.append(Violation("no_answer", "probe", "an answer", "none within the deadline", replica=replica, **whom))
 
     async def _everywhere(self, user_id: str, surface: str) -> dict[_Key, Answered | None]:
         keys = list(product(self._replicas, self._channels))
@@ -79,7 +89,10 @@ class Prober:
 
     async def _prefix(self, answer: Answered) -> list[Violation]:
         """Asks again for fewer items: they must be the beginning of what a larger limit showed."""
-        few = await self._ask(Probe(answer.replica, answer.channel, answer.user_id, answer.surface, _PREFIX))
+        try:
+            few = await self._ask(Probe(answer.replica, answer.channel, answer.user_id, answer.surface, _PREFIX))
+        except LookupError:
+            return []
         if few is None or _versions(few) != _versions(answer) or few.slate_id != answer.slate_id:
             return []
         beginning = _rows(answer)[:_PREFIX]

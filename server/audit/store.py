@@ -12,11 +12,14 @@ from psycopg.rows import DictRow
 from server.audit.report import Answered, AuditReport
 from server.online.store import Fleet
 
-# Of each channel the newest, so that a busy channel does not crowd out a quiet one.
+# Of each channel the newest in turn, so that a busy channel does not crowd out a quiet one; looked for among the newest of all, so
+# that the log's size does not matter.
 _EXPOSURES = """
 SELECT * FROM (
-    SELECT *, row_number() OVER (PARTITION BY channel ORDER BY answered_at DESC, exposure_id) AS place FROM exposures
-    WHERE answered_at >= %(since)s AND (%(channel)s = '' OR channel = %(channel)s)
+    SELECT *, row_number() OVER (PARTITION BY channel ORDER BY answered_at DESC, exposure_id) AS place FROM (
+        SELECT * FROM exposures WHERE answered_at >= %(since)s AND (%(channel)s = '' OR channel = %(channel)s)
+        ORDER BY answered_at DESC LIMIT %(last)s * 20
+    ) newest
 ) e ORDER BY place, channel LIMIT %(last)s
 """
 _CUSTOMERS = "SELECT user_id, version, merged_into, regrouped_version FROM users WHERE user_id = ANY(%s)"

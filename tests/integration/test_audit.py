@@ -18,6 +18,7 @@ import pytest
 import redis
 
 from cli.audit import run_audit
+from cli.stack import free_port
 from concord import Concord, user
 from features.activity import ACTIVITY_VIEW
 from features.bundle import COLLABORATIVE, Manifest, checksums, read_bundle, write_manifest
@@ -285,6 +286,14 @@ async def test_a_replica_that_follows_other_pointers_is_found_live_and_in_the_lo
     assert logged.expected == f"model {active}, the active one"
     assert {v.replica for v in report.violations if v.check == "probe"} == {address}
     assert report.replays["journal"] == {"equal": 2}  # each answer is what the model it names gives
+
+
+async def test_a_replica_with_other_rules_and_one_that_is_silent_are_named(shop: Shop) -> None:
+    other = shop.settings.model_copy(update={"max_per_category": 2})
+    silent = f"127.0.0.1:{free_port()}"
+    async with served(other) as address:
+        report = await shop.audit(customers=1, servers=[shop.address, silent])
+    assert {(v.kind, v.replica) for v in report.violations} == {("config_differs", address), ("no_answer", silent)}
 
 
 async def test_forged_torn_and_future_online_state_is_told_apart(shop: Shop) -> None:

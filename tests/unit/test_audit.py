@@ -1,7 +1,6 @@
 """The audit's judgement on values alone: probes held against each other, counts, quantiles, metrics and the page."""
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -114,9 +113,32 @@ async def test_a_smaller_limit_must_be_a_prefix() -> None:
     assert [(v.kind, v.expected, v.seen) for v in found.violations] == [("prefix_broken", "i0, i1, i2, i3, i4", "i1, i0, i2, i3, i4")]
 
 
-async def test_a_replica_that_does_not_answer_is_named() -> None:
-    found = await probed(lambda answer, probe: None if probe.replica == "b" else answer)
-    assert Counter((v.kind, v.replica) for v in found.violations) == {("no_answer", "b"): 2}
+async def test_a_silent_replica_is_named_once_and_asked_no_more() -> None:
+    asked: list[Probe] = []
+
+    async def ask(probe: Probe) -> Answered | None:
+        asked.append(probe)
+        silent = probe.replica == "b" or (probe.replica, probe.channel, probe.user_id) == ("a", "app", "u2")
+        return None if silent else replace(ANSWER, replica=probe.replica, channel=probe.channel, user_id=probe.user_id)
+
+    found = report()
+    prober = Prober(ask, replicas=["a", "b"], channels=["web", "app"])
+    for user_id in ("u1", "u2"):
+        await prober.probe(user_id, "home", found)
+    assert [(v.kind, v.replica, v.channel, v.customer) for v in found.violations if v.kind == "no_answer"] == [
+        ("no_answer", "b", "", ""),
+        ("no_answer", "a", "app", "u2"),
+    ]
+    assert sum(probe.replica == "b" for probe in asked) == 2
+
+
+async def test_a_customer_forgotten_meanwhile_is_passed_over() -> None:
+    async def ask(probe: Probe) -> Answered | None:
+        raise LookupError(probe.user_id)
+
+    found = report()
+    assert await Prober(ask, replicas=["a"], channels=["web"]).probe("u1", "home", found) == []
+    assert (found.violations, found.probes) == ([], 0)
 
 
 def replayed(outcome: Outcome, *, source: str = "journal", reason: str = "", kind: str = "") -> Replayed:
