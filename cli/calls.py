@@ -56,7 +56,10 @@ def serve(
 
 
 def health(server: _Server = "127.0.0.1:50051") -> None:
-    """Asks a running server whether it is ready; the exit status is 1 unless it answers SERVING within 3 seconds."""
+    """Shows whether a running server, its services and what they depend on are well.
+
+    The exit status is 1 unless the server answers SERVING within 3 seconds; a dependency that is away does not change that.
+    """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -64,13 +67,16 @@ def health(server: _Server = "127.0.0.1:50051") -> None:
     credentials = call_settings().channel_credentials()
     with grpc.secure_channel(server, credentials, options) if credentials else grpc.insecure_channel(server, options) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
+            statuses = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest(), timeout=3).statuses
         except grpc.RpcError as error:
             _out.print(f"{server}: no answer: {error.code().name}", highlight=False)
             raise typer.Exit(1) from None
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    _out.print(f"{server}: {status}", highlight=False)
-    if status != "SERVING":
+    named = {name: health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) for name, answer in statuses.items()}
+    overall = named.pop("", "SERVICE_UNKNOWN")
+    _out.print(f"{server}: {overall}", highlight=False)
+    for name, status in sorted(named.items()):
+        _out.print(f"  {name:<38} {status}", highlight=False)
+    if overall != "SERVING":
         raise typer.Exit(1)
 
 

@@ -40,6 +40,13 @@ def environment(settings: ServerSettings, **more: str) -> dict[str, str]:
 @contextmanager
 def process(settings: ServerSettings, **more: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """Runs ``concord serve``; yields the process and its address."""
+    with process_and_ports(settings, **more) as (server, ports):
+        yield server, f"127.0.0.1:{ports['port']}"
+
+
+@contextmanager
+def process_and_ports(settings: ServerSettings, **more: str) -> Iterator[tuple["subprocess.Popen[str]", dict[str, int]]]:
+    """Runs ``concord serve``; yields the process and what it says of its ports."""
     with (settings.data_dir / "server.log").open("a") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "cli.main", "serve", "--ready"],
@@ -53,7 +60,7 @@ def process(settings: ServerSettings, **more: str) -> Iterator[tuple["subprocess
             try:
                 line = server.stdout.readline()
                 assert line, (settings.data_dir / "server.log").read_text()[-2000:]
-                yield server, f"127.0.0.1:{json.loads(line)['port']}"
+                yield server, json.loads(line)
             finally:
                 if server.poll() is None:
                     server.kill()
@@ -270,7 +277,9 @@ def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings)
         "identity link",
         "identity unlink",
         "identity forget",
+        "audit",
         "demo",
+        "keys",
     ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
@@ -281,6 +290,17 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     found: Any = get_command(app)
     for name in command.split():
         found = found.commands[name]
+    assert found.help
+    assert "Example: " in found.epilog
+
+
+@pytest.mark.parametrize("command", ["create", "rotate", "list", "revoke"])
+def test_every_command_on_keys_has_help_with_an_example(command: str) -> None:
+    from typer.main import get_command
+
+    from cli.main import app
+
+    found = get_command(app).commands["keys"].commands[command]  # type: ignore[attr-defined]
     assert found.help
     assert "Example: " in found.epilog
 
