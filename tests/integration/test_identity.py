@@ -25,7 +25,10 @@ async def test_a_merge_shows_in_the_next_call_of_every_replica(two: Pair, names:
     before = [await first.record(phone, "a", "b"), await second.record(card, "c")]
     for one, subject in itertools.product(two, (phone, card)):
         await one.read(subject)  # cached everywhere
+    late = await second.states_of(before[1].user_id)
     linked = await first.graph.link(card, phone)
+    await second.online.write_users(late)  # read before the merge, written after it
+    assert (await second.online.read(before[1].user_id, "")).merged_into == before[0].user_id
     assert linked == Linked(Token(before[0].user_id, 4), (before[1].user_id,))
     for one, subject in itertools.product(two, (phone, card, Subject(user_id=before[1].user_id))):
         assert await one.read(subject) == (linked.token.user_id, 4, ["a", "b", "c"])
