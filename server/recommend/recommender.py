@@ -95,7 +95,7 @@ class Recommender:
         )
         self._observe(answer)
         if query.log_exposure:
-            self._journal.log(answer, channel=query.channel, surface=query.surface, answered_at=self._now())
+            self._journal.log(answer, query, answered_at=self._now())
         return answer
 
     async def rank(self, subject: Subject, *, channel: str, surface: str, item_ids: Sequence[str], token: Token | None) -> Answer:
@@ -182,6 +182,7 @@ class Recommender:
             self._metrics.observe_stage(stage, seconds)
         for reason in answer.degraded_reasons:
             self._metrics.degraded(reason)
+        self._metrics.answered(degraded=bool(answer.degraded_reasons), stale=answer.stale)
 
 
 def _require_model(snapshot: Snapshot) -> None:

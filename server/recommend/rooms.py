@@ -20,6 +20,11 @@ from server.recommend.standing import Standings
 from server.settings import ServerSettings
 
 
+def policy_of(settings: ServerSettings) -> Policy:
+    """Returns the shop's rules for slates."""
+    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
+
+
 def recommender_of(
     settings: ServerSettings,
     *,
@@ -30,7 +35,6 @@ def recommender_of(
     offers: Offers,
     journal: Journal,
     metrics: Metrics,
-    policy: Policy,
     now: Callable[[], datetime],
 ) -> Recommender:
     """Returns the recommender of one process over its stores."""
@@ -45,7 +49,7 @@ def recommender_of(
         computing=computing,
         apart=Gate(slots=settings.degraded_reads, waiting=settings.degraded_waiting, reason="DEGRADED_QUEUE_FULL"),
         known=KnownSlates(settings.known_slates),
-        policy=policy,
+        policy=policy_of(settings),
         ttl_seconds=settings.slate_ttl_seconds,
     )
     return Recommender(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from features.importers import import_identities, load_mapping
 from features.materialize import materialize
@@ -206,6 +207,27 @@ async def profile(one: Replica, settings: ServerSettings, user_id: str) -> tuple
     online = await one.online.user_features(user_id, rows[0]["event_timestamp"])
     times = {"computed_at", "event_timestamp", "days_since_event"}
     return {name: value for name, value in rows[0].items() if name not in times}, online["user_profile"]["event_count"].value
+
+
+async def test_a_merge_while_redis_is_away_is_caught_up_by_whoever_looks(
+    two: Pair, settings: ServerSettings, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phone, card = app(names("phone")), web(names("card"))
+    tokens = [await two[0].record(phone, "a"), await two[0].record(card, "b")]
+    for subject in (phone, card):
+        await two[1].read(subject)
+
+    async def away(_states: object) -> None:
+        raise redis.ConnectionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(two[0].online, "write_users", away)
+        linked = await two[0].graph.link(phone, card)
+    waiting = query(settings, "SELECT user_id FROM online_outbox WHERE user_id = ANY(%s)", [token.user_id for token in tokens])
+    assert len(waiting) == 2
+    assert (await two[1].read(card))[2] == ["b"]  # Redis knows nothing of it yet, and nobody asked for more
+    assert await two[1].read(card, linked.token) == (tokens[0].user_id, 3, ["a", "b"])
+    assert await two[1].read(phone, tokens[1]) == (tokens[0].user_id, 3, ["a", "b"])
 
 
 async def test_the_graph_tells_personas_identities_and_links(two: Pair, names: Names) -> None:

@@ -18,13 +18,12 @@ from features.behaviour import Activity, Behaviour
 from features.layout import FeatureValue, Status
 from features.signals import CollaborativeWeights, SignalConfig
 from server.catalog.offers import Offer, OfferTable
-from server.domain import Answer, Subject
+from server.domain import Answer, RecommendQuery, Subject
 from server.errors import NotFoundError
 from server.ingest.identities import Identities, Known
 from server.metrics import Metrics
 from server.online.states import MergedError, Recorded
 from server.online.store import Fleet, Standing
-from server.recommend.compute import Policy
 from server.recommend.recommender import Recommender
 from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import Snapshot
@@ -278,8 +277,8 @@ class MemoryOffers:
 class MemoryJournal:
     logged: list[tuple[Answer, str, str]] = field(default_factory=list)
 
-    def log(self, answer: Answer, *, channel: str, surface: str, answered_at: datetime) -> None:
-        self.logged.append((answer, channel, surface))
+    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime) -> None:
+        self.logged.append((answer, query.channel, query.surface))
 
 
 @dataclass
@@ -336,7 +335,6 @@ class Shop:
             offers=cast("Any", offers),
             journal=cast("Any", journal),
             metrics=Metrics(registry),
-            policy=Policy(configured.slate_size, configured.exclude_purchased, configured.max_per_category),
             now=lambda: self.online.now,
         )
         return Replica(recommender, fleet, states, offers, journal, identities, registry)

@@ -14,7 +14,7 @@ from google.protobuf.any_pb2 import Any
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from concord import Concord, ErrorDetails, error_details, user
+from concord import Concord, ErrorDetails, error_details, tls, user
 from concord.customers import TokenMemory, subject_of
 from concord.transport import SERVICE_CONFIG
 from concord.v1 import (
@@ -49,12 +49,14 @@ class Shop(
         self.fails_with_token = False
         self.received = []
         self.deadlines = []
+        self.bearers = []
         self.versions = {}
         self.survivors = {}
 
     async def _enter(self, request, context):
         self.received.append(request)
         self.deadlines.append(context.time_remaining())
+        self.bearers.append(dict(context.invocation_metadata()).get("authorization"))
         await asyncio.sleep(self.seconds)
         if self.unavailable:
             self.unavailable -= 1
@@ -90,6 +92,24 @@ class Shop(
         return identity_pb2.LinkIdentitiesResponse(
             user_id=kept, user_version=version, consistency_token=f"{kept}@{version}", merged_user_id=lost
         )
+
+    async def UnlinkIdentity(self, request, context):
+        await self._enter(request, context)
+        parted, kept = f"u-{request.identity.channel_user_id}", "u-anna"
+        self.survivors.pop(parted, None)
+        version = max(self.versions.values()) + 1
+        other = identity_pb2.SeparatedCustomer(user_id=kept, user_version=version, consistency_token=f"{kept}@{version}")
+        return identity_pb2.UnlinkIdentityResponse(
+            user_id=parted, user_version=version, consistency_token=f"{parted}@{version}", separated_customers=[other]
+        )
+
+    async def ForgetUser(self, request, context):
+        await self._enter(request, context)
+        return identity_pb2.ForgetUserResponse(receipt_id="r")
+
+    async def GetIdentityGraph(self, request, context):
+        await self._enter(request, context)
+        return identity_pb2.GetIdentityGraphResponse(user_id=self._user(request.subject))
 
     async def ResolveIdentity(self, request, context):
         await self._enter(request, context)
@@ -228,6 +248,23 @@ async def test_a_remembered_token_that_outlived_its_customer_is_dropped(reason):
             await concord.recommend("ben", surface="home", consistency_token="handed over")  # the caller's own to explain
 
 
+async def test_tokens_part_with_the_customers_and_go_with_the_forgotten():
+    shop = Shop()
+    async with connected(shop) as concord:
+        await concord.record(concord.event("anna", "view", item_id="A"), concord.event("guest", "view", item_id="B"))
+        await concord.link("guest", "anna")
+        answer = await concord.unlink("guest", "anna")
+        assert (answer.user_id, answer.user_version) == ("u-guest", 4)
+        for customer in ("guest", "anna", user("u-guest"), user("u-anna")):
+            await concord.profile(customer)
+        assert (await concord.forget("guest")).receipt_id == "r"
+        assert (await concord.graph("anna")).user_id == "u-anna"
+        await concord.profile("guest")
+        await concord.profile("anna")
+    tokens = [request.consistency_token for request in shop.received if hasattr(request, "consistency_token")]
+    assert tokens == ["u-guest@4", "u-anna@4", "u-guest@4", "u-anna@4", "", "u-anna@4"]
+
+
 async def test_retries_on_unavailable_send_the_same_event_ids():
     shop = Shop(unavailable=2)
     async with connected(shop) as concord:
@@ -273,6 +310,33 @@ async def test_a_server_that_hangs_costs_no_more_than_the_deadline():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await concord.items(["A"])
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_the_key_is_sent_with_every_call():
+    shop = Shop()
+    async with connected(shop, api_key="concord_1_secret") as concord:
+        await concord.recommend("anna", surface="home")
+        await concord.resolve("anna")
+        assert "secret" not in repr(concord)
+    async with connected(shop) as concord:
+        await concord.recommend("anna", surface="home")
+    assert shop.bearers == ["Bearer concord_1_secret", "Bearer concord_1_secret", None]
+
+
+async def test_the_token_is_asked_for_before_each_call():
+    shop, tokens = Shop(), iter(["first", "second"])
+    async with connected(shop, token=lambda: next(tokens)) as concord:
+        for _ in range(2):
+            await concord.recommend("anna", surface="home")
+    assert shop.bearers == ["Bearer first", "Bearer second"]
+
+
+def test_a_client_certificate_needs_its_key(tmp_path):
+    (tmp_path / "certificate.pem").write_text("")
+    with pytest.raises(ValueError, match="go together"):
+        tls(certificate=tmp_path / "certificate.pem")
+    with pytest.raises(FileNotFoundError):
+        tls(tmp_path / "gone.pem")
 
 
 async def test_requests_say_what_was_asked():
