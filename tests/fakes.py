@@ -46,6 +46,7 @@ from server.rpc.server import GrpcServer, build_server
 from server.security.audit import AuditEntry
 from server.security.gate import Gate
 from server.settings import ServerSettings
+from server.tracing import Tracing
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -339,7 +340,7 @@ class Edge:
 
 
 @asynccontextmanager
-async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **settings: Any) -> AsyncIterator[Edge]:
+async def serving(fakes: Fakes | None = None, *, tracing: Tracing | None = None, **settings: Any) -> AsyncIterator[Edge]:
     """Runs a real gRPC server over fakes on a free port."""
     fakes = fakes or Fakes()
     registry = CollectorRegistry()
@@ -350,7 +351,7 @@ async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **sett
         Metrics(registry),
         structlog.wrap_logger(log, wrapper_class=structlog.stdlib.BoundLogger, processors=[_keep]),
         now=lambda: NOW,
-        max_in_flight=max_in_flight,
+        tracing=tracing,
     )
     await server.start()
     await server.set_serving(True)

@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 import grpc
 
 from concord.customers import Customer, TokenMemory, subject_of, user
+from concord.errors import error_details
 from concord.transport import OPTIONS
 from concord.v1 import (
     catalog_pb2_grpc,
@@ -44,13 +45,17 @@ from concord.v1.recommendation_pb2 import (
     SimilarItemsResponse,
 )
 
+# Why a token that this client remembered may be refused although its caller did nothing wrong.
+_OUTLIVED = {"TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"}
+
 
 class Concord:
     """One channel's connection to Concord.
 
     Customers are named by the id the channel knows them by (a plain string), or by a ``Subject``: ``user("u-1")`` for Concord's
-    own id. After ``record`` or ``link``, later reads of the same customer carry the newest consistency token, so they reflect
-    what was written. Failed calls raise ``grpc.aio.AioRpcError``; ``error_details`` says why.
+    own id. Reads carry the newest consistency token that ``record``, ``link`` or an earlier read of the same customer brought, so
+    they reflect what was written and never go back, whichever replica answers and whatever failed in between. Failed calls
+    raise ``grpc.aio.AioRpcError``; ``error_details`` says why.
 
     Use it as an async context manager, inside the process and event loop that make the calls (never across a fork).
 
@@ -201,7 +206,8 @@ class Concord:
             consistency_token=consistency_token or self._memory.token_for(subject),
             skip_exposure_logging=skip_exposure_logging,
         )
-        answer: RecommendResponse = await self._call(self._recommendations.Recommend, request, timeout)
+        answer: RecommendResponse = await self._read(self._recommendations.Recommend, request, timeout, given=bool(consistency_token))
+        self._memory.learn(subject, answer.user_id, answer.versions.user_version, answer.consistency_token)
         return answer
 
     async def rank(
@@ -222,7 +228,8 @@ class Concord:
             item_ids=item_ids,
             consistency_token=consistency_token or self._memory.token_for(subject),
         )
-        answer: RankItemsResponse = await self._call(self._recommendations.RankItems, request, timeout)
+        answer: RankItemsResponse = await self._read(self._recommendations.RankItems, request, timeout, given=bool(consistency_token))
+        self._memory.learn(subject, answer.user_id, answer.versions.user_version, answer.consistency_token)
         return answer
 
     async def similar(
@@ -237,7 +244,8 @@ class Concord:
         """Returns what is known about ``customer``: identities, recent behaviour in all channels, features."""
         subject = subject_of(customer, self._channel)
         request = GetProfileRequest(subject=subject, consistency_token=consistency_token or self._memory.token_for(subject))
-        answer: GetProfileResponse = await self._call(self._profiles.GetProfile, request, timeout)
+        answer: GetProfileResponse = await self._read(self._profiles.GetProfile, request, timeout, given=bool(consistency_token))
+        self._memory.learn(subject, answer.user_id, answer.user_version, answer.consistency_token)
         return answer
 
     async def resolve(self, channel_user_id: str, *, create: bool = False, timeout: float | None = None) -> ResolveIdentityResponse:
@@ -291,6 +299,17 @@ class Concord:
         """Returns 1 to 500 items of the catalogue by id, and the ids it does not hold."""
         answer: GetItemsResponse = await self._call(self._catalog.GetItems, GetItemsRequest(item_ids=item_ids), timeout)
         return answer
+
+    async def _read(self, method: Any, request: Any, timeout: float | None, *, given: bool) -> Any:
+        """Asks once more without the remembered token when its customer is no longer the subject's (unlinked, or forgotten)."""
+        try:
+            return await self._call(method, request, timeout)
+        except grpc.aio.AioRpcError as error:
+            if given or not request.consistency_token or error_details(error).reason not in _OUTLIVED:
+                raise
+        self._memory.drop(request.subject)
+        request.ClearField("consistency_token")
+        return await self._call(method, request, timeout)
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         bearer = self._bearer()

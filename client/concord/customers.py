@@ -25,11 +25,11 @@ def subject_of(customer: Customer, channel: str) -> Subject:
 
 
 class TokenMemory:
-    """The newest consistency token of each customer this client wrote about, bounded: the least recently used are forgotten.
+    """The newest consistency token of each customer this client wrote or read about, bounded: the least recently used go first.
 
     Tokens belong to user ids, while callers name customers by channel identities, so it also remembers which identity (or
-    merged user id) turned out to be which user. Forgetting a token costs the read-your-writes promise, not correctness:
-    a read without one sees whatever state is newest online.
+    merged user id) turned out to be which user. Forgetting a token costs the promises (read your writes, never go back),
+    not correctness: a read without one sees whatever state is newest online.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -46,6 +46,12 @@ class TokenMemory:
         known = self._tokens.get(user_id)
         if token and (known is None or known[0] <= version):
             self._put(self._tokens, user_id, (version, token))
+
+    def learn(self, subject: Subject, user_id: str, version: int, token: str) -> None:
+        """Remembers what an answer about ``subject`` said: who it is, and how new."""
+        if user_id and token:
+            self.identify(subject, user_id)
+            self.remember(user_id, version, token)
 
     def token_for(self, subject: Subject) -> str:
         """Returns the newest token of ``subject``, or an empty string."""

@@ -62,6 +62,11 @@ class Journal:
         self._new_id = new_id
         self._writing = asyncio.Lock()
 
+    @property
+    def queued(self) -> int:
+        """Exposures that wait to be written."""
+        return len(self._queue)
+
     def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime) -> None:
         """Queues an exposure; never waits."""
         if len(self._queue) >= self._bound:

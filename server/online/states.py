@@ -14,17 +14,13 @@ from features.activity import READ_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, ViewLayout
 from server.database import ONLINE_AWAY, Pool
 from server.errors import NotFoundError, StaleStateError, UnavailableError
-from server.online.store import Fleet, OnlineStore
+from server.online.store import OnlineStore
 
 _log = structlog.get_logger(__name__)
 
 Features = dict[str, dict[str, FeatureValue]]
 
-# What OnlineStore.read tells, from PostgreSQL; one statement, so of one moment.
-_RECORDED = """
-SELECT f.model_version, f.activation, f.index_version, f.offer_version, u.version, u.merged_into, u.membership
-FROM fleet_state f LEFT JOIN users u ON u.user_id = %s
-"""
+_RECORDED = "SELECT version, merged_into, membership FROM users WHERE user_id = %s"
 _CAUGHT_UP = """
 DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version)
 WHERE o.user_id = s.user_id AND o.version <= s.version
@@ -46,10 +42,9 @@ class RegroupedError(Exception):
 
 @dataclass(frozen=True)
 class Recorded:
-    """Where a customer and the fleet stand in PostgreSQL; version and membership 0 for the empty user id."""
+    """Where a customer stands in PostgreSQL; version and membership are 0 for the empty user id."""
 
     user_version: int
-    fleet: Fleet
     membership: int = 0
 
 
@@ -103,19 +98,20 @@ class UserStates:
             await connection.execute(_CAUGHT_UP, [list(versions), list(versions.values())])
 
     async def recorded(self, user_id: str) -> Recorded:
-        """Reads a customer's version and the fleet's versions from PostgreSQL, which is never behind any token.
+        """Returns where a customer stands in PostgreSQL, which is never behind any token.
 
         Raises:
             NotFoundError, MergedError: as ``rebuild``.
         """
+        if not user_id:
+            return Recorded(0)
         async with self._pool.connection() as connection:
             row = await (await connection.execute(_RECORDED, [user_id])).fetchone()
-        assert row is not None
-        if user_id and row[4] is None:
+        if row is None:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
-        if row[5] is not None:
-            raise MergedError(row[5])
-        return Recorded(row[4] or 0, Fleet(*row[:4]), row[6] or 0)
+        if row[1] is not None:
+            raise MergedError(row[1])
+        return Recorded(row[0], row[2])
 
     async def recorded_features(self, user_id: str, *, now: datetime) -> Features:
         """Recomputes all views of a customer in PostgreSQL, as they would stand in Redis, without touching Redis.

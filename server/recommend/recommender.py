@@ -182,6 +182,7 @@ class Recommender:
             self._metrics.observe_stage(stage, seconds)
         for reason in answer.degraded_reasons:
             self._metrics.degraded(reason)
+        self._metrics.answered(degraded=bool(answer.degraded_reasons), stale=answer.stale)
 
 
 def _require_model(snapshot: Snapshot) -> None:

@@ -91,12 +91,13 @@ class Standings:
     async def recorded(self, user_id: str, minimum: int, clock: StageClock) -> Stand:
         """Reads PostgreSQL only; errors as ``online``."""
         with clock("recorded_read"):
+            fleet = await self._fleet.pointers()
             recorded = await self._states.recorded(user_id)
             if recorded.user_version < minimum:
                 raise ahead()
         with clock("snapshot"):
-            snapshot = await self._fleet.ensure(recorded.fleet)
-        return Stand(recorded.user_version, snapshot, recorded.fleet.offer_version, None, self._now(), recorded.membership)
+            snapshot = await self._fleet.ensure(fleet)
+        return Stand(recorded.user_version, snapshot, fleet.offer_version, None, self._now(), recorded.membership)
 
     def show(self, user_id: str, version: int) -> None:
         """Notes that a version PostgreSQL holds was answered, which Redis may not hold yet."""

@@ -144,8 +144,7 @@ class MemoryStates:
             raise MergedError(self.truth.merged[user_id])
         if user_id and user_id not in self.truth.customers:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
-        membership = self.truth.membership.get(user_id, 0)
-        return Recorded(self.truth.customers[user_id].version if user_id else 0, self.truth.fleet, membership)
+        return Recorded(self.truth.customers[user_id].version, self.truth.membership.get(user_id, 0)) if user_id else Recorded(0)
 
     async def features(self, user_id: str, *, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         await asyncio.sleep(0)
@@ -221,6 +220,10 @@ class MemoryFleet:
 
     def held(self, model_version: str, index_version: int) -> Snapshot | None:
         return self.loaded.get((model_version, index_version))
+
+    async def pointers(self) -> Fleet:
+        await self.truth.ask()
+        return self.truth.fleet
 
     async def sync(self) -> Fleet:
         await self.truth.ask()

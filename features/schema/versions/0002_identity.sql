@@ -12,8 +12,10 @@ ALTER TABLE identities
     -- The persona the identity belongs to, whoever is linked with it; NULL: user_id itself. user_id is the customer's root.
     ADD COLUMN home_id text REFERENCES users;
 CREATE INDEX identities_home ON identities (home_id);
+UPDATE identities i SET home_id = i.user_id, user_id = u.merged_into FROM users u WHERE u.user_id = i.user_id AND u.merged_into IS NOT NULL;
 
--- Links that hold now, each once, with the smaller id on the left.
+-- Links that hold now, each once, with the smaller id on the left. Merges of before this migration become links too; which of
+-- their events were whose was not kept, so undoing one leaves the events with the survivor.
 CREATE TABLE identity_links (
     left_id   text NOT NULL REFERENCES users,
     right_id  text NOT NULL REFERENCES users,
