@@ -289,6 +289,14 @@ async def test_a_rotated_certificate_is_taken_up_without_a_restart(pki: Path, tm
         await client.recommend("anna", surface="home")  # an open connection goes on
 
 
+async def test_both_ports_have_the_certificate(pki: Path) -> None:
+    async with serving(Fakes(), admin_port=0, **tls_settings(pki, mutual=False)) as edge:
+        credentials = tls(pki / "ca.pem")
+        for port in (edge.server.port, edge.server.admin_port):
+            async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
+                await models_pb2_grpc.ModelServiceStub(channel).ListModels(models_pb2.ListModelsRequest(), timeout=10)
+
+
 def test_a_server_does_not_start_on_certificates_that_do_not_fit(pki: Path, tmp_path: Path) -> None:
     from features.settings import SettingsError
     from server.security.certificates import server_credentials
