@@ -211,6 +211,54 @@ async def test_scores_that_no_input_explains_are_tampered_with(shop: Shop) -> No
     assert kinds(await shop.audit(servers=[])) == {"tampered_slate"}
 
 
+async def test_what_an_older_state_or_epoch_gives_is_called_by_its_name(shop: Shop) -> None:
+    late, old = shop.fresh(), shop.fresh()
+    stands: dict[str, tuple[bytes, bytes]] = {}
+    for customer in (late, old):
+        answer = await shop.ask(customer)
+        ((slot, raw),) = shop.redis().hgetall(shop.slates_key(customer)).items()
+        stands[customer] = (slot, raw)
+    version = answer.versions.user_version
+    # The customer bought something, but the slate of before is committed for the new version.
+    bought = await shop["web"].record(shop["web"].event(user(late), "purchase", item_id="KIT-1", quantity=1, value=3.0))
+    slot, raw = stands[late]
+    token = bought.tokens[0]
+    shop.redis().hset(shop.slates_key(late), slot, b"%d:%s" % (token.user_version, raw.split(b":", 1)[1]))
+    # The catalogue moved on, but the slate of the epoch before is committed for the new one.
+    with psycopg.connect(shop.settings.postgres_dsn) as connection:
+        rows = connection.execute("SELECT item_id, price_micros FROM items ORDER BY item_id").fetchall()
+        upsert_items(
+            connection, [Item(item, f"all new {item}", category="one", price_micros=price, currency="USD") for item, price in rows]
+        )
+        publish_epoch(connection)
+    stale = await shop.ask(late)
+    assert stale.versions.user_version == token.user_version
+    async with asyncio.timeout(20):
+        while (await shop.ask(shop.customers[0])).versions.index_version < 2:
+            await asyncio.sleep(0.1)
+    slot, raw = stands[old]
+    shop.redis().hset(shop.slates_key(old), slot.replace(b"|1", b"|2"), b"%d:%s" % (version, raw.split(b":", 1)[1]))
+    outdated = await shop.ask(old)
+    assert outdated.versions.index_version == 2
+    for answer in (stale, outdated):
+        await shop.logged(answer.slate_id)
+    report = await shop.audit(servers=[])
+    named = {(v.customer, v.kind, v.seen) for v in report.violations if v.check == "replay"}
+    assert named == {
+        (late, "other_state", f"exactly what user_version {token.user_version - 1} gives"),
+        (old, "other_catalogue", "exactly what index epoch 1 gives"),
+    }
+
+
+async def test_forged_pointers_are_found(shop: Shop) -> None:
+    assert (await shop.audit(servers=[])).violations == []
+    shop.redis().hset(f"concord:{shop.settings.project}:fleet", mapping={"offer": 1_000_000, "model": "another"})
+    report = await shop.audit(servers=[])
+    assert {(v.kind, v.check) for v in report.violations} == {("forged_pointer", "pointers"), ("second_model", "pointers")}
+    assert the(report, "forged_pointer").seen == "offer_version 1000000"
+    assert the(report, "second_model").seen == "model another in Redis"
+
+
 async def test_prices_changed_behind_the_version_counter_are_found(shop: Shop) -> None:
     customer = shop.fresh()
     before = await shop.ask(customer)
