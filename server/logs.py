@@ -14,6 +14,8 @@ _SECRET_KEY = re.compile(r"password|passwd|secret|authorization|api_key|dsn|redi
 _URL_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+(?=@)")
 _CONNINFO_PASSWORD = re.compile(r"(password\s*=\s*)('[^']*'|\S+)", re.IGNORECASE)
 _API_KEY = re.compile(r"(concord_[0-9a-f]{12}_)[\w-]+")
+# PostgreSQL quotes rows in these lines of an error: ids of customers, what they wrote. A forgotten customer must not stay in a log.
+_QUOTED_ROWS = re.compile(r"^(DETAIL|CONTEXT):.*$", re.MULTILINE)
 _HIDDEN = "***"
 
 

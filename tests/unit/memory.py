@@ -24,6 +24,7 @@ from server.ingest.identities import Identities, Known
 from server.metrics import Metrics
 from server.online.states import MergedError, Recorded
 from server.online.store import Fleet, Standing
+from server.recommend.known import KnownSlates
 from server.recommend.recommender import Recommender
 from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import Snapshot
@@ -328,6 +329,7 @@ class Shop:
         configured = ServerSettings(slate_size=40, slate_ttl_seconds=ttl_seconds, **settings)
         recommender = recommender_of(
             configured,
+            known=KnownSlates(configured.known_slates),
             identities=identities,
             states=cast("Any", states),
             online=cast("Any", self.online),
