@@ -44,7 +44,7 @@ from server.recommend.snapshot import SnapshotBuilder
 from server.rpc.ports import Services
 from server.rpc.server import build_server
 from server.security.audit import AdminAudit
-from server.security.gate import open_gate
+from server.security.gate import check_exposure, open_gate
 from server.settings import ServerSettings
 from server.tracing import tracing
 from server.vitals import Vitals
@@ -190,7 +190,11 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int],
         settings: everything the server can be told.
         announce: called once with the gRPC port, the admin port (the same where there is one) and the metrics port (-1 when off)
             when the server answers.
+
+    Raises:
+        SettingsError: the address is public and nothing was said about authentication.
     """
+    check_exposure(settings, settings.host)
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     stop = asyncio.Event()

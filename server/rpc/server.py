@@ -46,7 +46,6 @@ from server.rpc.profile import ProfileServicer
 from server.rpc.recommendation import RecommendationServicer
 from server.rpc.validation import Validator
 from server.security.certificates import server_credentials
-from server.security.gate import check_exposure
 from server.security.limits import ChannelLimits
 from server.settings import ServerSettings
 from server.tracing import Tracing
@@ -127,9 +126,8 @@ def build_server(
 
     Raises:
         RuntimeError: an address cannot be bound.
-        SettingsError: certificates cannot be used, or the address is public and nothing was said about authentication.
+        SettingsError: certificates cannot be used.
     """
-    check_exposure(settings, settings.host)
     validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
     events = EventServicer(
         services.recorder, EventValidator(validator, now, new_uuid), metrics, deadline_seconds=settings.default_deadline_seconds
