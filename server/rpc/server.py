@@ -29,6 +29,7 @@ from concord.v1 import (
     recommendation_pb2,
     recommendation_pb2_grpc,
 )
+from features.settings import SettingsError
 from server.health import Health
 from server.metrics import Metrics
 from server.rpc.accept import patient_server
@@ -125,8 +126,7 @@ def build_server(
     """Builds a server over ``services`` and binds it to the main and the admin address of ``settings``.
 
     Raises:
-        RuntimeError: an address cannot be bound.
-        SettingsError: certificates cannot be used.
+        SettingsError: an address cannot be bound, or certificates cannot be used.
     """
     validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
     events = EventServicer(
@@ -159,7 +159,10 @@ def build_server(
             reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = f"{host}:{port}"
         credentials = server_credentials(settings)  # one for each port: gRPC gives its first certificate to one server alone
-        number = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        try:
+            number = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        except RuntimeError:  # gRPC's own words for any reason; nearly always another process has the port
+            raise SettingsError(f"CONCORD_{'ADMIN_' if admin else ''}PORT: cannot listen on {address}; is the port taken?") from None
         return _Port(server, edge, number)
 
     one_port = settings.admin_port < 0
