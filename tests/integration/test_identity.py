@@ -56,6 +56,24 @@ async def test_an_unlink_gives_every_side_back_what_it_had(two: Pair, names: Nam
     assert (again.removed_links, again.still_linked, again.separated, again.token) == (0, False, (), unlinked.token)
 
 
+async def test_of_copies_of_an_event_the_one_received_first_is_seen(two: Pair, settings: ServerSettings, names: Names) -> None:
+    phone, card, late = app(names("phone")), web(names("card")), web(names("late"))
+    older = await two[0].identities.resolve(phone, create=True)
+    token = await two[0].record(card, "same")
+    await two[1].record(phone, "same")
+    await two[1].record(late, "same")
+    await two[0].graph.link(late, phone)
+    await two[0].graph.link(phone, card)
+    seen = "SELECT coalesce(origin_id, user_id) AS origin FROM events WHERE user_id = %s"
+    hidden = "SELECT origin_id FROM events_shadowed WHERE user_id = %s"
+    assert query(settings, seen, older.user_id) == [{"origin": token.user_id}]  # the younger customer's, received first
+    assert len(query(settings, hidden, older.user_id)) == 2
+    await two[1].graph.unlink(card, None)
+    assert query(settings, seen, older.user_id) == [{"origin": older.user_id}]
+    assert query(settings, seen, token.user_id) == [{"origin": token.user_id}]
+    assert len(query(settings, hidden, older.user_id)) == 1
+
+
 async def test_linking_and_unlinking_for_ever_does_not_let_versions_run_away(two: Pair, names: Names) -> None:
     phone, card = app(names("phone")), web(names("card"))
     await two[0].record(phone, "a")

@@ -24,7 +24,6 @@ from server.ingest.identities import Identities, Known
 from server.metrics import Metrics
 from server.online.states import MergedError, Recorded
 from server.online.store import Fleet, Standing
-from server.recommend.compute import Policy
 from server.recommend.recommender import Recommender
 from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import Snapshot
@@ -336,7 +335,6 @@ class Shop:
             offers=cast("Any", offers),
             journal=cast("Any", journal),
             metrics=Metrics(registry),
-            policy=Policy(configured.slate_size, configured.exclude_purchased, configured.max_per_category),
             now=lambda: self.online.now,
         )
         return Replica(recommender, fleet, states, offers, journal, identities, registry)
