@@ -1,7 +1,7 @@
 """Connections: one PostgreSQL pool and one Redis client per process, with explicit timeouts, breakers and no hidden retries."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 
 import psycopg
@@ -10,6 +10,7 @@ import redis.exceptions
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, TooManyRequests
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -113,6 +114,21 @@ def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
     return pool
 
 
+class _Plainspoken(AbstractConnection):
+    """A connection that says it was lost as redis-py expects it.
+
+    A Redis that dies while a connection is being made closes its transport before the first write. asyncio's own transports
+    ignore such a write; uvloop's raise RuntimeError, which redis-py passes on and callers would take for a bug.
+    """
+
+    async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
+        """Writes a command; raises ConnectionError when the transport is closed already."""
+        try:
+            await super().send_packed_command(command, check_health)
+        except RuntimeError as error:
+            raise redis.exceptions.ConnectionError("the connection was closed before it was written to") from error
+
+
 def redis_client(settings: ServerSettings) -> "redis.asyncio.Redis":
     """Returns a client whose calls fail after ``redis_timeout_seconds``: redis-py's own retries turn 0.2 s into 5.5 s."""
     client: redis.asyncio.Redis = TracedRedis.from_url(
@@ -122,4 +138,6 @@ def redis_client(settings: ServerSettings) -> "redis.asyncio.Redis":
         retry=Retry(NoBackoff(), 0),
         max_connections=_REDIS_CONNECTIONS,
     )
+    pool = client.connection_pool  # its class depends on the URL: plain, TLS or a socket
+    pool.connection_class = type("Connection", (_Plainspoken, pool.connection_class), {})
     return client
