@@ -15,6 +15,9 @@ class ServerSettings(Settings):
     metrics_port: int = Field(9464, ge=-1, le=65535, description="Prometheus port; 0 picks a free one, -1 switches it off.")
     reflection: bool = Field(True, description="Serve gRPC reflection (for grpcurl); switch off in production.")
     default_deadline_seconds: float = Field(5.0, gt=0, description="Deadline imposed on a call whose client set none, in seconds.")
+    stream_idle_seconds: float = Field(
+        300.0, gt=0, description="How long the client of a StreamEvents call may send nothing, or take no answer, in seconds; then it is ended."
+    )
     drain_seconds: float = Field(10.0, ge=0, description="How long calls in flight may finish after SIGTERM, in seconds.")
     max_message_bytes: int = Field(4 * 1024 * 1024, gt=0, description="Largest message accepted, in bytes.")
     redis_timeout_seconds: float = Field(0.5, gt=0, description="Timeout of one Redis round trip, in seconds; no retries inside.")

@@ -143,7 +143,11 @@ def build_server(
     server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
     validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
     events = EventServicer(
-        services.recorder, EventValidator(validator, now, new_uuid), metrics, deadline_seconds=settings.default_deadline_seconds
+        services.recorder,
+        EventValidator(validator, now, new_uuid),
+        metrics,
+        deadline_seconds=settings.default_deadline_seconds,
+        idle_seconds=settings.stream_idle_seconds,
     )
     _register(server, services, events, validator)
     health_servicer = DrainingHealth()
@@ -169,6 +173,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # otherwise a second server takes the same port without a word
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.absolute_max_metadata_size", 16 * 1024),  # left to itself gRPC lets up to a quarter more pass
         ("grpc.max_concurrent_streams", MAX_IN_FLIGHT),
         # A dead peer is noticed after 30 + 10 s; clients may ping idle connections every 10 s and no faster.
         ("grpc.keepalive_time_ms", 30_000),
