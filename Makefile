@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 STUBS := client/concord/v1/.generated
 PROTOS := $(wildcard protos/concord/v1/*.proto)
 
-.PHONY: help install stubs demo test test-unit lint format serve clean
+.PHONY: help install stubs demo test test-unit fuzz lint format serve clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ test: install ## Run the whole suite on embedded real servers.
 
 test-unit: install ## Run the tests that need no server.
 	$(BIN)/python -m pytest tests/unit tests/docs
+
+fuzz: install ## Fuzz every method with 105,000 cases; ends with a line of JSON.
+	$(BIN)/python -m tests.fuzz
 
 lint: install ## Check style, types, arrows and configuration files.
 	$(BIN)/ruff check .

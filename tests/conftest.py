@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+# Real servers and shops, for every folder of tests that runs against them.
+pytest_plugins = ("tests.integration.fixtures",)
 _ROOT = Path(__file__).resolve().parents[1]
 
 

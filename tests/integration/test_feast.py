@@ -19,7 +19,7 @@ from features.layout import Status, entity_key, load_layouts
 from features.materialize import materialize, snapshot_grid, take_snapshot
 from features.settings import Settings
 from features.store import REPOSITORY, contract_of, feature_store, unmet
-from tests.integration.conftest import add_events
+from tests.integration.fixtures import add_events
 from tests.integration.times import START
 
 USERS = ("ann", "bob", "zoë")

@@ -28,7 +28,7 @@ from concord.v1.common_pb2 import Action, ChannelIdentity, FeatureStatus, Money,
 from features.bundle import ENCODER, MANIFEST, Manifest, read_bundle, write_manifest
 from features.models import publish
 from server.settings import ServerSettings
-from tests.integration.conftest import NewShop
+from tests.integration.fixtures import NewShop
 from tests.integration.serving import served
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from server.settings import ServerSettings
 from tests.integration import serving
-from tests.integration.conftest import NewShop
+from tests.integration.fixtures import NewShop
 from training.config import TrainConfig
 from training.run import TrainResult, evaluate, export, train
 
