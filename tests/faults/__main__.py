@@ -39,13 +39,13 @@ async def perform(row: Row, world: World, *, seed: int) -> Seen:
         world.heal()
 
 
-async def run(numbers: list[int], *, seed: int, keep: Path | None) -> int:
+async def run(numbers: list[int], *, seed: int, keep: Path | None, bundle: Path | None) -> int:
     """Performs rows in order and prints them; returns the exit status."""
     console = Console(stderr=True)
     table = Table("row", "injected", "expected", "seen", "s", title=f"faults and bad input, seed {seed}", show_lines=True)
     expected = not_run = 0
     with tempfile.TemporaryDirectory(prefix="concord-chaos-", ignore_cleanup_errors=True) as folder:
-        async with built(keep or Path(folder), say=console.print) as world:
+        async with built(keep or Path(folder), bundle=bundle, say=console.print) as world:
             for position, number in enumerate(numbers, 1):
                 row = ROWS[number]
                 console.print(f"[{position}/{len(numbers)}] row {number}: {row.injected}", markup=False, highlight=False)
@@ -69,12 +69,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the order and the timing of faults")
     parser.add_argument("--rows", default="", help="numbers, comma-separated; default all")
     parser.add_argument("--keep", type=Path, default=None, help="an empty folder for data and logs, kept afterwards")
+    parser.add_argument("--bundle", type=Path, default=None, help="a bundle of the sample shop to serve instead of training one (20 s)")
     options = parser.parse_args()
     for name in [name for name in os.environ if name.startswith("CONCORD_")]:
         del os.environ[name]
     warnings.simplefilter("ignore")
     numbers = [int(number) for number in options.rows.split(",") if number] or sorted(ROWS)
-    sys.exit(asyncio.run(run(numbers, seed=options.seed, keep=options.keep)))
+    sys.exit(asyncio.run(run(numbers, seed=options.seed, keep=options.keep, bundle=options.bundle)))
 
 
 if __name__ == "__main__":
