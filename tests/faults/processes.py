@@ -173,11 +173,12 @@ class RedisServer:
 class Server:
     """A ``concord serve`` process."""
 
-    def __init__(self, process: "subprocess.Popen[str]", port: int, metrics_port: int, log: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[str]", ports: dict[str, int], log: Path) -> None:
         self.process = process
-        self.address = f"127.0.0.1:{port}"
-        self.port = port
-        self._metrics_port = metrics_port
+        self.port = ports["port"]
+        self.address = f"127.0.0.1:{self.port}"
+        self.admin_address = f"127.0.0.1:{ports['admin_port']}"
+        self._metrics_port = ports["metrics_port"]
         self.log = log
 
     @property
@@ -241,8 +242,7 @@ async def serve(settings: ServerSettings, log: Path, **more: str):  # noqa: ANN2
     try:
         line = await asyncio.to_thread(process.stdout.readline)
         assert line, log.read_text()[-2000:]
-        ports = json.loads(line)
-        yield Server(process, ports["port"], ports["metrics_port"], log)
+        yield Server(process, json.loads(line), log)
     finally:
         if process.poll() is None:
             process.kill()
