@@ -20,6 +20,12 @@ class ServerSettings(SecuritySettings):
     )
     drain_seconds: float = Field(10.0, ge=0, description="How long calls in flight may finish after SIGTERM, in seconds.")
     max_message_bytes: int = Field(4 * 1024 * 1024, gt=0, description="Largest message accepted, in bytes.")
+    max_in_flight: int = Field(
+        48, gt=0, description="Calls of one service worked on at a time, streams apart; more wait a moment and are then refused."
+    )
+    max_streams_per_connection: int = Field(
+        32, gt=0, description="Calls and streams one client connection may have open; more wait in the client."
+    )
     redis_timeout_seconds: float = Field(0.5, gt=0, description="Timeout of one Redis round trip, in seconds; no retries inside.")
     postgres_timeout_seconds: float = Field(
         3.0, gt=0, description="Timeout of a PostgreSQL statement and of waiting for a connection, in seconds."

@@ -310,7 +310,7 @@ class Edge:
 
 
 @asynccontextmanager
-async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **settings: Any) -> AsyncIterator[Edge]:
+async def serving(fakes: Fakes | None = None, **settings: Any) -> AsyncIterator[Edge]:
     """Runs a real gRPC server over fakes on a free port."""
     fakes = fakes or Fakes()
     registry = CollectorRegistry()
@@ -321,7 +321,6 @@ async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **sett
         Metrics(registry),
         structlog.wrap_logger(log, wrapper_class=structlog.stdlib.BoundLogger, processors=[_keep]),
         now=lambda: NOW,
-        max_in_flight=max_in_flight,
     )
     await server.start()
     await server.set_serving(True)

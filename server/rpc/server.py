@@ -1,6 +1,7 @@
 """The gRPC server of a process: services, interceptor, health and reflection, and a stop that loses no call."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ from concord.v1 import (
     recommendation_pb2_grpc,
 )
 from server.metrics import Metrics
+from server.rpc.accept import patient_server
 from server.rpc.access import Access
 from server.rpc.catalog import CatalogServicer
 from server.rpc.event_validation import EventValidator
@@ -46,8 +48,9 @@ from server.security.gate import check_exposure
 from server.security.limits import ChannelLimits
 from server.settings import ServerSettings
 
-# Of every call in flight one core is at work on one; more than this many only wait beyond their deadlines.
-MAX_IN_FLIGHT = 1024
+# Calls that gRPC's core keeps waiting for each method: past the first number it refuses some, past the second all. A replica
+# answers about 1,000 a second, so whoever waits here waits a quarter of a second at the most.
+_WAITING, _MOST_WAITING = 128, 256
 _DRAIN_PAUSE = 0.3
 
 SERVICE_NAMES = tuple(
@@ -143,7 +146,6 @@ def build_server(
     *,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     new_uuid: Callable[[], UUID] = uuid4,
-    max_in_flight: int = MAX_IN_FLIGHT,
 ) -> GrpcServer:
     """Builds a server over ``services`` and binds it to the main and the admin address of ``settings``.
 
@@ -163,7 +165,7 @@ def build_server(
     )
     health_servicer = DrainingHealth()
     limits = ChannelLimits(
-        in_flight=settings.channel_share * max_in_flight,
+        in_flight=math.inf if settings.channel_share == 1 else max(1.0, settings.channel_share * settings.max_in_flight),
         calls_per_second=settings.channel_calls_per_second,
         events_per_second=settings.channel_events_per_second,
         clock=perf_counter,
@@ -177,10 +179,10 @@ def build_server(
             logger,
             channels=settings.channels,
             default_deadline_seconds=settings.default_deadline_seconds,
-            max_in_flight=max_in_flight,
+            max_in_flight=settings.max_in_flight,
             new_id=lambda: new_uuid().hex,
         )
-        server = grpc.aio.server(interceptors=[edge], options=_options(settings))
+        server = patient_server(edge, interceptors=[edge], options=_options(settings))
         _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if settings.reflection:
@@ -210,7 +212,9 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.absolute_max_metadata_size", 16 * 1024),  # left to itself gRPC lets up to a quarter more pass
-        ("grpc.max_concurrent_streams", MAX_IN_FLIGHT),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        ("grpc.server.max_pending_requests", _WAITING),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_WAITING),
         # A dead peer is noticed after 30 + 10 s; clients may ping idle connections every 10 s and no faster.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

@@ -247,6 +247,7 @@ def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings)
         "record",
         "recommend",
         "demo",
+        "keys",
     ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
@@ -255,6 +256,17 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     from cli.main import app
 
     found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    assert found.help
+    assert "Example: " in found.epilog
+
+
+@pytest.mark.parametrize("command", ["create", "rotate", "list", "revoke"])
+def test_every_command_on_keys_has_help_with_an_example(command: str) -> None:
+    from typer.main import get_command
+
+    from cli.main import app
+
+    found = get_command(app).commands["keys"].commands[command]  # type: ignore[attr-defined]
     assert found.help
     assert "Example: " in found.epilog
 
