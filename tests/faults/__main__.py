@@ -34,7 +34,7 @@ async def perform(row: Row, world: World, *, seed: int) -> Seen:
     except NotRunError:
         raise
     except Exception as error:  # noqa: BLE001 - a row that fails must not end the others
-        return Seen(False, f"NOT without an exception: {type(error).__name__}: {str(error)[:300]}")
+        return Seen(False, f"NOT without an exception: {type(error).__name__}: {str(error)[-300:]}")
     finally:
         world.heal()
 

@@ -27,6 +27,14 @@ from concord.v1 import (
 from concord.v1.common_pb2 import Action, ChannelIdentity, Subject
 
 PUSHBACK = "grpc-retry-pushback-ms"
+_OPTIONS = (
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 200),
+)
 
 
 @dataclass(frozen=True)
@@ -80,19 +88,19 @@ def event(whom: "str | Subject", *, item: str = "x", key: str = "", channel: str
 class Caller:
     """One bare connection without retries. Every method returns a Reply and raises nothing of gRPC."""
 
-    def __init__(self, address: str, *, options: Iterable[tuple[str, Any]] = (), timeout: float = 5.0) -> None:
-        self.wire = grpc.aio.insecure_channel(
-            address,
-            options=[
-                ("grpc.enable_retries", 0),
-                ("grpc.enable_http_proxy", 0),
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.initial_reconnect_backoff_ms", 50),
-                ("grpc.min_reconnect_backoff_ms", 50),
-                ("grpc.max_reconnect_backoff_ms", 200),
-                *options,
-            ],
-        )
+    def __init__(
+        self,
+        address: str,
+        *,
+        options: Iterable[tuple[str, Any]] = (),
+        timeout: float = 5.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        arguments = [*_OPTIONS, *options]
+        if credentials is None:
+            self.wire = grpc.aio.insecure_channel(address, options=arguments)
+        else:
+            self.wire = grpc.aio.secure_channel(address, credentials, options=arguments)
         self._timeout = timeout
         self.events = events_pb2_grpc.EventServiceStub(self.wire)
         self.recommendations = recommendation_pb2_grpc.RecommendationServiceStub(self.wire)
