@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import grpc
-from grpc._cython import cygrpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 # While there is no room, one call in this many seconds is accepted all the same, and refused with a word on when to come back.
 REFUSAL_PAUSE = 0.004

@@ -18,6 +18,7 @@ from server.metrics import Metrics
 from server.rpc.access import Access, Context, Rule, rule_of
 from server.rpc.status import REQUEST_ID_KEY, failure_of, trailing_metadata
 from server.security.principals import Principal
+from server.tracing import Tracing
 
 _OURS = "/concord."
 # Streams wait for their clients most of the time; what they send is bounded by the queue of events. Operators are few.
@@ -40,6 +41,12 @@ class _Call:
     code: str = "OK"
     channel: str = ""
     caller: Principal | None = None
+    trace_id: str = ""
+
+    @property
+    def trace(self) -> dict[str, str]:
+        """The trace id for logs and errors; nothing while tracing is off."""
+        return {"trace_id": self.trace_id} if self.trace_id else {}
 
 
 class _Lane:
@@ -84,6 +91,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         default_deadline_seconds: float,
         max_in_flight: int,
         new_id: Callable[[], str],
+        tracing: Tracing,
     ) -> None:
         self._access = access
         self._metrics = metrics
@@ -91,6 +99,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._channels = frozenset(channels)
         self._default_deadline = default_deadline_seconds
         self._new_id = new_id
+        self._tracing = tracing
         self._draining = False
         self._services: defaultdict[str, _Lane] = defaultdict(lambda: _Lane(max_in_flight))
         self._streams, self._operations = _Lane(_MAX_STREAMS), _Lane(_MAX_OPERATIONS)
@@ -187,8 +196,9 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     @contextmanager
     def _call(self, rule: Rule, lane: _Lane, context: Context) -> Iterator[_Call]:
         """Everything that holds from a call's first moment to its last, however it ends."""
-        call = _Call(rule, _request_id(context) or self._new_id())
-        structlog.contextvars.bind_contextvars(request_id=call.request_id, method=rule.method)
+        traced = self._tracing.call(rule.method, context.invocation_metadata() or ())
+        call = _Call(rule, _request_id(context) or self._new_id(), trace_id=traced.trace_id)
+        structlog.contextvars.bind_contextvars(request_id=call.request_id, method=rule.method, **call.trace)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         started = perf_counter()
         lane.enter()
@@ -202,6 +212,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             lane.leave()
             self._metrics.call_finished()
             self._metrics.observe_rpc(rule.method, call.code, channel=call.channel, seconds=perf_counter() - started)
+            traced.end(call.code, call.channel)
 
     def drain(self) -> None:
         """Refuses new calls from now on with UNAVAILABLE, which clients retry elsewhere; gRPC's own stop would say CANCELLED."""
@@ -227,7 +238,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._logger.error("call failed", error_id=failure.error_id, exc_info=error)
         elif not isinstance(error, ConcordError):  # our own refusals are counted, not logged: under overload they are many
             self._logger.warning("call failed", code=failure.code.name, error=f"{type(error).__name__}: {error}")
-        await context.abort(failure.code, failure.message, trailing_metadata(failure, call.request_id))
+        await context.abort(failure.code, failure.message, trailing_metadata(failure, call.request_id, **call.trace))
 
 
 def _request_id(context: Context) -> str:

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from concord.v1 import (
@@ -29,6 +29,7 @@ from concord.v1 import (
     recommendation_pb2,
     recommendation_pb2_grpc,
 )
+from server.health import Health
 from server.metrics import Metrics
 from server.rpc.accept import patient_server
 from server.rpc.access import Access
@@ -36,8 +37,9 @@ from server.rpc.catalog import CatalogServicer
 from server.rpc.event_validation import EventValidator
 from server.rpc.events import EventServicer
 from server.rpc.features import FeatureServicer
+from server.rpc.health import DrainingHealth
 from server.rpc.identity import IdentityServicer
-from server.rpc.interceptor import Context, EdgeInterceptor
+from server.rpc.interceptor import EdgeInterceptor
 from server.rpc.models import ModelServicer
 from server.rpc.ports import Services
 from server.rpc.profile import ProfileServicer
@@ -47,6 +49,7 @@ from server.security.certificates import server_credentials
 from server.security.gate import check_exposure
 from server.security.limits import ChannelLimits
 from server.settings import ServerSettings
+from server.tracing import Tracing
 
 # Calls that gRPC's core keeps waiting for each method: past the first number it refuses some, past the second all. A replica
 # answers about 1,000 a second, so whoever waits here waits a quarter of a second at the most.
@@ -58,38 +61,6 @@ SERVICE_NAMES = tuple(
     for module in (catalog_pb2, events_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 )
-
-
-class DrainingHealth(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
-    """Standard health, NOT_SERVING from the start, whose open watches end on shutdown instead of using up the whole grace."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._closing = asyncio.Event()
-        self._server_status = dict.fromkeys(("", *SERVICE_NAMES), health_pb2.HealthCheckResponse.NOT_SERVING)
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        """Streams a service's status until the client leaves or the server stops."""
-        watch = asyncio.ensure_future(super().Watch(request, context))
-        closing = asyncio.ensure_future(self._closing.wait())
-        try:
-            await asyncio.wait((watch, closing), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            watch.cancel()
-            closing.cancel()
-            await asyncio.gather(watch, closing, return_exceptions=True)
-
-    async def flip(self, serving: bool) -> None:
-        """Says of every service whether it is ready."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", *SERVICE_NAMES):
-            await self.set(name, status)
-
-    async def close(self) -> None:
-        """Says NOT_SERVING for good, then ends the watches."""
-        await self.enter_graceful_shutdown()
-        await asyncio.sleep(0)  # lets the watches send the last status
-        self._closing.set()
 
 
 class GrpcServer:
@@ -113,6 +84,10 @@ class GrpcServer:
     async def set_serving(self, serving: bool) -> None:
         """Tells load balancers whether to send calls here."""
         await self._health.flip(serving)
+
+    async def show_health(self, seen: Health) -> None:
+        """Tells load balancers which services can answer with the dependencies that are up, and which those are."""
+        await self._health.show(seen)
 
     async def stop(self, grace_seconds: float) -> None:
         """Says NOT_SERVING, then refuses new calls, and gives those in flight ``grace_seconds`` to finish; open streams are ended.
@@ -146,6 +121,7 @@ def build_server(
     *,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     new_uuid: Callable[[], UUID] = uuid4,
+    tracing: Tracing | None = None,
 ) -> GrpcServer:
     """Builds a server over ``services`` and binds it to the main and the admin address of ``settings``.
 
@@ -163,7 +139,7 @@ def build_server(
         deadline_seconds=settings.default_deadline_seconds,
         idle_seconds=settings.stream_idle_seconds,
     )
-    health_servicer = DrainingHealth()
+    health_servicer = DrainingHealth(SERVICE_NAMES)
     limits = ChannelLimits(
         in_flight=math.inf if settings.channel_share == 1 else max(1.0, settings.channel_share * settings.max_in_flight),
         calls_per_second=settings.channel_calls_per_second,
@@ -181,6 +157,7 @@ def build_server(
             default_deadline_seconds=settings.default_deadline_seconds,
             max_in_flight=settings.max_in_flight,
             new_id=lambda: new_uuid().hex,
+            tracing=tracing or Tracing(),
         )
         server = patient_server(edge, interceptors=[edge], options=_options(settings))
         _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
@@ -198,7 +175,8 @@ def build_server(
 
 def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator, *, deadline_seconds: float) -> None:
     events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
-    identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(services.identities, validator), server)
+    identity = IdentityServicer(services.identities, services.graph, services.erasure, validator)
+    identity_pb2_grpc.add_IdentityServiceServicer_to_server(identity, server)
     profile_pb2_grpc.add_ProfileServiceServicer_to_server(ProfileServicer(services.profiles, validator), server)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)

@@ -15,7 +15,6 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
-from cli.stack import free_port
 from concord import Concord, error_details, tls
 from concord.v1 import models_pb2, models_pb2_grpc
 from server.database import postgres_pool
@@ -26,7 +25,7 @@ from server.security.scopes import CHANNEL_SCOPES
 from server.settings import ServerSettings
 from tests.certificates import Authority
 from tests.fakes import Fakes, serving
-from tests.integration.test_processes import environment, process, run
+from tests.integration.test_processes import environment, process_and_ports, run
 
 Code = grpc.StatusCode
 OURS, THEIRS = Authority(), Authority()
@@ -295,12 +294,11 @@ def secured(live: ServerSettings, pki: Path) -> Iterator[dict[str, Any]]:
         "operator": make_key(live, "operator", "*", scopes=["admin", "models:read"]),
     }
     files = {f"CONCORD_{name.upper()}": str(path) for name, path in tls_settings(pki, mutual=True).items()}
-    admin, metrics = free_port(), free_port()
-    with process(live, CONCORD_AUTH="keys", CONCORD_ADMIN_PORT=str(admin), CONCORD_METRICS_PORT=str(metrics), **files) as (_, address):
+    with process_and_ports(live, CONCORD_AUTH="keys", CONCORD_ADMIN_PORT="0", **files) as (_, ports):
         yield {
-            "port": int(address.rpartition(":")[2]),
-            "admin": admin,
-            "metrics": metrics,
+            "port": ports["port"],
+            "admin": ports["admin_port"],
+            "metrics": ports["metrics_port"],
             "keys": keys,
             "log": live.data_dir / "server.log",
         }

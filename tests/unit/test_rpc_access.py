@@ -244,8 +244,11 @@ async def test_health_operators_and_other_services_answer_while_one_service_is_f
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     async with serving(Fakes(recommender=FakeRecommender(delay=1.0)), max_in_flight=2) as edge:
+        for method, message in (("/concord.v1.ModelService/ListModels", b""), (RECORD, events(event("web")))):
+            await edge.raw(method, message)  # a method nobody has called yet would be let in anyway
         held = [asyncio.create_task(edge.raw(RECOMMEND, ask())) for _ in range(8)]
         await edge.fakes.recommender.called.wait()
+        await asyncio.sleep(0.05)
         async with asyncio.timeout(0.8):
             await health_pb2_grpc.HealthStub(edge.channel).Check(health_pb2.HealthCheckRequest())
             await edge.raw("/concord.v1.ModelService/ListModels")
@@ -254,6 +257,14 @@ async def test_health_operators_and_other_services_answer_while_one_service_is_f
     reasons = [refusal(result).reason for result in results if isinstance(result, grpc.aio.AioRpcError)]
     assert reasons == ["SERVER_OVERLOADED"] * 6
     assert edge.registry.get_sample_value("concord_rpc_shed_total") == 6
+
+
+async def test_operators_are_not_counted_among_customers_calls() -> None:
+    fakes = Fakes()
+    fakes.models.delay = 0.2
+    async with serving(fakes, max_in_flight=1) as edge:
+        await edge.raw("/concord.v1.ModelService/ListModels")
+        await asyncio.gather(*(edge.raw("/concord.v1.ModelService/ListModels") for _ in range(6)))
 
 
 async def test_a_full_service_accepts_late() -> None:
