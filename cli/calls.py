@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Coroutine
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from google.protobuf.json_format import MessageToDict
@@ -11,6 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.context import shop
+from cli.credentials import call_settings
+
+if TYPE_CHECKING:
+    from concord import Concord
 
 _out = Console()
 _Server = Annotated[str, typer.Option(help="Address of a running server.")]
@@ -40,11 +44,13 @@ def serve(
         migrate(settings.postgres_dsn)
         apply_repository(settings)
 
-        def announce(port: int, metrics_port: int) -> None:
+        def announce(port: int, admin_port: int, metrics_port: int) -> None:
             if ready:
-                print(json.dumps({"port": port, "metrics_port": metrics_port}), flush=True)  # noqa: T201 - read by a program
+                print(json.dumps({"port": port, "admin_port": admin_port, "metrics_port": metrics_port}), flush=True)  # noqa: T201 - read by a program
             else:
                 _print_how_to_call(f"{settings.host}:{port}", metrics_port)
+                if admin_port != port:
+                    _out.print(f"Admin methods are on {settings.admin_host}:{admin_port}", highlight=False)
 
         _run(run(settings, announce=announce))
 
@@ -54,7 +60,9 @@ def health(server: _Server = "127.0.0.1:50051") -> None:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(server, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    options = [("grpc.enable_http_proxy", 0)]
+    credentials = call_settings().channel_credentials()
+    with grpc.secure_channel(server, credentials, options) if credentials else grpc.insecure_channel(server, options) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
         except grpc.RpcError as error:
@@ -75,10 +83,9 @@ def record(
     server: _Server = "127.0.0.1:50051",
 ) -> None:
     """Records one event and prints its result and consistency token."""
-    from concord import Concord
 
     async def call() -> Any:
-        async with Concord(server, channel=channel) as client:
+        async with _client(server, channel) as client:
             return await client.record(client.event(customer, action, item_id=item, text=text))
 
     _out.print_json(data=MessageToDict(_run(call()), preserving_proto_field_name=True))
@@ -92,11 +99,10 @@ def recommend(
     server: _Server = "127.0.0.1:50051",
 ) -> None:
     """Asks for recommendations and prints them with prices, reasons and versions."""
-    from concord import Concord
     from concord.v1 import recommendation_pb2
 
     async def call() -> Any:
-        async with Concord(server, channel=channel) as client:
+        async with _client(server, channel) as client:
             return await client.recommend(customer, surface=surface, limit=limit)
 
     answer = _run(call())
@@ -107,6 +113,13 @@ def recommend(
         table.add_row(str(item.position), item.item_id, item.title, price, f"{item.score:.4f}", reasons)
     _out.print(table)
     _out.print(f"slate {answer.slate_id}, versions {MessageToDict(answer.versions, preserving_proto_field_name=True)}")
+
+
+def _client(server: str, channel: str) -> "Concord":
+    from concord import Concord
+
+    settings = call_settings()
+    return Concord(server, channel=channel, credentials=settings.channel_credentials(), api_key=settings.call_key.get_secret_value())
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:

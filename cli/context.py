@@ -7,6 +7,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+import cli.credentials  # noqa: F401 - as below
 import server.settings  # noqa: F401 - one environment serves every command, so each must know the server's settings too
 from cli.stack import running_stack
 from features.settings import Settings, load_settings

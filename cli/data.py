@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.context import console, progress_bars, shop
+from cli.credentials import CallSettings
 from features.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -198,11 +199,14 @@ def settings() -> None:
     from server.settings import ServerSettings
 
     table = Table("variable", "value", "meaning")
-    current = load_settings(ServerSettings)
-    for name, field in ServerSettings.model_fields.items():
-        value = "(hidden)" if not field.repr else getattr(current, name)
-        text = ",".join(value) if isinstance(value, tuple) else str(value)
-        table.add_row(f"CONCORD_{name.upper()}", text, field.description)
+    for kind in (ServerSettings, CallSettings):
+        current = load_settings(kind)
+        for name, field in kind.model_fields.items():
+            if kind is CallSettings and name in Settings.model_fields:
+                continue
+            value = "(hidden)" if not field.repr else getattr(current, name)
+            text = ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
+            table.add_row(f"CONCORD_{name.upper()}", text, field.description)
     _out.print(table)
 
 

@@ -9,12 +9,13 @@ import redis.exceptions
 import sqlalchemy.exc
 import typer
 
-from cli import calls, data, demo, models
+from cli import calls, data, demo, keys, models
 from cli.context import console
 from features.bundle import BundleError
 from features.importers.mapping import MappingError
-from features.models import UnknownModelError
+from features.models import ActivationInProgressError, ReplicaUnreadyError, UnknownModelError
 from features.settings import SettingsError
+from server.security.key_store import KeyRefusedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,11 +26,20 @@ app = typer.Typer(
     "Runs on PostgreSQL and Redis named by CONCORD_POSTGRES_DSN and CONCORD_REDIS_URL, or on embedded ones under .data/.\n\n"
     "Example: concord demo",
 )
-for group in (data, models, calls, demo):
+for group in (data, models, keys, calls, demo):
     group.register(app)
 
 # Errors a person can act on: one line, no traceback. Anything else is a defect and shows where it happened.
-_EXPECTED = (SettingsError, MappingError, BundleError, UnknownModelError, FileNotFoundError)
+_EXPECTED = (
+    SettingsError,
+    MappingError,
+    BundleError,
+    UnknownModelError,
+    ActivationInProgressError,
+    ReplicaUnreadyError,
+    KeyRefusedError,
+    FileNotFoundError,
+)
 _STORES = (psycopg.OperationalError, sqlalchemy.exc.OperationalError, redis.exceptions.ConnectionError)
 # Which extra brings what the serving image leaves out.
 _EXTRAS = {

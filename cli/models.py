@@ -1,15 +1,19 @@
-"""Commands on models: train, evaluate, export, publish, activate, list."""
+"""Commands on models and the replicas that answer with them: train, evaluate, export, publish, activate, list."""
 
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import psycopg
 import typer
+from psycopg import Connection
+from psycopg.rows import TupleRow
 from rich.console import Console
 from rich.table import Table
 
-from cli.context import shop
+from cli.context import console, shop
+from features.models import Activation, OnUnready
 from features.settings import Settings
 
 _out = Console()
@@ -31,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: concord publish .data/bundle")(publish)
     app.command(epilog="Example: concord activate 20260131-0123456789")(activate)
     app.command(epilog="Example: concord models")(models)
+    app.command(epilog="Example: concord replicas")(replicas)
 
 
 def train(
@@ -100,16 +105,39 @@ def publish(bundle: Annotated[Path, typer.Argument(help="A bundle folder.")] = P
     _out.print(f"published {manifest.model_version}")
 
 
-def activate(model_version: Annotated[str, typer.Argument(help="A published version; see `concord models`.")]) -> None:
-    """Moves the fleet's pointer to a published model; running servers load it before they answer with it."""
+def activate(
+    model_version: Annotated[str, typer.Argument(help="A published version; see `concord models`.")],
+    on_unready: Annotated[OnUnready, typer.Option(help="When a replica cannot load it: fail, or wait for its repair.")] = OnUnready.FAIL,
+    wait: Annotated[float, typer.Option(min=0, max=3600, help="How long the replicas may take, in seconds.")] = 30.0,
+) -> None:
+    """Has every running server load a published model, then moves the fleet's pointer to it; an earlier one is the roll-back."""
     from features.bundle import fetch
     from features.models import activate as run
     from features.models import find_model
 
     with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection:
         fetch(find_model(connection, model_version).uri, settings.data_dir / "bundles" / model_version)
-        activation = run(connection, model_version)
+        with console.status(f"preparing the replicas for {model_version}"):
+            activation = run(connection, model_version, on_unready=on_unready, wait_seconds=wait)
+        followed = _followed(connection, activation)
     _out.print(f"active: {activation.model_version} (before: {activation.previous or 'none'}, move {activation.activation})")
+    if not followed:
+        _out.print("No replica has confirmed it yet: they answer with it as soon as they reach PostgreSQL and Redis.")
+
+
+def _followed(connection: Connection[TupleRow], activation: Activation) -> bool:
+    """Waits until a replica answers with the move, which is when Redis tells all of them; True at once when none runs."""
+    from features.replicas import list_replicas
+
+    until = time.monotonic() + 5.0
+    while True:
+        live = [replica for replica in list_replicas(connection) if replica.live]
+        connection.commit()
+        if not live or any(replica.activation >= activation.activation for replica in live):
+            return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
 
 
 def models() -> None:
@@ -124,6 +152,23 @@ def models() -> None:
             active = "yes" if model.active else ""
             table.add_row(model.model_version, active, f"{model.published_at:%Y-%m-%d %H:%M}", model.manifest["base_model"], *figures)
     _out.print(table)
+
+
+def replicas() -> None:
+    """Lists the servers of this shop: what each answers with, could answer with, and could not load."""
+    from features.replicas import list_replicas
+
+    with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection:
+        found = list_replicas(connection)
+    table = Table("address", "live", "model", "index", "ready for", "cannot load", "slate policy")
+    for replica in found:
+        ready = ", ".join(model or "none" for model in sorted(replica.ready))
+        failed = "; ".join(f"{model}: {reason}" for model, reason in sorted(replica.failed.items()))
+        live = "yes" if replica.live else f"no, last seen {replica.seen_at:%H:%M:%S} UTC"
+        table.add_row(replica.address, live, replica.model_version, str(replica.index_version), ready, failed, replica.config)
+    _out.print(table)
+    if len({replica.config for replica in found if replica.live}) > 1:
+        _out.print("[red]The live replicas differ in the settings that decide a slate:[/red] they answer differently.")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -182,17 +182,23 @@ WITH next AS (
 )
 INSERT INTO index_epochs (index_version, content_version, features_as_of, item_count)
 SELECT next.index_version, next.content_version,
-       (SELECT max(event_timestamp) FROM item_popularity), (SELECT count(*) FROM items WHERE NOT removed)
+       coalesce(%(as_of)s, (SELECT e.features_as_of FROM index_epochs e WHERE e.index_version = next.index_version - 1)),
+       (SELECT count(*) FROM items WHERE NOT removed)
 FROM next RETURNING index_version
 """
 
 
-def publish_epoch(connection: Connection[TupleRow]) -> int:
-    """Publishes the catalogue and the newest popularity snapshot as a new index epoch, in the caller's transaction.
+def publish_epoch(connection: Connection[TupleRow], features_as_of: datetime | None = None) -> int:
+    """Publishes the catalogue as a new index epoch, in the caller's transaction.
+
+    Args:
+        connection: of a transaction.
+        features_as_of: the feature snapshot (``item_popularity``, ``user_profile``) the epoch ranks with; by default that of the
+            epoch before it, so that a re-described item does not change whom it is ranked for.
 
     Returns:
         The new ``index_version``. Descriptions and reference prices of the epoch never change afterwards.
     """
-    row = connection.execute(_PUBLISH).fetchone()
+    row = connection.execute(_PUBLISH, {"as_of": features_as_of}).fetchone()
     assert row is not None
     return int(row[0])

@@ -36,6 +36,7 @@ class ItemTable:
         age_days: float32[n], days from listing to the popularity snapshot, at least 0.
         relation_from, relation_to, relation_weight: knowledge-graph edges between rows, sorted by source row.
         listed_days: float64[n], when each item was listed, in days since 1970.
+        features_as_of: the feature snapshot the epoch ranks with, of items and of customers; None before the first.
     """
 
     index_version: int
@@ -54,6 +55,7 @@ class ItemTable:
     relation_to: IntArray
     relation_weight: FloatArray
     listed_days: npt.NDArray[np.float64]
+    features_as_of: datetime | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,7 +96,7 @@ def load_item_table(connection: Connection[TupleRow], index_version: int | None 
     items = connection.execute(_ITEMS, {"version": index_version, "as_of": as_of}).fetchall()
     edges = connection.execute(_RELATIONS, [index_version]).fetchall()
     as_of_day = ((as_of or (epoch[1] if epoch else datetime.now(UTC))).timestamp()) / 86400.0
-    return _build(index_version, items, edges, as_of_day)
+    return replace(_build(index_version, items, edges, as_of_day), features_as_of=as_of)
 
 
 def _build(index_version: int, items: Sequence[TupleRow], edges: Sequence[TupleRow], as_of_day: float) -> ItemTable:

@@ -100,8 +100,25 @@ GROUP BY i.item_id
 """
 
 
+# Of two snapshots being taken the second waits, in the transaction that decides whether its time is free.
+_TURN = "SELECT pg_advisory_xact_lock(hashtext('concord feature snapshots'))"
+_REFERRED = "SELECT 1 FROM index_epochs WHERE features_as_of = %s LIMIT 1"
+_COUNTS = (
+    "SELECT (SELECT count(*) FROM user_profile WHERE event_timestamp = %(as_of)s), "
+    "(SELECT count(*) FROM item_popularity WHERE event_timestamp = %(as_of)s)"
+)
+
+
 def take_snapshot(connection: Connection[TupleRow], as_of: datetime) -> SnapshotReport:
-    """Computes ``user_profile`` and ``item_popularity`` from the events up to and including ``as_of``; repeating it replaces."""
+    """Computes ``user_profile`` and ``item_popularity`` from the events up to and including ``as_of``.
+
+    Repeating it replaces the snapshot, unless an index epoch ranks with it: what slates were computed from stays as it was.
+    """
+    connection.execute(_TURN)
+    if connection.execute(_REFERRED, [as_of]).fetchone():
+        counts = connection.execute(_COUNTS, {"as_of": as_of}).fetchone()
+        assert counts is not None
+        return SnapshotReport(as_of, counts[0], counts[1])
     for table in ("user_profile", "item_popularity"):
         connection.execute(f"DELETE FROM {table} WHERE event_timestamp = %s", [as_of])  # noqa: S608 - constant names
     parameters = {"as_of": as_of, "actions": list(ACTION_WEIGHT), "weights": list(ACTION_WEIGHT.values())}
@@ -125,6 +142,14 @@ def newest_event_time(connection: Connection[TupleRow]) -> datetime | None:
     return row[0] if row else None
 
 
+def free_time(connection: Connection[TupleRow], as_of: datetime) -> datetime:
+    """Returns ``as_of``, or the first microsecond after it that no index epoch refers to, and keeps other snapshots waiting."""
+    connection.execute(_TURN)
+    while connection.execute(_REFERRED, [as_of]).fetchone():
+        as_of += timedelta(microseconds=1)
+    return as_of
+
+
 def materialize(settings: Settings, *, as_of: datetime | None = None, progress: Progress = lambda _s, _d, _t: None) -> MaterializeReport:
     """Takes a snapshot, publishes an index epoch over it, and writes all views to the online store.
 
@@ -133,15 +158,16 @@ def materialize(settings: Settings, *, as_of: datetime | None = None, progress: 
 
     Args:
         settings: where PostgreSQL, Redis and the Feast project are.
-        as_of: snapshot time; by default that of the newest event (so that windows of an imported history are not empty).
+        as_of: snapshot time; by default that of the newest event (so that windows of an imported history are not empty). A time
+            that an epoch already ranks with is moved on by a microsecond, so that answers of that epoch stay reproducible.
         progress: called per stage and batch.
     """
     with psycopg.connect(settings.postgres_dsn) as connection:
-        as_of = as_of or newest_event_time(connection) or datetime.now(UTC)
+        as_of = free_time(connection, as_of or newest_event_time(connection) or datetime.now(UTC))
         progress("snapshot", 0, 1)
         snapshot = take_snapshot(connection, as_of)
         progress("snapshot", 1, 1)
-        index_version = publish_epoch(connection)
+        index_version = publish_epoch(connection, as_of)
     store = feature_store(settings)
     _materialize_views(store, as_of, progress)
     users = rebuild_users(settings, store, progress=progress)

@@ -162,7 +162,7 @@ def load_settings(kind: type[T]) -> T:
     try:
         return kind()
     except ValidationError as error:
-        problems = [f"{_PREFIX}{'.'.join(str(p) for p in e['loc'][:1]).upper()}: {e['msg']}" for e in error.errors()]
+        problems = [": ".join([*(f"{_PREFIX}{str(name).upper()}" for name in e["loc"][:1]), e["msg"]]) for e in error.errors()]
         raise SettingsError("invalid setting " + "; ".join(problems)) from None
 
 

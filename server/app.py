@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import signal
+import socket
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -16,24 +18,28 @@ from features.layout import load_layouts
 from features.store import feature_store
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
-from server.database import postgres_pool, redis_client
+from server.database import RECORD_AWAY, postgres_breaker, postgres_pool, redis_breaker, redis_client
+from server.errors import ConcordError
 from server.fleet import FleetWatch
 from server.ingest.identities import Identities
 from server.ingest.recorder import EventRecorder
 from server.ingest.recovery import Recovery
 from server.ingest.writer import EventWriter
 from server.journal.exposures import Journal
+from server.membership import Membership
 from server.metrics import Metrics, serve_metrics
 from server.models import BundleLoader, Models
 from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.online.store import OnlineStore
-from server.recommend.compute import Policy
+from server.recommend.compute import Policy, policy_fingerprint, rehearse
 from server.recommend.profiles import Profiles
-from server.recommend.recommender import Recommender
+from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import SnapshotBuilder
 from server.rpc.ports import Services
 from server.rpc.server import build_server
+from server.security.audit import AdminAudit
+from server.security.gate import open_gate
 from server.settings import ServerSettings
 
 _log = structlog.get_logger(__name__)
@@ -62,10 +68,12 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
     layouts = await asyncio.to_thread(load_layouts, store)
     codec = UserStateCodec(layouts, settings.project)
     async with contextlib.AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(postgres_pool(settings))
+        record_breaker = postgres_breaker(settings, partial(metrics.set_breaker, "record"))
+        pool = await stack.enter_async_context(postgres_pool(settings, record_breaker))
         client = redis_client(settings)
         stack.push_async_callback(client.aclose)
-        online = OnlineStore(client, codec)
+        online_breaker = redis_breaker(settings, client, partial(metrics.set_breaker, "online"))
+        online = OnlineStore(client, codec, online_breaker)
         states = UserStates(pool, online, codec)
         identities = Identities(pool, online, states, new_user_id=_new_user_id)
         writer = EventWriter(pool, states, new_user_id=_new_user_id)
@@ -73,13 +81,27 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
         )
         loader = BundleLoader(settings, store, provider=settings.onnx_provider, threads=settings.onnx_threads)
-        fleet = FleetWatch(pool, online, SnapshotBuilder(pool, dsn=settings.postgres_dsn), loader, metrics)
+        policy = Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
+        members = Membership(
+            pool,
+            replica_id=uuid.uuid4().hex,
+            config=policy_fingerprint(policy, hide_out_of_stock=settings.hide_out_of_stock, onnx_threads=settings.onnx_threads),
+            pause_seconds=settings.refresh_seconds,
+            epoch_wait_seconds=settings.epoch_wait_seconds,
+        )
+        builder = SnapshotBuilder(pool, dsn=settings.postgres_dsn)
+        fleet = FleetWatch(members, online, builder, loader, metrics, rehearse=lambda snapshot: rehearse(snapshot, policy))
+        stack.push_async_callback(fleet.leave)
         journal = Journal(pool, metrics, bound=settings.journal_queue, pause_seconds=settings.journal_seconds, new_id=uuid.uuid4)
         stack.push_async_callback(journal.flush)
-        features = FeatureReader(client, states, identities, store=store, layouts=layouts, project=settings.project, now=_now)
+        features = FeatureReader(
+            client, online_breaker, states, identities, store=store, layouts=layouts, project=settings.project, now=_now
+        )
         catalog = Catalog(pool, fleet, dsn=settings.postgres_dsn, epoch_seconds=settings.epoch_seconds)
         recovery = Recovery(pool, states, online, metrics, after_seconds=settings.recovery_seconds)
-        recommender = Recommender(
+        online_breaker.catch_up = partial(_caught_up, recovery, fleet)
+        recommender = recommender_of(
+            settings,
             identities=identities,
             states=states,
             online=online,
@@ -87,12 +109,13 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             offers=Offers(pool),
             journal=journal,
             metrics=metrics,
-            policy=Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category),
-            slate_ttl_seconds=settings.slate_ttl_seconds,
-            hide_out_of_stock=settings.hide_out_of_stock,
+            policy=policy,
             now=_now,
         )
+        gate, keys = open_gate(settings, pool, now=_now)
         loops = (
+            record_breaker.run(),
+            online_breaker.run(),
             recorder.run(),
             writer.run(),
             recovery.run(),
@@ -100,6 +123,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
+            *([keys.run()] if keys else []),
         )
         for loop in loops:
             task = asyncio.create_task(loop)
@@ -113,8 +137,20 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog=catalog,
             features=features,
             models=Models(fleet, dsn=settings.postgres_dsn),
+            gate=gate,
+            audit=AdminAudit(pool),
         )
         yield Rooms(services, fleet)
+
+
+async def _caught_up(recovery: Recovery, fleet: FleetWatch) -> bool:
+    """Brings Redis up to PostgreSQL after it was away: customers whose writes it missed, and the fleet's pointers."""
+    try:
+        caught_up = await recovery.catch_up()
+        await fleet.sync()
+    except (*RECORD_AWAY, ConcordError):
+        return False
+    return caught_up
 
 
 def _report(task: "asyncio.Task[None]") -> None:
@@ -128,12 +164,13 @@ async def _ended(task: "asyncio.Task[None]") -> None:
     await asyncio.wait([task])
 
 
-async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None]) -> None:
+async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int], None]) -> None:
     """Runs a server until SIGTERM or SIGINT, then lets calls in flight finish.
 
     Args:
         settings: everything the server can be told.
-        announce: called once with the gRPC port and the metrics port (-1 when off) when the server answers.
+        announce: called once with the gRPC port, the admin port (the same where there is one) and the metrics port (-1 when off)
+            when the server answers.
     """
     registry = CollectorRegistry()
     metrics = Metrics(registry)
@@ -145,9 +182,9 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None
         async with open_rooms(settings, metrics) as rooms:
             server = build_server(rooms.services, settings, metrics, _log)
             await server.start()
-            await _warm_up(rooms.fleet)
+            await _join(rooms.fleet, settings.host, server.port)
             await server.set_serving(True)
-            announce(server.port, endpoint.port if endpoint else -1)
+            announce(server.port, server.admin_port, endpoint.port if endpoint else -1)
             await stop.wait()
             _log.info("draining", seconds=settings.drain_seconds)
             await server.set_serving(False)
@@ -157,8 +194,9 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int], None
             endpoint.close()
 
 
-async def _warm_up(fleet: FleetWatch) -> None:
-    """Loads what the fleet answers with before the first call: model, index and their sessions."""
-    snapshot = await fleet.ensure(await fleet.sync())
+async def _join(fleet: FleetWatch, host: str, port: int) -> None:
+    """Loads what the fleet answers with before the first call, under the address by which the others name this replica."""
+    name = socket.gethostname() if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared with, not bound to
+    snapshot = await fleet.join(f"{name}:{port}")
     provider = snapshot.model.provider if snapshot.model else "none"
     _log.info("ready", model_version=snapshot.model_version, index_version=snapshot.index_version, onnx_provider=provider)

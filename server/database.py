@@ -1,30 +1,109 @@
-"""Connections: one PostgreSQL pool and one Redis client per process, with explicit timeouts and no hidden retries."""
+"""Connections: one PostgreSQL pool and one Redis client per process, with explicit timeouts, breakers and no hidden retries."""
 
+import asyncio
+from collections.abc import Callable
+from math import inf
+
+import psycopg
 import redis.asyncio
+import redis.exceptions
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, TooManyRequests
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from server.online.breaker import BreakerRules, CircuitBreaker
 from server.settings import ServerSettings
 
 Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]
 
 
-def postgres_pool(settings: ServerSettings) -> Pool:
+# Redis connections of one process, and so calls to it at a time.
+_REDIS_CONNECTIONS = 64
+# A caller who gave up after this long speaks against PostgreSQL; waiting for a busy pool is usually shorter.
+_HANG_SECONDS = 0.4
+
+# What the stores raise when they cannot answer now. A call refused by its breaker raises one of them too.
+ONLINE_AWAY = (redis.exceptions.RedisError,)
+RECORD_AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
+
+
+class GuardedPool(Pool):
+    """A pool whose connections are refused at once while PostgreSQL is away."""
+
+    breaker: CircuitBreaker
+
+    async def getconn(self, timeout: float | None = None) -> AsyncConnection[TupleRow]:  # noqa: ASYNC109 - as in the base class
+        """Returns a connection that was just checked; raises OperationalError when PostgreSQL gives none."""
+        async with self.breaker.call():
+            return await super().getconn(timeout)
+
+
+def postgres_breaker(settings: ServerSettings, on_change: Callable[[bool], None]) -> CircuitBreaker:
+    """Returns the breaker for PostgreSQL; only taking a connection passes it, and a slow success is no failure (pools get busy)."""
+
+    async def probe() -> None:
+        connection = await AsyncConnection.connect(settings.postgres_dsn, autocommit=True)
+        try:
+            await connection.execute("SELECT 1")
+        finally:
+            await connection.close()
+
+    rules = BreakerRules(
+        failures=settings.breaker_failures,
+        slow_seconds=inf,
+        hang_seconds=_HANG_SECONDS,
+        pause_seconds=settings.breaker_pause_seconds,
+        probe_seconds=1.0,
+        is_failure=lambda error: isinstance(error, RECORD_AWAY) and not isinstance(error, TooManyRequests),
+        refusal=lambda: psycopg.OperationalError("PostgreSQL is away"),
+    )
+    return CircuitBreaker(rules, probe=probe, on_change=on_change)
+
+
+def redis_breaker(settings: ServerSettings, client: "redis.asyncio.Redis", on_change: Callable[[bool], None]) -> CircuitBreaker:
+    """Returns the breaker all calls to Redis pass. Refusals and lost connections count; an answer that says no does not."""
+
+    async def probe() -> None:
+        await client.execute_command("PING")  # type: ignore[no-untyped-call]
+
+    rules = BreakerRules(
+        failures=settings.breaker_failures,
+        slow_seconds=settings.redis_slow_seconds,
+        hang_seconds=settings.redis_slow_seconds,
+        pause_seconds=settings.breaker_pause_seconds,
+        probe_seconds=settings.redis_slow_seconds,
+        is_failure=lambda error: isinstance(
+            error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError | redis.exceptions.ClusterDownError
+        ),
+        refusal=lambda: redis.exceptions.ConnectionError("Redis is away"),
+    )
+    return CircuitBreaker(rules, probe=probe, concurrency=_REDIS_CONNECTIONS, on_change=on_change)
+
+
+async def _checked(connection: AsyncConnection[TupleRow]) -> None:
+    """A stopped PostgreSQL answers no check, and a statement timeout is the server's: so a limit of our own."""
+    async with asyncio.timeout(_HANG_SECONDS):
+        await AsyncConnectionPool.check_connection(connection)
+
+
+def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
     """Returns a closed pool; a connection is checked when taken, so a restarted PostgreSQL costs no failed call later on."""
     milliseconds = int(settings.postgres_timeout_seconds * 1000)
-    return AsyncConnectionPool(
+    pool = GuardedPool(
         settings.postgres_dsn,
         min_size=2,
         max_size=settings.postgres_pool_size,
         timeout=settings.postgres_timeout_seconds,
+        max_waiting=settings.postgres_waiting,
         open=False,
-        check=AsyncConnectionPool.check_connection,
+        check=_checked,
         kwargs={"options": f"-c statement_timeout={milliseconds} -c timezone=UTC", "connect_timeout": 3},
         name="concord",
     )
+    pool.breaker = breaker
+    return pool
 
 
 def redis_client(settings: ServerSettings) -> "redis.asyncio.Redis":
@@ -34,6 +113,6 @@ def redis_client(settings: ServerSettings) -> "redis.asyncio.Redis":
         socket_timeout=settings.redis_timeout_seconds,
         socket_connect_timeout=settings.redis_timeout_seconds,
         retry=Retry(NoBackoff(), 0),
-        max_connections=64,
+        max_connections=_REDIS_CONNECTIONS,
     )
     return client

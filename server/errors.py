@@ -5,6 +5,8 @@ ConcordError
 ├── NotFoundError                something named in the request does not exist       NOT_FOUND
 ├── PreconditionError            the request is fine, the state is not               FAILED_PRECONDITION
 ├── ConflictError                a concurrent change won; start again                ABORTED
+├── UnauthenticatedError         the caller did not prove who it is                  UNAUTHENTICATED
+├── ForbiddenError               the caller is known but may not do this             PERMISSION_DENIED
 ├── OverloadedError              a bounded queue is full; try again after a pause    RESOURCE_EXHAUSTED
 └── UnavailableError             a store or the model cannot answer now; retry       UNAVAILABLE
     └── StaleStateError          the state a token asks for is not visible in time   UNAVAILABLE
@@ -45,8 +47,24 @@ class ConflictError(ConcordError):
     """A concurrent change won; start again from the call that gave the token."""
 
 
+class UnauthenticatedError(ConcordError):
+    """The caller brought no valid credentials; the message never says what was wrong with a secret."""
+
+
+class ForbiddenError(ConcordError):
+    """The caller is known but lacks the right; nothing was done."""
+
+
 class OverloadedError(ConcordError):
-    """A bounded queue is full; nothing was done, and trying again after a pause is safe."""
+    """A bounded queue is full or a limit reached; nothing was done, and trying again after a pause is safe.
+
+    Attributes:
+        pause_seconds: how long to wait, None to leave it to the table of statuses.
+    """
+
+    def __init__(self, message: str, *, reason: str, pause_seconds: float | None = None) -> None:
+        super().__init__(message, reason=reason)
+        self.pause_seconds = pause_seconds
 
 
 class UnavailableError(ConcordError):

@@ -23,6 +23,7 @@ STAGES = (
     "offers",
     "answer",
 )
+_STORES = {"online": "Redis", "record": "PostgreSQL"}
 INGEST_STAGES = ("queue", "commit", "online_write")
 
 # 0.25 ms to 10 s: a slate hit takes under 1 ms, a miss some tens, and no call outlives the default deadline by much.
@@ -39,6 +40,7 @@ class Metrics:
             "concord_rpc_seconds", "Time from request to answer.", ["method", "channel"], buckets=_BUCKETS, registry=registry
         )
         self._in_flight = Gauge("concord_rpc_in_flight", "Calls being answered now.", registry=registry)
+        self._shed = Counter("concord_rpc_shed", "Calls refused unread because too many were in flight.", registry=registry)
         self._stage = Histogram(
             "concord_stage_seconds", "Time of one stage of a recommendation.", ["stage"], buckets=_BUCKETS, registry=registry
         )
@@ -51,6 +53,15 @@ class Metrics:
             self._ingest_stage.labels(name)
         self._slates = Counter("concord_slate", "Slates asked for, by whether one stood committed.", ["result"], registry=registry)
         self._hits, self._misses = self._slates.labels("hit"), self._slates.labels("miss")
+        self._degraded = Counter("concord_degraded_answers", "Answers flagged degraded, by reason.", ["reason"], registry=registry)
+        self._breaker_open = {
+            store: Gauge(f"concord_{store}_breaker_open", f"1 while calls to {what} are refused at once.", registry=registry)
+            for store, what in _STORES.items()
+        }
+        self._breaker_opened = {
+            store: Counter(f"concord_{store}_breaker_opened", f"Times {what} was found to be away.", registry=registry)
+            for store, what in _STORES.items()
+        }
         self._events = Counter("concord_ingest_events", "Events received, by what became of them.", ["status"], registry=registry)
         self._journal = Counter(
             "concord_journal", "Exposures written, or dropped because the queue was full.", ["result"], registry=registry
@@ -62,11 +73,17 @@ class Metrics:
             "concord_active_model_info", "1 for the model version this process answers with.", ["version"], registry=registry
         )
         self._active = ""
+        self._load_failures = Counter("concord_model_load_failures", "Models that could not be loaded here, each try.", registry=registry)
+        self._replicas = Gauge("concord_replicas", "Live replicas of the fleet, as this process sees it.", registry=registry)
 
     def observe_rpc(self, method: str, code: str, *, channel: str, seconds: float) -> None:
         """Counts one answered call; ``channel`` must be a registered channel or empty, so that labels stay bounded."""
         self._rpc_count.labels(method, code, channel).inc()
         self._rpc_seconds.labels(method, channel).observe(seconds)
+
+    def call_shed(self) -> None:
+        """A call was refused unread because too many were in flight."""
+        self._shed.inc()
 
     def call_started(self) -> None:
         """One more call is being answered."""
@@ -101,6 +118,16 @@ class Metrics:
         """A slate had to be computed."""
         self._misses.inc()
 
+    def degraded(self, reason: str) -> None:
+        """Counts an answer flagged degraded, once for each reason."""
+        self._degraded.labels(reason).inc()
+
+    def set_breaker(self, store: str, is_open: bool) -> None:
+        """Notes that the breaker of ``online`` (Redis) or ``record`` (PostgreSQL) opened or closed."""
+        self._breaker_open[store].set(is_open)
+        if is_open:
+            self._breaker_opened[store].inc()
+
     def events(self, status: str, count: int = 1) -> None:
         """Counts events by status: stored, duplicate or rejected."""
         self._events.labels(status).inc(count)
@@ -124,6 +151,14 @@ class Metrics:
         if version:
             self._model.labels(version).set(1)
         self._active = version
+
+    def model_load_failed(self) -> None:
+        """Counts a model that could not be loaded; the process goes on with the one it has."""
+        self._load_failures.inc()
+
+    def set_replicas(self, count: int) -> None:
+        """Sets how many replicas live."""
+        self._replicas.set(count)
 
 
 def _keep_values_in_memory() -> None:

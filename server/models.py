@@ -1,8 +1,9 @@
-"""The registry's door for operators: list, look up and activate model versions."""
+"""The registry's door for operators: list, look up and activate model versions; and what opens a published bundle here."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TypeVar
 
 import psycopg
@@ -11,19 +12,24 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from features import models
-from features.bundle import fetch
-from features.models import Activation, ModelVersion, UnknownModelError
+from features.bundle import BundleError, fetch
+from features.models import Activation, ActivationInProgressError, ModelVersion, OnUnready, ReplicaUnreadyError, UnknownModelError
+from features.replicas import Replica, list_replicas
 from features.settings import Settings
 from features.store import unmet
-from server.errors import NotFoundError, PreconditionError, UnavailableError
+from server.errors import ConflictError, NotFoundError, PreconditionError, UnavailableError
 from server.fleet import FleetWatch
 from server.inference.model import LoadedModel, load_model
 
 T = TypeVar("T")
+_PAUSE_SECONDS = 0.1  # between looks at what the replicas report
 
 
 class BundleLoader:
-    """Brings a published bundle to this machine and opens it. Called with a model version; everything runs off the event loop."""
+    """Brings a published bundle to this machine and opens it. Called with a model version; everything runs off the event loop.
+
+    Not at a lower priority: ONNX Runtime's threads would inherit it for as long as the model answers.
+    """
 
     def __init__(self, settings: Settings, store: FeatureStore, *, provider: str, threads: int) -> None:
         self._settings = settings
@@ -47,7 +53,10 @@ class BundleLoader:
             except UnknownModelError as error:
                 raise UnavailableError(str(error), reason="MODEL_UNAVAILABLE") from None
         folder = self._settings.data_dir / "bundles" / model_version
-        manifest = fetch(published.uri, Path(folder))
+        try:
+            manifest = fetch(published.uri, Path(folder))
+        except OSError as error:
+            raise BundleError(f"{model_version}: cannot be kept here: {error.strerror}") from error
         self._store.refresh_registry()
         if missing := unmet(manifest.contract, self._store):
             raise UnavailableError(
@@ -58,7 +67,7 @@ class BundleLoader:
 
 
 class Models:
-    """Operators' calls on the registry."""
+    """Operators' calls on the registry and the fleet."""
 
     def __init__(self, fleet: FleetWatch, *, dsn: str) -> None:
         self._fleet = fleet
@@ -82,23 +91,52 @@ class Models:
         """Returns the version the fleet answers with, None while there is none."""
         return next((model for model in await self._call(models.list_models) if model.active), None)
 
-    async def activate(self, model_version: str) -> Activation:
-        """Loads a version here, and only then moves the fleet's pointer to it.
+    async def replicas(self) -> Sequence[Replica]:
+        """Returns the replicas by their last reports."""
+        return await self._call(list_replicas)
+
+    async def activate(self, model_version: str, *, on_unready: OnUnready, wait_seconds: float) -> Activation:
+        """Has every live replica load a version, and only then moves the fleet's pointer to it, in PostgreSQL, then in Redis.
+
+        When it returns, every call that starts later is answered by this version.
 
         Raises:
             NotFoundError: it is not published.
-            PreconditionError: this replica cannot load it (BUNDLE_INVALID, CONTRACT_UNMET); the pointer stays where it is.
+            ConflictError: another activation is in progress.
+            PreconditionError: this replica cannot load it (BUNDLE_INVALID, CONTRACT_UNMET), or another cannot or has not
+                answered within ``wait_seconds`` (REPLICA_UNREADY); the pointer stays where it is.
         """
         try:
-            await self._call(lambda connection: models.find_model(connection, model_version))
-            await self._fleet.preload(model_version)
-            activation = await self._call(lambda connection: models.activate(connection, model_version))
+            claimed = await self._call(lambda connection: models.claim(connection, model_version))
+            try:
+                activation = await self._rollout(model_version, claimed, on_unready, monotonic() + wait_seconds)
+            finally:
+                await self._call(lambda connection: models.abandon(connection, claimed))
         except UnknownModelError as error:
             raise NotFoundError(str(error), reason="MODEL_UNKNOWN", field="model_version") from None
-        except UnavailableError as error:
-            raise PreconditionError(str(error), reason=error.reason, field="model_version") from None
+        except ActivationInProgressError as error:
+            raise ConflictError(str(error), reason="ACTIVATION_IN_PROGRESS", field="model_version") from None
+        except ReplicaUnreadyError as error:
+            raise PreconditionError(str(error), reason="REPLICA_UNREADY", field="model_version") from None
         await self._fleet.sync()
         return activation
+
+    async def _rollout(self, model_version: str, claimed: str, on_unready: OnUnready, until: float) -> Activation:
+        preparing = asyncio.ensure_future(self._fleet.prepared(model_version))
+        try:
+            while True:
+                outcome = await self._call(lambda connection: models.attempt(connection, model_version, claimed))
+                if isinstance(outcome, Activation):
+                    return outcome
+                if on_unready is OnUnready.FAIL and preparing.done() and (reason := preparing.result()):
+                    code, _, message = reason.partition(": ")
+                    raise PreconditionError(message, reason=code, field="model_version")
+                # A bundle that nobody can load is better told by this replica's own verdict: others' words wait for it.
+                if preparing.done() or monotonic() > until:
+                    models.judge(model_version, outcome, on_unready=on_unready, late=monotonic() > until)
+                await asyncio.sleep(_PAUSE_SECONDS)
+        finally:
+            preparing.cancel()
 
     async def _call(self, act: Callable[[Connection[TupleRow]], T]) -> T:
         def run() -> T:

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from features.settings import Settings
+from server.security.settings import SecuritySettings
 
 
-class ServerSettings(Settings):
+class ServerSettings(SecuritySettings):
     """Everything ``concord serve`` can be told."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces.")
@@ -22,12 +22,29 @@ class ServerSettings(Settings):
         3.0, gt=0, description="Timeout of a PostgreSQL statement and of waiting for a connection, in seconds."
     )
     postgres_pool_size: int = Field(8, ge=2, description="PostgreSQL connections per server process.")
+    postgres_waiting: int = Field(
+        256, ge=1, description="Calls waiting for a PostgreSQL connection; beyond it they are answered RESOURCE_EXHAUSTED."
+    )
+    breaker_failures: int = Field(5, ge=1, description="Calls to a store that fail in a row before further ones are refused at once.")
+    breaker_pause_seconds: float = Field(0.5, gt=0, description="Pause between probes of a store that is away, in seconds.")
+    redis_slow_seconds: float = Field(
+        0.15, gt=0, description="A Redis round trip longer than this, in seconds, counts as failed for the circuit breaker."
+    )
     onnx_provider: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto uses CUDA where it works; cuda refuses to start without it."
     )
     onnx_threads: int = Field(2, ge=1, le=64, description="Threads of one inference; equal on all replicas, since bits may depend on it.")
     slate_ttl_seconds: float = Field(900.0, gt=0, description="How long a committed slate stands, in seconds.")
     slate_size: int = Field(200, ge=1, le=256, description="Items in a slate; filters and paging act within it.")
+    compute_threads: int = Field(2, ge=1, le=64, description="Slates computed at a time in one server process.")
+    compute_waiting: int = Field(
+        64, ge=0, description="Slates waiting to be computed; beyond it the last known slate is answered, or RESOURCE_EXHAUSTED."
+    )
+    apart_reads: int = Field(4, ge=1, description="Calls answered from PostgreSQL at a time while Redis is away.")
+    apart_waiting: int = Field(64, ge=0, description="Calls waiting for that; beyond it as for compute_waiting.")
+    known_slates: int = Field(
+        10_000, ge=0, description="Slates remembered in each server process, to be answered flagged stale when nothing else is left."
+    )
     exclude_purchased: bool = Field(True, description="Leave items the customer already bought out of slates.")
     max_per_category: int = Field(4, ge=1, description="At most this many items of one category among any 10 consecutive places.")
     hide_out_of_stock: bool = Field(True, description="Leave items out of stock out of answers; otherwise they are flagged.")
@@ -39,3 +56,6 @@ class ServerSettings(Settings):
     registry_seconds: float = Field(60.0, gt=0, description="Pause between looks at the Feast registry, in seconds.")
     recovery_seconds: float = Field(2.0, gt=0, description="Age at which a customer whose online state lags is recomputed, in seconds.")
     epoch_seconds: float = Field(1.0, gt=0, description="Shortest time between index epochs while items change, in seconds.")
+    epoch_wait_seconds: float = Field(
+        2.0, ge=0, description="How long a new index epoch waits for replicas that have not built it before it answers, in seconds."
+    )

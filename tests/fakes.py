@@ -16,7 +16,8 @@ from features.behaviour import Activity, Behaviour
 from features.candidates import Source
 from features.catalogue import Item, Relation, UpsertResult
 from features.layout import FeatureValue, Status
-from features.models import Activation, ModelVersion
+from features.models import Activation, ModelVersion, OnUnready
+from features.replicas import Replica
 from server.domain import (
     Answer,
     CustomerProfile,
@@ -37,6 +38,8 @@ from server.domain import (
 from server.metrics import Metrics
 from server.rpc.ports import Services
 from server.rpc.server import GrpcServer, build_server
+from server.security.audit import AuditEntry
+from server.security.gate import Gate
 from server.settings import ServerSettings
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -234,9 +237,32 @@ class FakeModels(Script):
         await self.play(())
         return next((model for model in self.models if model.active), None)
 
-    async def activate(self, model_version: str) -> Activation:
-        await self.play(model_version)
+    async def activate(self, model_version: str, *, on_unready: OnUnready, wait_seconds: float) -> Activation:
+        await self.play((model_version, on_unready, wait_seconds))
         return Activation(model_version, "m1", 5)
+
+    async def replicas(self) -> "list[Replica]":
+        await self.play(())
+        return [Replica("r1", "10.0.0.1:50051", NOW, NOW, True, "m1", 4, 2, {"m1": [1, 2]}, {"m2": "BUNDLE_INVALID: no"}, "c1")]
+
+
+@dataclass
+class FakeAudit:
+    """Keeps what is noted; ``error`` makes it fail as a store that is away would."""
+
+    entries: "list[AuditEntry]" = field(default_factory=list)
+    error: Exception | None = None
+
+    async def require(self, entry: AuditEntry) -> None:
+        if self.error is not None:
+            raise self.error
+        self.entries.append(entry)
+
+    async def note(self, entry: AuditEntry) -> None:
+        self.entries.append(entry)
+
+    async def note_refusal(self, entry: AuditEntry, *, at: float) -> None:
+        self.entries.append(entry)
 
 
 @dataclass
@@ -250,6 +276,8 @@ class Fakes:
     catalog: FakeCatalog = field(default_factory=FakeCatalog)
     features: FakeFeatures = field(default_factory=FakeFeatures)
     models: FakeModels = field(default_factory=FakeModels)
+    gate: Gate = field(default_factory=lambda: Gate(open_to_all=True))
+    audit: FakeAudit = field(default_factory=FakeAudit)
 
     def services(self) -> Services:
         return Services(
@@ -260,6 +288,8 @@ class Fakes:
             catalog=self.catalog,
             features=self.features,
             models=self.models,
+            gate=self.gate,
+            audit=self.audit,
         )
 
 
@@ -287,7 +317,7 @@ async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **sett
     log = structlog.testing.CapturingLogger()
     server = build_server(
         fakes.services(),
-        ServerSettings(port=0, **settings),
+        ServerSettings(**({"port": 0, "admin_port": -1} | settings)),
         Metrics(registry),
         structlog.wrap_logger(log, wrapper_class=structlog.stdlib.BoundLogger, processors=[_keep]),
         now=lambda: NOW,

@@ -3,5 +3,6 @@
 from concord.client import Concord
 from concord.customers import Customer, user
 from concord.errors import ErrorDetails, error_details
+from concord.transport import tls
 
-__all__ = ["Concord", "Customer", "ErrorDetails", "error_details", "user"]
+__all__ = ["Concord", "Customer", "ErrorDetails", "error_details", "tls", "user"]

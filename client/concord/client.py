@@ -53,7 +53,9 @@ class Concord:
     Args:
         address: ``host:port``, or any gRPC target such as ``dns:///concord:50051``.
         channel: the registered name of this backend's channel, such as ``web``.
-        credentials: TLS credentials; None connects in plain text.
+        credentials: what secures the connection: ``tls(...)``, or any of gRPC's own; None connects in plain text.
+        api_key: the key that `concord keys create` printed, sent with every call. Over plain text everyone on the way can read it.
+        token: called before each call for the token (JWT) to send in its place, so that it can be renewed.
         timeout: seconds each call may take, retries included, unless the call names its own.
         remembered_customers: how many customers' tokens are kept; the least recently used go first.
         new_event_id: source of event ids.
@@ -65,6 +67,8 @@ class Concord:
         *,
         channel: str,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str = "",
+        token: Callable[[], str] | None = None,
         timeout: float = 1.0,
         remembered_customers: int = 10_000,
         new_event_id: Callable[[], UUID] = uuid4,
@@ -72,6 +76,7 @@ class Concord:
         self._address = address
         self._channel = channel
         self._credentials = credentials
+        self._bearer = token if token is not None else (lambda: api_key)
         self._timeout = timeout
         self._memory = TokenMemory(remembered_customers)
         self._new_event_id = new_event_id
@@ -249,7 +254,9 @@ class Concord:
         return answer
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        return await method(request, timeout=self._timeout if timeout is None else timeout)
+        bearer = self._bearer()
+        metadata = (("authorization", f"Bearer {bearer}"),) if bearer else None
+        return await method(request, timeout=self._timeout if timeout is None else timeout, metadata=metadata)
 
     def _completed(self, event: Event) -> Event:
         complete = Event()

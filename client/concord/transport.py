@@ -1,6 +1,9 @@
-"""How the client connects: retries, load balancing over replicas, reconnecting and keepalive."""
+"""How the client connects: TLS, retries, load balancing over replicas, reconnecting and keepalive."""
 
 import json
+from pathlib import Path
+
+import grpc
 
 # Every call of Concord is safe to retry, recording included, since this client gives each event an id. Only UNAVAILABLE is
 # retried: 4 attempts, and a bucket that stops retries once they exceed a tenth of the successes, so that a fleet of clients
@@ -36,3 +39,23 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 0),
 )
+
+
+def tls(
+    root_certificates: Path | None = None, *, certificate: Path | None = None, private_key: Path | None = None
+) -> grpc.ChannelCredentials:
+    """Returns TLS credentials from PEM files.
+
+    Args:
+        root_certificates: the authorities to trust; None: those gRPC brings along.
+        certificate: this client's certificate chain, for servers that ask for one; with ``private_key``.
+        private_key: its key.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: only one of certificate and key is given.
+    """
+    if (certificate is None) != (private_key is None):
+        raise ValueError("certificate and private_key go together")
+    root, key, chain = (path.read_bytes() if path else None for path in (root_certificates, private_key, certificate))
+    return grpc.ssl_channel_credentials(root, key, chain)

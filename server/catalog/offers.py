@@ -53,7 +53,11 @@ class Offers:
         self._lock = asyncio.Lock()
 
     async def at_least(self, offer_version: int) -> OfferTable:
-        """Returns the offers at ``offer_version`` or later, first applying the changes this replica has missed."""
+        """Returns the offers at ``offer_version`` or later, first applying the changes this replica has missed.
+
+        Raises:
+            psycopg.Error: PostgreSQL cannot say what changed; older prices are no answer.
+        """
         if self._table.offer_version < offer_version:
             async with self._lock:
                 if self._table.offer_version < offer_version:

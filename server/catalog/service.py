@@ -78,7 +78,7 @@ class Catalog:
         while True:
             try:
                 if await asyncio.to_thread(_publish_if_due, self._dsn, self._epoch_seconds):
-                    await self._fleet.sync()
+                    self._fleet.look()
             except psycopg.Error as error:
                 _log.warning("index epoch waits for PostgreSQL", error=type(error).__name__)
             await asyncio.sleep(self._epoch_seconds / 2)

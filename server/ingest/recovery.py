@@ -1,6 +1,7 @@
 """Recovery: customers whose online state lags (a process died, Redis was away) are recomputed from PostgreSQL."""
 
 import asyncio
+import contextlib
 
 import psycopg
 import redis.exceptions
@@ -13,6 +14,8 @@ from server.online.store import OnlineStore
 
 _log = structlog.get_logger(__name__)
 _BATCH = 500
+_CATCH_UP_SECONDS = 5.0  # beyond it Redis is used, and answers are flagged, while the rest is caught up
+_WAITING = "SELECT count(*) FROM online_outbox WHERE enqueued_at <= %s"
 _LAGGING = """
 SELECT user_id, extract(epoch FROM now() - enqueued_at)::double precision FROM online_outbox
 WHERE enqueued_at < now() - make_interval(secs => %s) ORDER BY enqueued_at LIMIT %s FOR UPDATE SKIP LOCKED
@@ -40,10 +43,31 @@ class Recovery:
             if recovered < _BATCH:
                 await asyncio.sleep(self._after / 2)
 
-    async def recover(self) -> int:
-        """Recomputes one batch of lagging customers; returns how many there were."""
+    async def catch_up(self) -> bool:
+        """Recovers everybody whose state lags now, whoever takes them; returns False when that takes too long.
+
+        Raises:
+            psycopg.Error, redis.exceptions.RedisError: a store is away (again).
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CATCH_UP_SECONDS):
+                async with self._pool.connection() as connection:
+                    now = await (await connection.execute("SELECT clock_timestamp()")).fetchone()
+                while True:
+                    if await self.recover(after_seconds=0.0):
+                        continue
+                    async with self._pool.connection() as connection:
+                        left = await (await connection.execute(_WAITING, now)).fetchone()
+                    if left == (0,):
+                        return True
+                    await asyncio.sleep(0.02)  # another replica holds the rest
+        return False
+
+    async def recover(self, *, after_seconds: float | None = None) -> int:
+        """Recomputes one batch of customers lagging for longer than ``after_seconds``; returns how many there were."""
+        after = self._after if after_seconds is None else after_seconds
         async with self._pool.connection() as connection, connection.transaction():
-            rows = await (await connection.execute(_LAGGING, [self._after, _BATCH])).fetchall()
+            rows = await (await connection.execute(_LAGGING, [after, _BATCH])).fetchall()
             self._metrics.set_online_lag(rows[0][1] if rows else 0.0)
             if not rows:
                 return 0

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import structlog
@@ -11,10 +11,13 @@ from feast.errors import FeatureServiceNotFoundException
 from redis.asyncio import Redis
 from sqlalchemy.exc import SQLAlchemyError
 
-from features.layout import FeatureValue, ViewLayout, entity_key, load_layouts
+from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
+from features.layout import FeatureValue, Status, ViewLayout, entity_key, load_layouts
+from server.database import ONLINE_AWAY
 from server.domain import EntityKey
-from server.errors import InvalidRequestError, NotFoundError
+from server.errors import InvalidRequestError, NotFoundError, UnavailableError
 from server.ingest.identities import Identities
+from server.online.breaker import CircuitBreaker
 from server.online.states import MergedError, UserStates
 
 _log = structlog.get_logger(__name__)
@@ -41,6 +44,7 @@ class FeatureReader:
     def __init__(
         self,
         client: Redis,
+        breaker: CircuitBreaker,
         states: UserStates,
         identities: Identities,
         *,
@@ -50,6 +54,7 @@ class FeatureReader:
         now: Callable[[], datetime],
     ) -> None:
         self._client = client
+        self._breaker = breaker
         self._states = states
         self._identities = identities
         self._store = store
@@ -65,18 +70,41 @@ class FeatureReader:
             NotFoundError: the registry has no such service, view or feature.
             InvalidRequestError: a feature is computed at request time, or an entity lacks the id a view needs.
             StaleStateError: the state an entity's token asks for does not exist (yet).
+            UnavailableError: Redis is away, and PostgreSQL does not keep these features in their online form.
         """
         names = tuple(refs) or self._services.get(service) or await self._service_refs(service)
         plan = self._plan(names)
+        try:
+            return await self._online(plan, entities)
+        except ONLINE_AWAY:
+            return [await self._recorded(plan, entity) for entity in entities]
+
+    async def _online(self, plan: _Plan, entities: Sequence[EntityKey]) -> list[FeatureRow]:
         users = [await self._user(entity) if "user_id" in plan.views else "" for entity in entities]
         keys = [self._keys(plan, k, user, entity.item_id) for k, (user, entity) in enumerate(zip(users, entities, strict=True))]
         pipeline = self._client.pipeline(transaction=False)
         for row in keys:
             for key, views in zip(row, plan.views.values(), strict=True):
                 pipeline.hmget(key, [field for view in views for field in view.hash_fields])  # type: ignore[arg-type]
-        replies = await pipeline.execute()
+        async with self._breaker.call():
+            replies = await pipeline.execute()
         width = len(plan.views)
         return [_row(plan, replies[k : k + width], self._now()) for k in range(0, len(replies), width)]
+
+    async def _recorded(self, plan: _Plan, entity: EntityKey) -> FeatureRow:
+        """Recomputes the views of a customer that the server itself writes; others exist online only."""
+        if any(ref.partition(":")[0] not in {ACTIVITY_VIEW, PROFILE_VIEW} for ref in plan.refs):
+            raise UnavailableError("these features can only be read online, and Redis is away", reason="ONLINE_STORE_UNAVAILABLE")
+        user_id = entity.user_id
+        try:
+            minimum = await self._identities.minimum_version(user_id, entity.token)
+            features = await self._states.recorded_at_least(user_id, minimum, now=self._now())
+        except MergedError as merged:
+            return await self._recorded(plan, replace(entity, user_id=merged.survivor))
+        except NotFoundError:
+            return FeatureRow({ref: FeatureValue(None, Status.MISSING, None) for ref in plan.refs})
+        parts = [ref.partition(":") for ref in plan.refs]
+        return FeatureRow({ref: features[view][name] for ref, (view, _, name) in zip(plan.refs, parts, strict=True)})
 
     async def run(self, pause_seconds: float) -> None:
         """Looks at the Feast registry again every so often, off the event loop: new views are served without a restart."""

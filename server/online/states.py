@@ -1,6 +1,7 @@
 """Customers' online state: read from Redis, recomputed from PostgreSQL when Redis lacks it or lags."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -8,12 +9,19 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, dict_row
 
 from features.activity import READ_STATE, UserState, UserStateCodec
-from features.layout import FeatureValue
+from features.layout import FeatureValue, ViewLayout
 from server.database import Pool
 from server.errors import NotFoundError, StaleStateError, UnavailableError
-from server.online.store import OnlineStore
+from server.online.store import Fleet, OnlineStore
 
 Features = dict[str, dict[str, FeatureValue]]
+
+# What OnlineStore.read tells, from PostgreSQL; one statement, so of one moment.
+_RECORDED = """
+SELECT f.model_version, f.activation, f.index_version, f.offer_version, u.version, u.merged_into
+FROM fleet_state f LEFT JOIN users u ON u.user_id = %s
+"""
+_PROFILE_AT = "SELECT * FROM user_profile WHERE user_id = %s AND event_timestamp = %s"
 
 
 class MergedError(Exception):
@@ -22,6 +30,14 @@ class MergedError(Exception):
     def __init__(self, survivor: str) -> None:
         super().__init__(survivor)
         self.survivor = survivor
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where a customer and the fleet stand in PostgreSQL; version 0 for the empty user id."""
+
+    user_version: int
+    fleet: Fleet
 
 
 class UserStates:
@@ -57,6 +73,59 @@ class UserStates:
         await self._online.write_users(states)
         return states[0].version
 
+    async def recorded(self, user_id: str) -> Recorded:
+        """Reads a customer's version and the fleet's versions from PostgreSQL, which is never behind any token.
+
+        Raises:
+            NotFoundError, MergedError: as ``rebuild``.
+        """
+        async with self._pool.connection() as connection:
+            row = await (await connection.execute(_RECORDED, [user_id])).fetchone()
+        assert row is not None
+        if user_id and row[4] is None:
+            raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
+        if row[5] is not None:
+            raise MergedError(row[5])
+        return Recorded(row[4] or 0, Fleet(*row[:4]))
+
+    async def recorded_features(self, user_id: str, *, now: datetime) -> Features:
+        """Recomputes all views of a customer in PostgreSQL, as they would stand in Redis, without touching Redis.
+
+        Raises:
+            NotFoundError, MergedError: as ``rebuild``.
+        """
+        while True:
+            async with self._pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
+                await cursor.execute(READ_STATE, [[user_id]])
+                row = await cursor.fetchone()
+            if row is not None:
+                break
+            await self.recorded(user_id)  # says why there is none; a customer created meanwhile is read again
+        activity, profile = self._codec.activity, self._codec.profile
+        absent = profile.decode([None] * len(profile.hash_fields), now)
+        known = _as_online(profile, row["profile"], row["profile_timestamp"], now) if row["profile"] is not None else absent
+        return {activity.name: _as_online(activity, row, row["event_timestamp"], now), profile.name: known}
+
+    async def recorded_at_least(self, user_id: str, minimum: int, *, now: datetime) -> Features:
+        """Recomputes all views of a customer, as ``recorded_features``, at ``minimum`` or a later version.
+
+        Raises:
+            StaleStateError: PostgreSQL itself does not hold that version.
+            NotFoundError, MergedError: as ``rebuild``.
+        """
+        features = await self.recorded_features(user_id, now=now)
+        if features[self._codec.activity.name]["version"].value < minimum:
+            raise ahead()
+        return features
+
+    async def profile_at(self, user_id: str, at: datetime, *, now: datetime) -> dict[str, FeatureValue]:
+        """Reads a customer's profile in the snapshot taken for ``at`` from PostgreSQL; all MISSING when it has none."""
+        layout = self._codec.profile
+        async with self._pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(_PROFILE_AT, [user_id, at])
+            row = await cursor.fetchone()
+        return layout.decode([None] * len(layout.hash_fields), now) if row is None else _as_online(layout, row, at, now)
+
     async def features(self, user_id: str, *, now: datetime) -> Features:
         """Reads all views of a customer, rebuilding them when Redis has none.
 
@@ -81,6 +150,21 @@ class UserStates:
         features = await self.features(user_id, now=now)
         if features[self._codec.activity.name]["version"].value < minimum:
             if await self.rebuild(user_id) < minimum:
-                raise StaleStateError("the state this token asks for is not there", reason="TOKEN_AHEAD", field="consistency_token")
+                raise ahead()
             features = await self.features(user_id, now=now)
         return features
+
+
+def ahead() -> StaleStateError:
+    """Returns the error for a token of a version that PostgreSQL does not hold.
+
+    It is said at once, without waiting: tokens are handed out after the commit, and PostgreSQL is one primary, so nothing that
+    could satisfy the token is under way. A client that meets a failover to a lagging standby tries again.
+    """
+    return StaleStateError("the state this token asks for is not there", reason="TOKEN_AHEAD", field="consistency_token")
+
+
+def _as_online(layout: ViewLayout, values: Mapping[str, Any], at: datetime, now: datetime) -> dict[str, FeatureValue]:
+    """Passes values through their online bytes, so that what PostgreSQL answers is what Redis would have answered."""
+    encoded = layout.encode(values, at)
+    return layout.decode([encoded.get(field) for field in layout.hash_fields], now)

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from redis.asyncio import Redis
 
 from features.activity import WRITE_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, decode_value
+from server.online.breaker import CircuitBreaker
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,21 @@ return 1
 
 
 class OnlineStore:
-    """Reads and writes Redis for the request path. Scripts touch keys of one customer only."""
+    """Reads and writes Redis for the request path. Scripts touch keys of one customer only; every call passes the breaker."""
 
-    def __init__(self, client: Redis, codec: UserStateCodec) -> None:
+    def __init__(self, client: Redis, codec: UserStateCodec, breaker: CircuitBreaker) -> None:
         self._client = client
         self._codec = codec
+        self._breaker = breaker
         self._fleet_key = f"concord:{codec.project}:fleet"
         self._commit: Any = client.register_script(_COMMIT)
         self._point: Any = client.register_script(_POINT)
         self._write: Any = client.register_script(WRITE_STATE)
+
+    @property
+    def behind(self) -> bool:
+        """True while Redis is just back and may lag behind what was answered from PostgreSQL meanwhile."""
+        return self._breaker.behind
 
     def slates_key(self, user_id: str) -> str:
         """Returns the key of a customer's slates; the empty user id is every customer without an identity."""
@@ -97,32 +106,37 @@ class OnlineStore:
         pipeline.hget(self.slates_key(user_id), slot)
         pipeline.hmget(self._fleet_key, ["model", "activation", "index", "offer"])
         pipeline.time()
-        version, slate, fleet, (seconds, micros) = await pipeline.execute()
+        async with self._breaker.call():
+            version, slate, fleet, (seconds, micros) = await pipeline.execute()
         return Standing(
             user_version=None if version is None else decode_value(version),
             slate=slate,
             fleet=None if None in fleet else Fleet(fleet[0].decode(), int(fleet[1]), int(fleet[2]), int(fleet[3])),
-            now=datetime.fromtimestamp(seconds + micros / 1e6, UTC),
+            now=_EPOCH + timedelta(seconds=seconds, microseconds=micros),
         )
 
     async def commit(self, user_id: str, slot: str, *, user_version: int, payload: bytes, ttl_seconds: float) -> bytes:
         """Commits a slate if none stands for this version; returns the one that stands now."""
         arguments = [slot, user_version, int(ttl_seconds * 1000), payload]
-        standing: bytes = await self._commit(keys=[self.slates_key(user_id)], args=arguments)
+        async with self._breaker.call():
+            standing: bytes = await self._commit(keys=[self.slates_key(user_id)], args=arguments)
         return standing
 
     async def point(self, fleet: Fleet) -> None:
         """Moves the fleet's pointers forward; a pointer that is already further stays."""
         arguments = [fleet.model_version, fleet.activation, fleet.index_version, fleet.offer_version]
-        await self._point(keys=[self._fleet_key], args=arguments)
+        async with self._breaker.call():
+            await self._point(keys=[self._fleet_key], args=arguments)
 
     async def point_offers(self, offer_version: int) -> None:
         """Moves only the offers' pointer forward: prices do not wait for a model that cannot be loaded."""
-        await self._point(keys=[self._fleet_key], args=["", -1, -1, offer_version])
+        async with self._breaker.call():
+            await self._point(keys=[self._fleet_key], args=["", -1, -1, offer_version])
 
     async def user_features(self, user_id: str, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         """Reads all views of a customer with one command, so that no read mixes two writes."""
-        replies = await self._client.hmget(self._codec.key(user_id), list(self._codec.hash_fields))  # type: ignore[misc, arg-type]
+        async with self._breaker.call():
+            replies = await self._client.hmget(self._codec.key(user_id), list(self._codec.hash_fields))  # type: ignore[misc, arg-type]
         return self._codec.decode(replies, now)
 
     async def write_users(self, states: Sequence[UserState]) -> None:
@@ -130,7 +144,8 @@ class OnlineStore:
         pipeline = self._client.pipeline(transaction=False)
         for state in states:
             await self._write(keys=[state.key], args=list(state.arguments), client=pipeline)
-        await pipeline.execute()
+        async with self._breaker.call():
+            await pipeline.execute()
 
     async def forget_users(self, user_ids: Sequence[str]) -> None:
         """Removes state and slates of customers that no longer exist on their own (merged away)."""
@@ -138,4 +153,5 @@ class OnlineStore:
             pipeline = self._client.pipeline(transaction=False)
             pipeline.delete(self._codec.key(user_id))
             pipeline.delete(self.slates_key(user_id))
-            await pipeline.execute()
+            async with self._breaker.call():
+                await pipeline.execute()

@@ -1,6 +1,8 @@
 """From a customer's state to ranked items: the miss path as one pure function of snapshot, activity and profile."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from time import perf_counter
 
 import numpy as np
@@ -23,6 +25,12 @@ class Policy:
     slate_size: int
     exclude_purchased: bool
     max_per_category: int
+
+
+def policy_fingerprint(policy: Policy, *, hide_out_of_stock: bool, onnx_threads: int) -> str:
+    """Returns 12 hex digits that replicas of one fleet must share: with other rules, equal versions give other answers."""
+    rules = {**asdict(policy), "hide_out_of_stock": hide_out_of_stock, "onnx_threads": onnx_threads}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,11 @@ def compute_slate(snapshot: Snapshot, activity: Activity, profile: Profile, poli
     marks.append(perf_counter())
     stages = dict(zip(("user_vector", "candidates", "ranking", "policy"), np.diff(marks).tolist(), strict=True))
     return Ranked(candidates.rows[final], scores[final], candidates.sources[final], flags, stages)
+
+
+def rehearse(snapshot: Snapshot, policy: Policy) -> None:
+    """Computes a slate that nobody sees, of somebody who looked at the first item: every part runs once before it answers."""
+    compute_slate(snapshot, Activity(0).with_context(snapshot.table.ids[:1], ""), Profile(), policy)
 
 
 def score_items(snapshot: Snapshot, activity: Activity, profile: Profile, rows: IntArray) -> Ranked:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, activity_of
-from server.database import Pool
+from server.database import ONLINE_AWAY, Pool
 from server.domain import CustomerProfile, Subject, Token
 from server.errors import NotFoundError
 from server.ingest.identities import Identities
@@ -34,7 +34,10 @@ class Profiles:
         if not resolved.user_id:
             raise NotFoundError("no customer has this identity", reason="SUBJECT_UNKNOWN", field="subject.identity")
         minimum = await self._identities.minimum_version(resolved.user_id, token)
-        features = await self._states.at_least(resolved.user_id, minimum, now=self._now())
+        try:
+            features = await self._states.at_least(resolved.user_id, minimum, now=self._now())
+        except ONLINE_AWAY:
+            features = await self._states.recorded_at_least(resolved.user_id, minimum, now=self._now())
         activity = activity_of(features[ACTIVITY_VIEW])
         assert activity is not None
         async with self._pool.connection() as connection:

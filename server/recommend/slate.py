@@ -4,7 +4,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import IntFlag
 
 import numpy as np
@@ -14,6 +14,7 @@ from features.item_table import FloatArray, IntArray
 
 _HEADER = struct.Struct("<BBHq")  # layout, flags, item count, as_of in microseconds
 _LAYOUT = 1
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class SlateFlag(IntFlag):
@@ -66,6 +67,16 @@ def encode_payload(rows: IntArray, scores: FloatArray, sources: npt.NDArray[np.u
     return header + rows.astype("<i4").tobytes() + scores.astype("<f4").tobytes() + sources.tobytes()
 
 
+def standing_of(payload: bytes, user_version: int, as_of: datetime, *, ttl_seconds: float) -> bytes:
+    """Returns the bytes a payload would stand as in Redis, for a slate that cannot be committed there."""
+    return b"%d:%d:%b" % (user_version, (_micros(as_of) // 1000) + int(ttl_seconds * 1000), payload)
+
+
+def version_of(standing: bytes) -> int:
+    """Returns the user_version of what Redis holds."""
+    return int(standing.partition(b":")[0])
+
+
 def decode_slate(standing: bytes, user_id: str, slot: str) -> Slate | None:
     """Reads what Redis holds (``<user_version>:<expires ms>:<payload>``); None when it is not of a layout this release knows."""
     version, expires, payload = standing.split(b":", 2)
@@ -79,8 +90,8 @@ def decode_slate(standing: bytes, user_id: str, slot: str) -> Slate | None:
     return Slate(
         slate_id=digest.hexdigest()[:32],
         user_version=int(version),
-        as_of=datetime.fromtimestamp(as_of / 1e6, UTC),
-        expires_at=datetime.fromtimestamp(int(expires) / 1e3, UTC),
+        as_of=_EPOCH + timedelta(microseconds=as_of),
+        expires_at=_EPOCH + timedelta(milliseconds=int(expires)),
         flags=SlateFlag(flags),
         rows=np.frombuffer(payload, "<i4", count, parts[0]),
         scores=np.frombuffer(payload, "<f4", count, parts[1]),
@@ -89,4 +100,5 @@ def decode_slate(standing: bytes, user_id: str, slot: str) -> Slate | None:
 
 
 def _micros(at: datetime) -> int:
-    return round(at.timestamp() * 1e6)
+    """Whole arithmetic: as floating point, times after 2100 lose their last microsecond."""
+    return (at - _EPOCH) // timedelta(microseconds=1)

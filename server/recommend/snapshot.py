@@ -1,7 +1,7 @@
 """A snapshot: one model over one index epoch, everything candidates and ranking need besides the customer."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,19 +54,31 @@ class SnapshotBuilder:
     def __init__(self, pool: Pool, *, dsn: str) -> None:
         self._pool = pool
         self._dsn = dsn
+        self._tables: dict[int, ItemTable] = {}
+        self._reading = asyncio.Lock()
 
     async def build(self, model: LoadedModel | None, index_version: int) -> Snapshot:
         """Returns the snapshot of ``model`` over an epoch."""
-        table = await asyncio.to_thread(self._table, index_version)
+        table = await self._table(index_version)
         if model is None:
             return Snapshot(None, table, np.zeros((len(table), 0), np.float32), CollaborativeWeights.empty(len(table)))
-        vectors = np.zeros((len(table), model.manifest.vector_size), np.float32)
-        missing = _fill_from_bundle(vectors, model, table)
+        vectors, missing, collaborative = await asyncio.to_thread(_of_bundle, model, table)
         if missing:
             await self._fill_encoded(vectors, model, table, missing)
-        return Snapshot(model, table, vectors, model.collaborative.remapped(model.item_rows, table))
+        return Snapshot(model, table, vectors, collaborative)
 
-    def _table(self, index_version: int) -> ItemTable:
+    def keep(self, index_versions: Collection[int]) -> None:
+        """Lets go of the tables of all other epochs."""
+        self._tables = {version: table for version, table in self._tables.items() if version in index_versions}
+
+    async def _table(self, index_version: int) -> ItemTable:
+        """Reads each epoch's table once: several models over one epoch share it."""
+        async with self._reading:
+            if index_version not in self._tables:
+                self._tables[index_version] = await asyncio.to_thread(self._read_table, index_version)
+            return self._tables[index_version]
+
+    def _read_table(self, index_version: int) -> ItemTable:
         with psycopg.connect(self._dsn) as connection:
             return load_item_table(connection, index_version)
 
@@ -92,6 +104,13 @@ class SnapshotBuilder:
         rows = [(model_version, key, vector.astype("<f4").tobytes()) for key, vector in sorted(encoded.items())]
         async with self._pool.connection() as connection, connection.cursor() as cursor:
             await cursor.executemany("INSERT INTO item_vectors VALUES (%s, %s, %s) ON CONFLICT DO NOTHING", rows)
+
+
+def _of_bundle(model: LoadedModel, table: ItemTable) -> tuple[FloatArray, list[int], CollaborativeWeights]:
+    """Returns what the bundle knows of the table's items: vectors, the rows it has none for, and weights."""
+    vectors = np.zeros((len(table), model.manifest.vector_size), np.float32)
+    missing = _fill_from_bundle(vectors, model, table)
+    return vectors, missing, model.collaborative.remapped(model.item_rows, table)
 
 
 def _fill_from_bundle(vectors: FloatArray, model: LoadedModel, table: ItemTable) -> list[int]:

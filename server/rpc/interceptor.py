@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import structlog
@@ -14,33 +14,55 @@ from google.protobuf.message import DecodeError
 
 from server.errors import ConcordError, OverloadedError, UnavailableError
 from server.metrics import Metrics
+from server.rpc.access import Access, Context, Rule, rule_of
 from server.rpc.status import REQUEST_ID_KEY, failure_of, trailing_metadata
+from server.security.principals import Principal
 
 _OURS = "/concord."
+# Streams wait for their clients most of the time; what they send is bounded by the queue of events. Operators are few.
+_MAX_STREAMS = 1024
+_MAX_OPERATIONS = 32
+_OVERLOADED = failure_of(OverloadedError("too many calls in flight", reason="SERVER_OVERLOADED"), new_id=str)
+_SHED_METADATA = trailing_metadata(_OVERLOADED, "")  # made once: refusing must cost next to nothing
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 
-# Text, because the class takes type arguments in the stubs only.
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+__all__ = ["Context", "EdgeInterceptor"]
 
 
 @dataclass
 class _Call:
-    """One call on its way; ``channel`` and ``code`` become known as it goes."""
+    """One call on its way; ``caller``, ``channel`` and ``code`` become known as it goes."""
 
-    method: str
+    rule: Rule
     request_id: str
     code: str = "OK"
     channel: str = ""
+    caller: Principal | None = None
+
+
+@dataclass
+class _Lane:
+    """Calls in flight of one kind, and how many there may be."""
+
+    most: int
+    in_flight: int = 0
+
+    @property
+    def full(self) -> bool:
+        return self.in_flight >= self.most
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the unary and bidirectional methods of this service; health and reflection pass untouched.
 
-    Parsing happens in here, because grpc.aio answers UNKNOWN, with parser text, to a malformed message.
+    Operators' calls and streams have lanes of their own, so that customers' load neither sheds the former nor is shed because
+    of idle ones of the latter. Parsing happens in here, because grpc.aio answers UNKNOWN, with parser text, to a malformed message.
     """
 
     def __init__(
         self,
+        access: Access,
         metrics: Metrics,
         logger: structlog.stdlib.BoundLogger,
         *,
@@ -49,15 +71,16 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         max_in_flight: int,
         new_id: Callable[[], str],
     ) -> None:
+        self._access = access
         self._metrics = metrics
         self._logger = logger
         self._channels = frozenset(channels)
         self._default_deadline = default_deadline_seconds
-        self._max_in_flight = max_in_flight
         self._new_id = new_id
         self._draining = False
-        self._in_flight = 0
-        self._wrapped: dict[str, Any] = {}
+        self._calls, self._streams, self._operations = _Lane(max_in_flight), _Lane(_MAX_STREAMS), _Lane(_MAX_OPERATIONS)
+        self._wrapped: dict[str, tuple[_Lane, Any]] = {}
+        self._shed = grpc.stream_stream_rpc_method_handler(self._refuse, request_deserializer=None, response_serializer=None)
 
     async def intercept_service(
         self,
@@ -65,57 +88,73 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """Returns the wrapped handler of the method called; unknown methods stay unknown."""
-        handler = await continuation(handler_call_details)
         method = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is not None and known[0].full:
+            return self._shed
+        handler = await continuation(handler_call_details)
         if handler is None or not method.startswith(_OURS):
             return handler
-        if method not in self._wrapped:
-            self._wrapped[method] = self._wrap(handler, method.removeprefix(_OURS).partition(".")[2])
-        return self._wrapped[method]
+        if known is None:
+            known = self._wrapped[method] = self._wrap(handler, rule_of(method.removeprefix(_OURS).partition(".")[2]))
+        return known[1]
 
-    def _wrap(self, handler: Any, method: str) -> Any:
+    def _wrap(self, handler: Any, rule: Rule) -> tuple[_Lane, Any]:
         """Our contract has unary and bidirectional methods only; another kind would have to be wrapped here too."""
+        lane = self._operations if rule.operational else self._calls
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(handler, method), request_deserializer=None, response_serializer=handler.response_serializer
+            return lane, grpc.unary_unary_rpc_method_handler(
+                self._unary(handler, rule, lane), request_deserializer=None, response_serializer=handler.response_serializer
             )
         if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(
-                self._stream(handler, method), request_deserializer=None, response_serializer=handler.response_serializer
+            return self._streams, grpc.stream_stream_rpc_method_handler(
+                self._stream(handler, rule), request_deserializer=None, response_serializer=handler.response_serializer
             )
-        raise TypeError(f"{method} is neither unary nor bidirectional")
+        raise TypeError(f"{rule.method} is neither unary nor bidirectional")
 
-    def _unary(self, handler: Any, method: str) -> Callable[[bytes, Any], Awaitable[Any]]:
+    async def _refuse(self, _requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """Answers a call for which there is no room: its message is not read, it gets no request id, and nothing is logged."""
+        self._metrics.call_shed()
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _OVERLOADED.message, _SHED_METADATA)
+        yield b""  # makes this a generator; abort has raised
+
+    def _unary(self, handler: Any, rule: Rule, lane: _Lane) -> Callable[[bytes, Any], Awaitable[Any]]:
         parse: Any = handler.request_deserializer
         behaviour: Any = handler.unary_unary
+        access = self._access
 
         async def handle(raw: bytes, context: Context) -> Any:
-            with self._call(method, context) as call:
+            with self._call(rule, lane, context) as call:
                 try:
                     self._admit()
+                    call.caller = await access.caller(rule, context)
                     request = parse(raw)
                     call.channel = self._channel_of(request)
-                    async with asyncio.timeout(self._default_deadline if context.time_remaining() is None else None):
-                        return await behaviour(request, context)
+                    with access.entered(rule, call.caller, request):
+                        async with asyncio.timeout(self._default_deadline if context.time_remaining() is None else None):
+                            return await access.audited(rule, call.caller, call.request_id, request, lambda: behaviour(request, context))
                 except Exception as error:  # noqa: BLE001 - the outermost boundary: every exception becomes a status
                     await self._abort(error, call, context)
 
         return handle
 
-    def _stream(self, handler: Any, method: str) -> Callable[[AsyncIterator[bytes], Any], AsyncIterator[Any]]:
+    def _stream(self, handler: Any, rule: Rule) -> Callable[[AsyncIterator[bytes], Any], AsyncIterator[Any]]:
         """A stream lives as long as its client wants; the deadline of each of its messages is the servicer's."""
         parse: Any = handler.request_deserializer
         behaviour: Any = handler.stream_stream
+        access = self._access
 
         async def parsed(raw_messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
             async for raw in raw_messages:
                 yield parse(raw)
 
         async def handle(raw_messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-            with self._call(method, context) as call:
+            with self._call(rule, self._streams, context) as call:
                 try:
                     self._admit()
-                    async with aclosing(behaviour(parsed(raw_messages), context)) as responses:
+                    call.caller = await access.caller(rule, context)
+                    requests = access.checked_stream(rule, call.caller, parsed(raw_messages))
+                    async with aclosing(behaviour(requests, context)) as responses:
                         async for response in responses:
                             yield response
                 except Exception as error:  # noqa: BLE001 - the outermost boundary: every exception becomes a status
@@ -124,13 +163,13 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return handle
 
     @contextmanager
-    def _call(self, method: str, context: Context) -> Iterator[_Call]:
+    def _call(self, rule: Rule, lane: _Lane, context: Context) -> Iterator[_Call]:
         """Everything that holds from a call's first moment to its last, however it ends."""
-        call = _Call(method, _request_id(context) or self._new_id())
-        structlog.contextvars.bind_contextvars(request_id=call.request_id, method=method)
+        call = _Call(rule, _request_id(context) or self._new_id())
+        structlog.contextvars.bind_contextvars(request_id=call.request_id, method=rule.method)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         started = perf_counter()
-        self._in_flight += 1
+        lane.in_flight += 1
         self._metrics.call_started()
         try:
             yield call
@@ -138,9 +177,9 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             raise
         finally:
-            self._in_flight -= 1
+            lane.in_flight -= 1
             self._metrics.call_finished()
-            self._metrics.observe_rpc(method, call.code, channel=call.channel, seconds=perf_counter() - started)
+            self._metrics.observe_rpc(rule.method, call.code, channel=call.channel, seconds=perf_counter() - started)
 
     def drain(self) -> None:
         """Refuses new calls from now on with UNAVAILABLE, which clients retry elsewhere; gRPC's own stop would say CANCELLED."""
@@ -149,8 +188,6 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _admit(self) -> None:
         if self._draining:
             raise UnavailableError("this server is stopping", reason="SERVER_STOPPING")
-        if self._in_flight > self._max_in_flight:
-            raise OverloadedError("too many calls in flight", reason="SERVER_OVERLOADED")
 
     def _channel_of(self, request: Any) -> str:
         """Names the request's channel for metrics; callers' inventions would make the number of labels unbounded."""
@@ -161,6 +198,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if isinstance(error, DecodeError):  # what the parser says of arbitrary bytes helps nobody but an attacker
             call.code = "INVALID_ARGUMENT"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "")
+        await self._access.refused(call.rule, call.caller, call.request_id, error)
         failure = failure_of(error, new_id=self._new_id)
         call.code = failure.code.name
         if failure.error_id:

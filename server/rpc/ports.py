@@ -6,7 +6,8 @@ from typing import Protocol
 
 from features.catalogue import Item, Relation, UpsertResult
 from features.layout import FeatureValue
-from features.models import Activation, ModelVersion
+from features.models import Activation, ModelVersion, OnUnready
+from features.replicas import Replica
 from server.domain import (
     Answer,
     CustomerProfile,
@@ -20,6 +21,8 @@ from server.domain import (
     Subject,
     Token,
 )
+from server.security.audit import AuditEntry
+from server.security.principals import Principal
 
 
 class Recorder(Protocol):
@@ -130,14 +133,47 @@ class Models(Protocol):
         """Returns the model the fleet answers with."""
         ...
 
-    async def activate(self, model_version: str) -> Activation:
-        """Makes a published model the active one."""
+    async def activate(self, model_version: str, *, on_unready: OnUnready, wait_seconds: float) -> Activation:
+        """Makes a published model the active one, once every live replica is ready for it."""
+        ...
+
+    async def replicas(self) -> Sequence[Replica]:
+        """Returns the server processes of the fleet."""
+        ...
+
+
+class Gate(Protocol):
+    """Finds out who is calling; see server.security.gate."""
+
+    @property
+    def open_to_all(self) -> bool:
+        """True where nobody has to prove anything."""
+        ...
+
+    async def authenticate(self, bearer: str, certificate_names: Sequence[str]) -> Principal:
+        """Returns who calls, by what they sent after ``Bearer`` and the names of their certificate."""
+        ...
+
+
+class AuditLog(Protocol):
+    """Notes admin calls, merges and refusals; see server.security.audit."""
+
+    async def require(self, entry: AuditEntry) -> None:
+        """Notes what is about to be done, or fails."""
+        ...
+
+    async def note(self, entry: AuditEntry) -> None:
+        """Notes what was done."""
+        ...
+
+    async def note_refusal(self, entry: AuditEntry, *, at: float) -> None:
+        """Notes a refused call, a bounded number a second."""
         ...
 
 
 @dataclass(frozen=True)
 class Services:
-    """All domain services of a server process."""
+    """All domain services of a server process, the gate before them and the audit log beside them."""
 
     recorder: Recorder
     identities: Identities
@@ -146,3 +182,5 @@ class Services:
     catalog: Catalog
     features: FeatureReader
     models: Models
+    gate: Gate
+    audit: AuditLog

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from concord.v1.common_pb2 import Money
@@ -32,6 +33,7 @@ FILTER_LABELS = 50
 FEATURE_REFS = 200
 ENTITIES = 500
 ATTRIBUTES = 50
+ACTIVATION_WAIT_SECONDS, DEFAULT_ACTIVATION_WAIT_SECONDS = 3600.0, 30.0
 # Pages.
 LIMIT, DEFAULT_LIMIT = 100, 10
 PAGE_SIZE, DEFAULT_PAGE_SIZE = 1_000, 100
@@ -122,6 +124,13 @@ def moment(value: Timestamp, field: str, *, reason: str = "INVALID_FIELD") -> da
     if not 0 <= value.nanos < 1_000_000_000:
         raise InvalidRequestError(field, "must have nanos from 0 to 999,999,999", reason=reason)
     return datetime_of(value)
+
+
+def seconds(value: Duration, field: str, *, most: float) -> float:
+    """Checks that a duration is well-formed and 0 to ``most`` seconds long."""
+    if not 0 <= value.nanos < 1_000_000_000 or not 0 <= value.seconds + value.nanos / 1e9 <= most:
+        raise InvalidRequestError(field, f"must be 0 to {most:g} seconds")
+    return value.seconds + value.nanos / 1e9
 
 
 def price(value: Money, field: str) -> int:

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from time import perf_counter
 from uuid import UUID, uuid4
 
 import grpc
@@ -27,6 +29,7 @@ from concord.v1 import (
     recommendation_pb2_grpc,
 )
 from server.metrics import Metrics
+from server.rpc.access import Access
 from server.rpc.catalog import CatalogServicer
 from server.rpc.event_validation import EventValidator
 from server.rpc.events import EventServicer
@@ -38,6 +41,9 @@ from server.rpc.ports import Services
 from server.rpc.profile import ProfileServicer
 from server.rpc.recommendation import RecommendationServicer
 from server.rpc.validation import Validator
+from server.security.certificates import server_credentials
+from server.security.gate import check_exposure
+from server.security.limits import ChannelLimits
 from server.settings import ServerSettings
 
 # Of every call in flight one core is at work on one; more than this many only wait beyond their deadlines.
@@ -84,20 +90,22 @@ class DrainingHealth(health.aio.HealthServicer):  # type: ignore[misc, name-defi
 
 
 class GrpcServer:
-    """A bound gRPC server at ``port``; it says NOT_SERVING until ``set_serving(True)``."""
+    """A bound gRPC server at ``port`` and, for admin methods, ``admin_port``; it says NOT_SERVING until ``set_serving(True)``.
 
-    def __init__(
-        self, server: grpc.aio.Server, health_servicer: DrainingHealth, events: EventServicer, edge: EdgeInterceptor, *, port: int
-    ) -> None:
-        self._server = server
-        self._edge = edge
+    ``admin_port`` equals ``port`` where one port serves all.
+    """
+
+    def __init__(self, main: "_Port", admin: "_Port | None", health_servicer: DrainingHealth, events: EventServicer) -> None:
+        self._ports = [main] if admin is None else [main, admin]
         self._health = health_servicer
         self._events = events
-        self.port = port
+        self.port = main.number
+        self.admin_port = self._ports[-1].number
 
     async def start(self) -> None:
         """Starts answering calls."""
-        await self._server.start()
+        for port in self._ports:
+            await port.server.start()
 
     async def set_serving(self, serving: bool) -> None:
         """Tells load balancers whether to send calls here."""
@@ -112,9 +120,19 @@ class GrpcServer:
         await self._health.close()
         self._events.drain()
         await asyncio.sleep(min(_DRAIN_PAUSE, grace_seconds))
-        self._edge.drain()
+        for port in self._ports:
+            port.edge.drain()
         await asyncio.sleep(min(_DRAIN_PAUSE, grace_seconds))
-        await self._server.stop(grace_seconds)
+        await asyncio.gather(*(port.server.stop(grace_seconds) for port in self._ports))
+
+
+@dataclass(frozen=True)
+class _Port:
+    """One listening server and its interceptor."""
+
+    server: grpc.aio.Server
+    edge: EdgeInterceptor
+    number: int
 
 
 def build_server(
@@ -127,41 +145,59 @@ def build_server(
     new_uuid: Callable[[], UUID] = uuid4,
     max_in_flight: int = MAX_IN_FLIGHT,
 ) -> GrpcServer:
-    """Builds a server over ``services`` and binds it to ``settings.host`` and ``settings.port``.
+    """Builds a server over ``services`` and binds it to the main and the admin address of ``settings``.
 
     Raises:
-        RuntimeError: the address cannot be bound.
+        RuntimeError: an address cannot be bound.
+        SettingsError: certificates cannot be used, or the address is public and nothing was said about authentication.
     """
-    interceptor = EdgeInterceptor(
-        metrics,
-        logger,
-        channels=settings.channels,
-        default_deadline_seconds=settings.default_deadline_seconds,
-        max_in_flight=max_in_flight,
-        new_id=lambda: new_uuid().hex,
-    )
-    server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
+    check_exposure(settings, settings.host)
+    credentials = server_credentials(settings)
     validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
     events = EventServicer(
         services.recorder, EventValidator(validator, now, new_uuid), metrics, deadline_seconds=settings.default_deadline_seconds
     )
-    _register(server, services, events, validator)
     health_servicer = DrainingHealth()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    if settings.reflection:
-        reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    port = server.add_insecure_port(f"{settings.host}:{settings.port}")
-    return GrpcServer(server, health_servicer, events, interceptor, port=port)
+    limits = ChannelLimits(
+        in_flight=settings.channel_share * max_in_flight,
+        calls_per_second=settings.channel_calls_per_second,
+        events_per_second=settings.channel_events_per_second,
+        clock=perf_counter,
+    )
+
+    def open_port(host: str, port: int, *, admin: bool | None) -> _Port:
+        access = Access(services.gate, services.audit, limits, channels=settings.channels, admin_port=admin, clock=perf_counter)
+        edge = EdgeInterceptor(
+            access,
+            metrics,
+            logger,
+            channels=settings.channels,
+            default_deadline_seconds=settings.default_deadline_seconds,
+            max_in_flight=max_in_flight,
+            new_id=lambda: new_uuid().hex,
+        )
+        server = grpc.aio.server(interceptors=[edge], options=_options(settings))
+        _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        if settings.reflection:
+            reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        address = f"{host}:{port}"
+        number = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        return _Port(server, edge, number)
+
+    one_port = settings.admin_port < 0
+    main = open_port(settings.host, settings.port, admin=None if one_port else False)
+    return GrpcServer(main, None if one_port else open_port(settings.admin_host, settings.admin_port, admin=True), health_servicer, events)
 
 
-def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator) -> None:
+def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator, *, deadline_seconds: float) -> None:
     events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
     identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(services.identities, validator), server)
     profile_pb2_grpc.add_ProfileServiceServicer_to_server(ProfileServicer(services.profiles, validator), server)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
-    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models), server)
+    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

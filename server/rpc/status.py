@@ -1,5 +1,6 @@
 """The one table from exceptions to gRPC status codes, and the error details every failed call carries."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,10 +16,12 @@ from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
 from server.errors import (
     ConcordError,
     ConflictError,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
     PreconditionError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -51,6 +54,8 @@ _TABLE = (
     _Row((NotFoundError,), grpc.StatusCode.NOT_FOUND),
     _Row((PreconditionError,), grpc.StatusCode.FAILED_PRECONDITION),
     _Row((ConflictError,), grpc.StatusCode.ABORTED),
+    _Row((UnauthenticatedError,), grpc.StatusCode.UNAUTHENTICATED),
+    _Row((ForbiddenError,), grpc.StatusCode.PERMISSION_DENIED),
     _Row((OverloadedError,), grpc.StatusCode.RESOURCE_EXHAUSTED, pushback_ms=_OVERLOAD_MS),
     _Row((UnavailableError,), grpc.StatusCode.UNAVAILABLE, pushback_ms=_AWAY_MS),
     _Row((psycopg.errors.DiskFull,), grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL", "the store is full", _NEVER_MS),
@@ -111,7 +116,8 @@ def failure_of(error: Exception, *, new_id: Callable[[], str]) -> Failure:
         return Failure(grpc.StatusCode.INTERNAL, "INTERNAL", f"internal error {error_id}", error_id=error_id)
     violation = (error.field, error.rule) if isinstance(error, InvalidRequestError) else None
     if isinstance(error, ConcordError):
-        return Failure(row.code, error.reason, str(error), violation, row.pushback_ms)
+        pause = error.pause_seconds if isinstance(error, OverloadedError) else None
+        return Failure(row.code, error.reason, str(error), violation, row.pushback_ms if pause is None else math.ceil(pause * 1000))
     return Failure(row.code, row.reason, row.message, violation, row.pushback_ms)
 
 

@@ -111,6 +111,7 @@ def test_every_service_of_the_contract_is_there(files):
         "ModelService.ListModels",
         "ModelService.GetActiveModel",
         "ModelService.ActivateModel",
+        "ModelService.ListReplicas",
     }
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from cli.credentials import CallSettings
 from features.settings import Settings, SettingsError, load_settings
 from server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[2]
 # Read by the loader itself or by the tests, and so no fields of a settings class.
 RESERVED = {"CONCORD_CONFIG_FILE", "CONCORD_TEST_DATA"}
-KNOWN = {f"CONCORD_{name.upper()}" for name in ServerSettings.model_fields} | RESERVED | set(Settings().feast_environment())
+FIELDS = ServerSettings.model_fields | CallSettings.model_fields
+KNOWN = {f"CONCORD_{name.upper()}" for name in FIELDS} | RESERVED | set(Settings().feast_environment())
 # Named as a thing that must not be set.
 WARNED_OF = {"CONCORD_SERVICE_HOST"}
 
@@ -50,13 +52,13 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_setting_is_described():
-    bare = [name for name, field in ServerSettings.model_fields.items() if not (field.description or "").endswith(".")]
+    bare = [name for name, field in FIELDS.items() if not (field.description or "").endswith(".")]
     assert bare == []
 
 
 def test_every_duration_and_size_says_its_unit():
     units = {"_seconds": "second", "_bytes": "bytes"}
-    for name, field in ServerSettings.model_fields.items():
+    for name, field in FIELDS.items():
         for suffix, unit in units.items():
             assert not name.endswith(suffix) or unit in (field.description or "") or "time" in (field.description or ""), name
 

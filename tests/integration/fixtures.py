@@ -50,7 +50,13 @@ def new_shop(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         folder = tmp_path_factory.mktemp("shop")
         dsn = make_conninfo(stack.postgres_dsn, dbname=name)
         settings = ServerSettings(
-            postgres_dsn=dsn, redis_url=url, port=0, metrics_port=-1, data_dir=folder, models_url=f"file:{folder / 'models'}"
+            postgres_dsn=dsn,
+            redis_url=url,
+            port=0,
+            admin_port=-1,
+            metrics_port=-1,
+            data_dir=folder,
+            models_url=f"file:{folder / 'models'}",
         )
         migrate(dsn)
         apply_repository(settings)

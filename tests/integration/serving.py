@@ -52,7 +52,7 @@ async def served(settings: ServerSettings) -> AsyncIterator[str]:
     async with open_rooms(settings, metrics) as rooms:
         server = build_server(rooms.services, settings, metrics, structlog.get_logger())
         await server.start()
-        await rooms.fleet.ensure(await rooms.fleet.sync())
+        await rooms.fleet.join(f"127.0.0.1:{server.port}")
         await server.set_serving(True)
         try:
             yield f"127.0.0.1:{server.port}"

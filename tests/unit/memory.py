@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import psycopg
+import redis.exceptions
 from prometheus_client import CollectorRegistry
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
@@ -20,15 +22,19 @@ from server.domain import Answer, Subject
 from server.errors import NotFoundError
 from server.ingest.identities import Identities
 from server.metrics import Metrics
-from server.online.states import MergedError
+from server.online.states import MergedError, Recorded
 from server.online.store import Fleet, Standing
-from server.recommend.compute import Policy
 from server.recommend.recommender import Recommender
+from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import Snapshot
+from server.settings import ServerSettings
 from tests.unit.tables import DAY, table
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 COUNT = 60
+# The feature snapshot that every epoch of these shops ranks with, unless it names another one.
+FIRST = datetime(2025, 1, 1, tzinfo=UTC)
+PROFILE = {"purchase_count": 2, "price_mean": 10.0, "price_low": 5.0, "price_high": 20.0}
 
 
 def _nothing() -> None:
@@ -37,11 +43,25 @@ def _nothing() -> None:
 
 @dataclass
 class Truth:
-    """PostgreSQL: what every customer did, who was merged into whom, and the versions the fleet should be at."""
+    """PostgreSQL: what every customer did, who was merged into whom, and the versions the fleet should be at.
+
+    ``profiles`` are the feature snapshots, the same profile for everybody; ``epochs`` says which one an epoch ranks with.
+    """
 
     customers: dict[str, Activity] = field(default_factory=dict)
     merged: dict[str, str] = field(default_factory=dict)
     fleet: Fleet = field(default_factory=lambda: Fleet("m1", 1, 1, 1))
+    profiles: dict[datetime, dict[str, Any]] = field(default_factory=lambda: {FIRST: PROFILE})
+    epochs: dict[int, datetime | None] = field(default_factory=dict)
+    away: bool = False
+    reads: int = 0
+
+    async def ask(self) -> None:
+        """One query."""
+        self.reads += 1
+        await asyncio.sleep(0)
+        if self.away:
+            raise psycopg.OperationalError("away")
 
     def add(self, user_id: str, *item_ids: str) -> int:
         """The customer views items, one after the other; returns the new version."""
@@ -63,8 +83,17 @@ class MemoryOnline:
     now: datetime = START
     reads: int = 0
     on_read: Callable[[], None] = _nothing
+    away: bool = False
+    full: bool = False
+    behind: bool = False
+    materialized: datetime | None = FIRST
+
+    def check(self) -> None:
+        if self.away:
+            raise redis.exceptions.ConnectionError("away")
 
     async def read(self, user_id: str, slot: str) -> Standing:
+        self.check()
         self.reads += 1
         known = self.customers.get(user_id)
         seen = Standing(known.version if known else None, self.slates.get((user_id, slot)), self.fleet, self.now)
@@ -74,6 +103,9 @@ class MemoryOnline:
 
     async def commit(self, user_id: str, slot: str, *, user_version: int, payload: bytes, ttl_seconds: float) -> bytes:
         await asyncio.sleep(0)
+        self.check()
+        if self.full:
+            raise redis.exceptions.OutOfMemoryError("used memory > 'maxmemory'")
         now = round(self.now.timestamp() * 1000)
         standing = self.slates.get((user_id, slot))
         if standing is not None:
@@ -95,19 +127,35 @@ class MemoryStates:
 
     async def rebuild(self, user_id: str) -> int:
         self.rebuilds += 1
-        await asyncio.sleep(0)
+        version = (await self.recorded(user_id)).user_version
+        self.online.check()
+        self.online.customers[user_id] = self.truth.customers[user_id]
+        return version
+
+    async def recorded(self, user_id: str) -> Recorded:
+        await self.truth.ask()
         if user_id in self.truth.merged:
             raise MergedError(self.truth.merged[user_id])
-        if user_id not in self.truth.customers:
+        if user_id and user_id not in self.truth.customers:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
-        self.online.customers[user_id] = self.truth.customers[user_id]
-        return self.truth.customers[user_id].version
+        return Recorded(self.truth.customers[user_id].version if user_id else 0, self.truth.fleet)
 
     async def features(self, user_id: str, *, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         await asyncio.sleep(0)
+        self.online.check()
         if user_id not in self.online.customers:
             await self.rebuild(user_id)
-        known = self.online.customers[user_id]
+        return self._views(self.online.customers[user_id], self.online.materialized, now)
+
+    async def recorded_features(self, user_id: str, *, now: datetime) -> dict[str, dict[str, FeatureValue]]:
+        await self.recorded(user_id)
+        return self._views(self.truth.customers[user_id], max(self.truth.profiles, default=None), now)
+
+    async def profile_at(self, _user_id: str, at: datetime, *, now: datetime) -> dict[str, FeatureValue]:
+        await self.truth.ask()
+        return self._profile(at, now)
+
+    def _views(self, known: Activity, at: datetime | None, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         columns = {
             "version": known.version,
             "recent_items": [b.item_id for b in known.behaviours],
@@ -118,12 +166,16 @@ class MemoryStates:
             "purchased_items": list(known.purchased_items),
             "purchased_days": list(known.purchased_days),
         }
-        status = Status.STALE if self.stale else Status.PRESENT
-        profile = {"purchase_count": 2, "price_mean": 10.0, "price_low": 5.0, "price_high": 20.0}
         return {
             ACTIVITY_VIEW: {name: FeatureValue(value, Status.PRESENT, now) for name, value in columns.items()},
-            PROFILE_VIEW: {name: FeatureValue(value, status, now) for name, value in profile.items()},
+            PROFILE_VIEW: self._profile(at, now),
         }
+
+    def _profile(self, at: datetime | None, now: datetime) -> dict[str, FeatureValue]:
+        if at is None or at not in self.truth.profiles:
+            return dict.fromkeys(PROFILE, FeatureValue(None, Status.MISSING, None))
+        stale = self.stale or now - at > timedelta(days=1000)
+        return {name: FeatureValue(v, Status.STALE if stale else Status.PRESENT, at) for name, v in self.truth.profiles[at].items()}
 
 
 @dataclass
@@ -134,19 +186,26 @@ class MemoryFleet:
     online: MemoryOnline
     current: Snapshot | None = None
     computations: int = 0
+    seconds: float = 0.005
     error: Exception | None = None
+    loaded: dict[tuple[str, int], Snapshot] = field(default_factory=dict)
 
     async def ensure(self, fleet: Fleet) -> Snapshot:
         await asyncio.sleep(0)
-        self.current = self.snapshot(fleet.model_version, fleet.index_version)
+        key = (fleet.model_version, fleet.index_version)
+        self.current = self.loaded.setdefault(key, self.snapshot(*key))
         return self.current
 
+    def held(self, model_version: str, index_version: int) -> Snapshot | None:
+        return self.loaded.get((model_version, index_version))
+
     async def sync(self) -> Fleet:
+        await self.truth.ask()
         self.online.fleet = self.truth.fleet
         return self.truth.fleet
 
     def snapshot(self, model_version: str, index_version: int) -> Snapshot:
-        items = table(COUNT, index_version=index_version)
+        items = replace(table(COUNT, index_version=index_version), features_as_of=self.truth.epochs.get(index_version, FIRST))
         if not model_version:
             return Snapshot(None, items, np.zeros((COUNT, 0), np.float32), CollaborativeWeights.empty(COUNT))
         rng = np.random.default_rng(list(model_version.encode()))
@@ -156,7 +215,7 @@ class MemoryFleet:
 
         def rank(matrix: Any) -> Any:
             self.computations += 1
-            sleep(0.005)  # in a thread: long enough that concurrent calls overlap
+            sleep(self.seconds)  # in a thread: long enough that concurrent calls overlap
             if self.error is not None:
                 raise self.error
             return np.einsum("cf,f->c", matrix, mixer)
@@ -174,13 +233,18 @@ class MemoryFleet:
 class MemoryOffers:
     """Every item at its own price plus the offers' version in cents, so that a price says which version it is of."""
 
+    truth: Truth
+    version: int = -1
     asked: list[int] = field(default_factory=list)
 
     async def at_least(self, offer_version: int) -> OfferTable:
         self.asked.append(offer_version)
+        if self.version < offer_version:
+            await self.truth.ask()
+            self.version = offer_version
+        price = self.version * 10_000
         return OfferTable(
-            offer_version,
-            {f"i{k:03d}": Offer((k + 1) * 1_000_000 + offer_version * 10_000, "EUR", None, frozenset(), "") for k in range(COUNT)},
+            self.version, {f"i{k:03d}": Offer((k + 1) * 1_000_000 + price, "EUR", None, frozenset(), "") for k in range(COUNT)}
         )
 
 
@@ -230,15 +294,16 @@ class Shop:
     def pass_time(self, seconds: float) -> None:
         self.online.now += timedelta(seconds=seconds)
 
-    def replica(self, *, ttl_seconds: float = 900.0, known: Sequence[tuple[Subject, str]] = ()) -> Replica:
+    def replica(self, *, ttl_seconds: float = 900.0, known: Sequence[tuple[Subject, str]] = (), **settings: Any) -> Replica:
         registry = CollectorRegistry()
         states, fleet = MemoryStates(self.truth, self.online), MemoryFleet(self.truth, self.online)
         # The real one: resolving what it remembers needs no PostgreSQL.
         identities = Identities(cast("Any", None), cast("Any", self.online), cast("Any", states), new_user_id=lambda: "new")
         for subject, user_id in known:
             identities.remember(subject, user_id)
-        offers, journal = MemoryOffers(), MemoryJournal()
-        recommender = Recommender(
+        offers, journal = MemoryOffers(self.truth), MemoryJournal()
+        recommender = recommender_of(
+            ServerSettings(slate_size=40, slate_ttl_seconds=ttl_seconds, **settings),
             identities=identities,
             states=cast("Any", states),
             online=cast("Any", self.online),
@@ -246,9 +311,6 @@ class Shop:
             offers=cast("Any", offers),
             journal=cast("Any", journal),
             metrics=Metrics(registry),
-            policy=Policy(slate_size=40, exclude_purchased=True, max_per_category=4),
-            slate_ttl_seconds=ttl_seconds,
-            hide_out_of_stock=True,
             now=lambda: self.online.now,
         )
         return Replica(recommender, fleet, states, offers, journal, identities, registry)

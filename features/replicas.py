@@ -1,0 +1,48 @@
+"""The replicas as PostgreSQL knows them: who lives, what each could answer with, and what it could not load."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from psycopg import Connection
+from psycopg.rows import TupleRow
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One server process by its last report.
+
+    Attributes:
+        replica_id: unique for the life of the process.
+        address: ``host:port`` it answers on.
+        seen_at: when it last reported, by PostgreSQL's clock.
+        live: it reported lately enough to be waited for.
+        model_version, activation, index_version: what it answers with.
+        ready: index versions it could answer with at once, by model version.
+        failed: why it could not load a model, by model version.
+        config: fingerprint of the settings that decide a slate; replicas that differ in it would answer differently.
+    """
+
+    replica_id: str
+    address: str
+    started_at: datetime
+    seen_at: datetime
+    live: bool
+    model_version: str
+    activation: int
+    index_version: int
+    ready: Mapping[str, Sequence[int]]
+    failed: Mapping[str, str]
+    config: str
+
+
+_REPLICAS = """
+SELECT replica_id, address, started_at, seen_at, seen_at > clock_timestamp() - make_interval(secs => patience_seconds),
+       model_version, activation, index_version, ready, failed, config
+FROM replicas ORDER BY address, started_at
+"""
+
+
+def list_replicas(connection: Connection[TupleRow]) -> list[Replica]:
+    """Returns all replicas that did not leave by themselves, by address; those of the last hour that died are marked."""
+    return [Replica(*row) for row in connection.execute(_REPLICAS).fetchall()]

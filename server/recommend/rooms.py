@@ -1,0 +1,61 @@
+"""Puts the rooms of a recommendation together."""
+
+from collections.abc import Callable
+from datetime import datetime
+
+from server.catalog.offers import Offers
+from server.fleet import FleetWatch
+from server.ingest.identities import Identities
+from server.journal.exposures import Journal
+from server.metrics import Metrics
+from server.online.states import UserStates
+from server.online.store import OnlineStore
+from server.recommend.compute import Policy
+from server.recommend.computing import Computing, Gate
+from server.recommend.customers import Customers
+from server.recommend.known import KnownSlates
+from server.recommend.recommender import Recommender
+from server.recommend.slates import Slates
+from server.recommend.standing import Standings
+from server.settings import ServerSettings
+
+
+def recommender_of(
+    settings: ServerSettings,
+    *,
+    identities: Identities,
+    states: UserStates,
+    online: OnlineStore,
+    fleet: FleetWatch,
+    offers: Offers,
+    journal: Journal,
+    metrics: Metrics,
+    policy: Policy,
+    now: Callable[[], datetime],
+) -> Recommender:
+    """Returns the recommender of one process over its stores."""
+    standings = Standings(states, online, fleet, now=now)
+    computing = Computing(threads=settings.compute_threads, waiting=settings.compute_waiting)
+    slates = Slates(
+        standings,
+        Customers(states),
+        online=online,
+        fleet=fleet,
+        metrics=metrics,
+        computing=computing,
+        apart=Gate(slots=settings.apart_reads, waiting=settings.apart_waiting, reason="APART_QUEUE_FULL"),
+        known=KnownSlates(settings.known_slates),
+        policy=policy,
+        ttl_seconds=settings.slate_ttl_seconds,
+    )
+    return Recommender(
+        identities=identities,
+        slates=slates,
+        standings=standings,
+        computing=computing,
+        offers=offers,
+        journal=journal,
+        metrics=metrics,
+        hide_out_of_stock=settings.hide_out_of_stock,
+        now=now,
+    )

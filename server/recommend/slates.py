@@ -1,0 +1,220 @@
+"""Finding the slate to answer with: the committed one, a new one, one computed apart from Redis, or the last one known."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+
+from server.database import ONLINE_AWAY, RECORD_AWAY
+from server.errors import OverloadedError
+from server.fleet import FleetWatch
+from server.metrics import Metrics
+from server.online.store import OnlineStore
+from server.recommend.clock import StageClock
+from server.recommend.compute import Policy, Ranked, compute_slate
+from server.recommend.computing import Computing, Flights, Gate
+from server.recommend.customers import Customer, Customers
+from server.recommend.known import KnownSlate, KnownSlates
+from server.recommend.slate import Place, Slate, SlateFlag, decode_slate, encode_payload, standing_of, version_of
+from server.recommend.snapshot import Snapshot
+from server.recommend.standing import TURNS, Stand, Standings, moving
+
+# Why an answer is degraded, as callers see it.
+ONLINE_STORE_UNAVAILABLE = "ONLINE_STORE_UNAVAILABLE"  # computed from PostgreSQL, not committed: as new as any other answer
+ONLINE_STORE_LAGGING = "ONLINE_STORE_LAGGING"  # Redis is just back and not yet known to hold everything
+RECORD_STORE_UNAVAILABLE = "RECORD_STORE_UNAVAILABLE"  # PostgreSQL was needed and is away
+OVERLOADED = "OVERLOADED"  # too many slates wait to be computed
+
+
+@dataclass(frozen=True)
+class Found:
+    """A slate with the snapshot its rows refer to.
+
+    Attributes:
+        offer_version: prices must be at least as new; 0 takes those at hand.
+        stale: the state may be older than what PostgreSQL holds.
+        reasons: why the answer is degraded, empty when it is not.
+    """
+
+    user_id: str
+    slate: Slate
+    snapshot: Snapshot
+    offer_version: int
+    stale: bool = False
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Met:
+    """A customer's features with where they and the fleet stand; ``stale`` and ``reasons`` as in Found."""
+
+    stand: Stand
+    customer: Customer
+    stale: bool
+    reasons: tuple[str, ...]
+
+
+class Slates:
+    """The first to compute a slate commits it for all; what cannot be committed is computed alike, and said to be degraded."""
+
+    def __init__(
+        self,
+        standings: Standings,
+        customers: Customers,
+        *,
+        online: OnlineStore,
+        fleet: FleetWatch,
+        metrics: Metrics,
+        computing: Computing,
+        apart: Gate,
+        known: KnownSlates,
+        policy: Policy,
+        ttl_seconds: float,
+    ) -> None:
+        self._standings = standings
+        self._customers = customers
+        self._online = online
+        self._fleet = fleet
+        self._metrics = metrics
+        self._computing = computing
+        self._apart = apart
+        self._known = known
+        self._policy = policy
+        self._ttl = ttl_seconds
+        self._flights = Flights()
+
+    async def find(self, user_id: str, place: Place, minimum: int, clock: StageClock) -> Found:
+        """Returns the slate for the customer's newest version under the fleet's versions.
+
+        Redis away: computed from PostgreSQL. PostgreSQL (too) away where it is needed, or too much to compute: the last slate
+        known here or in Redis, flagged stale, unless it is older than ``minimum``.
+
+        Raises:
+            StaleStateError: PostgreSQL does not hold ``minimum``.
+            OverloadedError: too much to compute, and no slate is known.
+            UnavailableError: the versions do not come to rest, or the snapshot cannot be loaded.
+            NotFoundError, MergedError: the customer does not exist (any more).
+            psycopg.Error: the stores are away, and no slate is known.
+        """
+        seen: list[Stand] = []
+        reasons: tuple[str, ...] = ()
+        try:
+            try:
+                return await self._together(user_id, place, minimum, clock, seen.append)
+            except ONLINE_AWAY:
+                reasons = (ONLINE_STORE_UNAVAILABLE,)
+                return await self._by_itself(user_id, place, minimum, clock)
+        except RECORD_AWAY:
+            found = self._last(user_id, place, minimum, seen, (*reasons, RECORD_STORE_UNAVAILABLE))
+            if found is None:
+                raise
+        except OverloadedError:
+            found = self._last(user_id, place, minimum, seen, (*reasons, OVERLOADED))
+            if found is None:
+                raise
+        return found
+
+    async def meet(self, user_id: str, place: Place, minimum: int, clock: StageClock) -> Met:
+        """Returns the customer's features and where everything stands, for answers that need no slate; errors as ``find``."""
+        try:
+            stand = await self._standings.online(user_id, place, minimum, clock)
+            with clock("features"):
+                customer = await self._customers.online(user_id, stand.snapshot, as_of=stand.as_of)
+            return Met(stand, customer, self._online.behind, self._lagging)
+        except ONLINE_AWAY:
+            async with self._apart.passing():
+                stand = await self._standings.recorded(user_id, minimum, clock)
+                with clock("features"):
+                    customer = await self._customers.recorded(user_id, stand.snapshot, as_of=stand.as_of)
+            self._standings.show(user_id, customer.activity.version)
+            return Met(stand, customer, stale=False, reasons=(ONLINE_STORE_UNAVAILABLE,))
+
+    @property
+    def _lagging(self) -> tuple[str, ...]:
+        return (ONLINE_STORE_LAGGING,) if self._online.behind else ()
+
+    async def _together(self, user_id: str, place: Place, minimum: int, clock: StageClock, seen: Callable[[Stand], None]) -> Found:
+        """Returns the slate that stands in Redis for all replicas, committing one if none does."""
+        for _ in range(TURNS):
+            stand = await self._standings.online(user_id, place, minimum, clock, seen=seen)
+            snapshot, version = stand.snapshot, stand.user_version
+            slot = place.slot(snapshot.model_version, snapshot.index_version)
+            standing = stand.slate
+            slate = decode_slate(standing, user_id, slot) if standing else None
+            if slate is not None and slate.user_version == version and slate.expires_at > stand.as_of:
+                self._metrics.slate_hit()
+            else:
+                self._metrics.slate_miss()
+                compute = partial(self._compute_and_commit, user_id, place, stand, clock)
+                standing = await self._flights.join((user_id, slot, version), compute)
+                slate = decode_slate(standing, user_id, slot)
+            if slate is not None and slate.user_version >= version and standing is not None:
+                self._remember(user_id, place, snapshot, slate.user_version, standing)
+                return Found(user_id, slate, snapshot, stand.offer_version, self._online.behind, self._lagging)
+        raise moving()
+
+    async def _by_itself(self, user_id: str, place: Place, minimum: int, clock: StageClock) -> Found:
+        """Returns the slate of PostgreSQL's state: its order, scores and prices are those any replica would compute."""
+        async with self._apart.passing():
+            stand = await self._standings.recorded(user_id, minimum, clock)
+            snapshot = stand.snapshot
+            slot = place.slot(snapshot.model_version, snapshot.index_version)
+            known = self._known.get(user_id, place)
+            if known is not None and known.of(stand.user_version, snapshot):
+                standing = known.standing
+            else:
+                key = ("apart", user_id, slot, stand.user_version)
+                standing = await self._flights.join(key, partial(self._compute_apart, user_id, place, stand, clock))
+        slate = decode_slate(standing, user_id, slot)
+        assert slate is not None
+        self._remember(user_id, place, snapshot, slate.user_version, standing)
+        self._standings.show(user_id, slate.user_version)
+        return Found(user_id, slate, snapshot, stand.offer_version, reasons=(ONLINE_STORE_UNAVAILABLE,))
+
+    def _last(self, user_id: str, place: Place, minimum: int, seen: list[Stand], reasons: tuple[str, ...]) -> Found | None:
+        """Returns the newest slate known whose snapshot is still loaded here, None when there is none as new as ``minimum``."""
+        candidates = [known] if (known := self._known.get(user_id, place)) else []
+        stand = seen[-1] if seen else None
+        if stand is not None and stand.slate is not None:
+            snapshot = stand.snapshot
+            candidates.append(KnownSlate(version_of(stand.slate), snapshot.model_version, snapshot.index_version, stand.slate))
+        for known in sorted(candidates, key=lambda known: -known.user_version):
+            held = self._fleet.held(known.model_version, known.index_version)
+            slate = decode_slate(known.standing, user_id, place.slot(known.model_version, known.index_version))
+            if held is not None and slate is not None and slate.user_version >= minimum:
+                return Found(user_id, slate, held, stand.offer_version if stand else 0, stale=True, reasons=reasons)
+        return None
+
+    async def _compute_and_commit(self, user_id: str, place: Place, stand: Stand, clock: StageClock, start: Callable[[], None]) -> bytes:
+        with clock("features"):
+            customer = await self._customers.online(user_id, stand.snapshot, as_of=stand.as_of)
+        ranked = await self._computed(customer, place, stand.snapshot, clock, start)
+        with clock("commit"):
+            return await self._online.commit(
+                user_id,
+                place.slot(stand.snapshot.model_version, stand.snapshot.index_version),
+                user_version=customer.activity.version,
+                payload=_payload(ranked, customer, stand.as_of),
+                ttl_seconds=self._ttl,
+            )
+
+    async def _compute_apart(self, user_id: str, place: Place, stand: Stand, clock: StageClock, start: Callable[[], None]) -> bytes:
+        with clock("features"):
+            customer = await self._customers.recorded(user_id, stand.snapshot, as_of=stand.as_of)
+        ranked = await self._computed(customer, place, stand.snapshot, clock, start)
+        return standing_of(_payload(ranked, customer, stand.as_of), customer.activity.version, stand.as_of, ttl_seconds=self._ttl)
+
+    async def _computed(self, customer: Customer, place: Place, snapshot: Snapshot, clock: StageClock, start: Callable[[], None]) -> Ranked:
+        # Context items are part of the sequence, as if just viewed; the channel is not: it must not change the answer.
+        seen = customer.activity.with_context(place.context_item_ids, "")
+        ranked = await self._computing.run(compute_slate, snapshot, seen, customer.profile, self._policy, starting=start)
+        clock.stages.update(ranked.stages)
+        return ranked
+
+    def _remember(self, user_id: str, place: Place, snapshot: Snapshot, version: int, standing: bytes) -> None:
+        self._known.put(user_id, place, KnownSlate(version, snapshot.model_version, snapshot.index_version, standing))
+
+
+def _payload(ranked: Ranked, customer: Customer, as_of: datetime) -> bytes:
+    flags: SlateFlag = ranked.flags | customer.flags
+    return encode_payload(ranked.rows, ranked.scores, ranked.sources, flags=flags, as_of=as_of)
