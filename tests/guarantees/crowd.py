@@ -4,21 +4,22 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
 import grpc
 import psycopg
 
-from concord.v1 import catalog_pb2, common_pb2, events_pb2, recommendation_pb2
+from concord.v1 import catalog_pb2, common_pb2, events_pb2, models_pb2, recommendation_pb2
 from features.settings import DEFAULT_CHANNELS
-from tests.guarantees.history import Fault, Listed, Offer, Read, Recorder, Row, Write
+from tests.guarantees.history import Activation, Fault, Listed, Offer, Read, Recorder, Row, Write
 
 CHANNELS = DEFAULT_CHANNELS
 LIMITS = (5, 10, 10, 20, 40)
 _RECOMMEND = "/concord.v1.RecommendationService/Recommend"
 _RECORD = "/concord.v1.EventService/RecordEvents"
+_ACTIVATE = "/concord.v1.ModelService/ActivateModel"
 _UPSERT = "/concord.v1.CatalogService/UpsertItems"
 # Reconnects at once: a replica that came back must not be out of the run for gRPC's two minutes of backoff.
 _OPTIONS = (
@@ -244,8 +245,19 @@ class Crowd:
         self.recorder.add(offer)
         return offer
 
+    async def activate(self, model_version: str) -> Activation:
+        """Moves the model pointer through a random replica."""
+        channel = self.dice.choice(self.channels)
+        start = time.monotonic()
+        request = models_pb2.ActivateModelRequest(model_version=model_version).SerializeToString()
+        status, reply = await _call(channel.unary_unary(_ACTIVATE), request, 20.0)
+        count = 0 if reply is None else models_pb2.ActivateModelResponse.FromString(reply).activation_count
+        activation = Activation(model_version, start, time.monotonic(), status, count)
+        self.recorder.add(activation)
+        return activation
+
     @contextlib.contextmanager
-    def fault(self, what: str):  # type: ignore[no-untyped-def]
+    def fault(self, what: str) -> Iterator[None]:
         """Writes down that something is done to a process or a store while the body runs."""
         start = time.monotonic()
         try:

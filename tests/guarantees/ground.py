@@ -226,6 +226,7 @@ def _environment(settings: ServerSettings) -> dict[str, str]:
         "CONCORD_REDIS_URL": settings.redis_url,
         "CONCORD_DATA_DIR": str(settings.data_dir),
         "CONCORD_MODELS_URL": settings.models_url,
+        "CONCORD_ADMIN_PORT": "-1",
         **{f"CONCORD_{name.upper()}": str(value) for name, value in _SETTINGS.items()},
     }
 
@@ -252,6 +253,7 @@ def open_ground(folder: Path, *, bundle: Path | None = None, users: int = 150) -
             postgres_dsn=postgres.dsn,
             redis_url=store.url,
             port=0,
+            admin_port=-1,
             metrics_port=-1,
             data_dir=data,
             models_url=f"file:{data / 'models'}",

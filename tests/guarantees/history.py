@@ -52,9 +52,14 @@ class Read(NamedTuple):
         return self.status == "OK"
 
     @property
-    def whole(self) -> bool:
-        """Whether the answer claims to be the answer of its versions: neither stale nor degraded."""
+    def committed(self) -> bool:
+        """Whether the answer claims to be the slate that stands for all: neither stale nor degraded."""
         return self.answered and not self.stale and not self.degraded
+
+    @property
+    def whole(self) -> bool:
+        """Whether it claims the contents of its versions: also where it was computed apart from Redis, and could not be committed."""
+        return self.answered and not self.stale and self.degraded in {"", "ONLINE_STORE_UNAVAILABLE"}
 
     @property
     def state(self) -> tuple[str, str, int, str, int]:

@@ -21,7 +21,8 @@ from feast import FeatureStore
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, UserState, UserStateCodec
 from features.layout import load_layouts
 from features.store import feature_store
-from server.database import redis_client
+from server.database import redis_breaker, redis_client
+from server.online.breaker import CircuitBreaker
 from server.online.store import OnlineStore
 from server.settings import ServerSettings
 from tests.guarantees.rules import Finding
@@ -69,10 +70,10 @@ def _value(dtype: str, version: int) -> Any:
 class ServerPath:
     """The server's own writes and reads of one customer."""
 
-    def __init__(self, client: redis.asyncio.Redis, codec: UserStateCodec) -> None:
-        self._client = client
+    def __init__(self, client: redis.asyncio.Redis, codec: UserStateCodec, breaker: CircuitBreaker) -> None:
+        self.client = client
         self.codec = codec
-        self.online = OnlineStore(client, codec)
+        self.online = OnlineStore(client, codec, breaker)
 
     def state(self, user: str, version: int) -> UserState:
         """Returns the encoded state at ``version``."""
@@ -84,7 +85,7 @@ class ServerPath:
 
     async def lose(self, user: str) -> None:
         """Redis loses the customer."""
-        await self._client.delete(self.codec.key(user))
+        await self.client.delete(self.codec.key(user))
 
     async def read(self, user: str) -> Pair:
         """Reads all views."""
@@ -103,8 +104,9 @@ async def server_path(settings: ServerSettings) -> Any:
     """Yields a connection of its own to the shop's Redis."""
     store = await asyncio.to_thread(feature_store, settings)
     client = redis_client(settings)
+    breaker = redis_breaker(settings, client, lambda _is_open: None)
     try:
-        yield ServerPath(client, UserStateCodec(load_layouts(store), settings.project))
+        yield ServerPath(client, UserStateCodec(load_layouts(store), settings.project), breaker)
     finally:
         await client.aclose()
 
@@ -214,7 +216,7 @@ async def _compare(path: ServerPath, user: str, version: int, finding: Finding) 
     arguments = path.state(user, version).arguments
     count = int(arguments[2])
     expected: Mapping[Any, Any] = dict(zip(arguments[3 : 3 + 2 * count : 2], arguments[4 : 4 + 2 * count : 2], strict=True))
-    standing = await path._client.hgetall(path.codec.key(user))
+    standing = await path.client.hgetall(path.codec.key(user))
     finding.checked += 1
     if any(standing.get(name) != value for name, value in expected.items()):
         finding.broken(f"the bytes are not those of version {version}", user)

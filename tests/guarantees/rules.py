@@ -63,7 +63,7 @@ def same_ranking(history: History, *, one_slate: bool = True) -> Finding:
                 finding.broken(f"position {row.position}: {item_id} {score!r} against {row.item_id} {row.score!r}", other, read)
                 break
             last = row.position
-        if one_slate and (first := slates.setdefault(read.state, read)).slate != read.slate:
+        if one_slate and read.committed and (first := slates.setdefault(read.state, read)).slate != read.slate:
             finding.broken(f"two slates, {first.slate} and {read.slate}", first, read)
     return finding
 
@@ -234,6 +234,16 @@ def one_model(history: History) -> Finding:
 def _around(history: History, read: Read) -> list[object]:
     """What was done to the stores while a read was under way or shortly before."""
     return [fault for fault in history.faults if fault.start <= read.end and fault.end >= read.start - 2.0]
+
+
+def none_failed(history: History) -> Finding:
+    """C4: no request fails while models are switched."""
+    finding = Finding("C4 no request fails during a switch")
+    for read in history.reads:
+        finding.checked += 1
+        if not read.answered:
+            finding.broken("failed", read)
+    return finding
 
 
 CHECKS: tuple[Callable[[History], Finding], ...] = (

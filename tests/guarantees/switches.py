@@ -6,44 +6,39 @@ nothing may be found, without it something must.
 
 import asyncio
 import contextlib
-import itertools
 import random
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
 import redis.exceptions
 
+from features import models
 from features.activity import WRITE_STATE, UserState, UserStateCodec
-from features.settings import DEFAULT_SURFACES
+from features.bundle import BundleError
 from server.catalog.offers import Offers
+from server.domain import EventOutcome, IncomingEvent, RecordOutcome, Stored, Token
+from server.fleet import FleetWatch
 from server.ingest.identities import Identities
 from server.ingest.recorder import EventRecorder
-from server.online.store import OnlineStore
-from server.recommend import recommender as recommender_module
+from server.online.store import Fleet, OnlineStore
+from server.recommend import slates as slates_module
 from server.recommend.compute import Ranked
 from server.settings import ServerSettings
-from tests.guarantees import profiles, rules, stored
-from tests.guarantees.answers import ask_while_everything_moves
-from tests.guarantees.crowd import CHANNELS, Question, crowd
-from tests.guarantees.history import History, Recorder, load
+from tests.guarantees import rules, trials
 from tests.guarantees.rules import Finding
-from tests.integration.serving import served
+from tests.guarantees.trials import Trial
 
 Patch = Callable[[pytest.MonkeyPatch], None]
-Trial = Callable[[ServerSettings, Path], Awaitable[Finding]]
 
 _store: Any = __import__("server.online.store", fromlist=["store"])
 _writer: Any = __import__("server.ingest.writer", fromlist=["writer"])
-
-
-# Events of two trials in one shop must not carry the same ids: those of the second would be duplicates and change nothing.
-_SEEDS = itertools.count(1_000)
 
 
 @dataclass(frozen=True)
@@ -73,122 +68,12 @@ async def tried(switch: Switch, settings: ServerSettings, *, off: bool) -> Findi
         return await switch.trial(settings, Path(folder))
 
 
-@contextlib.asynccontextmanager
-async def replicas(settings: ServerSettings, count: int) -> AsyncIterator[list[str]]:
-    """Serves a shop by several replicas of this process."""
-    async with contextlib.AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(served(settings)) for _ in range(count)]
-
-
-# Trials ------------------------------------------------------------------------------------------
-
-
-def _answers(rule: Callable[[History], Finding]) -> Trial:
-    """Asks while events, prices and descriptions stream in."""
-
-    async def trial(settings: ServerSettings, folder: Path) -> Finding:
-        async with replicas(settings, 3) as addresses:
-            history = await ask_while_everything_moves(
-                addresses,
-                dsn=settings.postgres_dsn,
-                folder=folder,
-                answers=400,
-                seconds=10,
-                users=6,
-                seed=next(_SEEDS),
-                events_per_second=30,
-                offers_per_second=20,
-            )
-        return rule(history)
-
-    return trial
-
-
-def _written_and_read(rule: Callable[[History], Finding]) -> Trial:
-    """Writes through one replica, reads with the token through the other, and a little later without a token."""
-
-    async def trial(settings: ServerSettings, folder: Path) -> Finding:
-        recorder = Recorder(folder / "trial.jsonl")
-        async with (
-            replicas(settings, 2) as addresses,
-            crowd("trial", addresses, recorder, dsn=settings.postgres_dsn, users=1, seed=next(_SEEDS)) as people,
-        ):
-            (user,) = people.users
-            for number in range(40):
-                await people.record(user, replica=0)
-                await people.ask(Question(user, CHANNELS[number % 7]), replica=1, token=people.tokens[user])
-                await asyncio.sleep(0.015)
-                # On another surface: where a newer slate was committed, set-if-absent would hide that the state went back.
-                await people.ask(Question(user, CHANNELS[number % 5], DEFAULT_SURFACES[1 + number % 7]), replica=0)
-        recorder.close()
-        return rule(load([folder / "trial.jsonl"]))
-
-    return trial
-
-
-async def _recorded(settings: ServerSettings, folder: Path) -> tuple[History, stored.Stored]:
-    """Records events, every third one twice, and waits until the outbox has settled."""
-    recorder = Recorder(folder / "trial.jsonl")
-    async with (
-        replicas(settings, 1) as addresses,
-        crowd("trial", addresses, recorder, dsn=settings.postgres_dsn, users=4, seed=next(_SEEDS)) as people,
-    ):
-        for number in range(30):
-            write = await people.record(people.users[number % len(people.users)])
-            if number % 3 == 0:
-                await people.record(write.user, event_id=write.event_id)
-        await asyncio.sleep(2 * settings.recovery_seconds)
-    recorder.close()
-    return load([folder / "trial.jsonl"]), stored.read_stored(settings.postgres_dsn)
-
-
-async def _counted(settings: ServerSettings, folder: Path) -> Finding:
-    _, held = await _recorded(settings, folder)
-    return stored.nothing_twice(held)
-
-
-async def _caught_up(settings: ServerSettings, folder: Path) -> Finding:
-    _, held = await _recorded(settings, folder)
-    codec = stored.codec_of(settings)
-    return stored.caught_up(held, stored.online_versions(codec, stored.read_online(settings, codec, list(held.versions))))
-
-
-async def _rebuilt(settings: ServerSettings, _folder: Path) -> Finding:
-    """Loses some customers and reads them again."""
-    codec = stored.codec_of(settings)
-    users = sorted(stored.read_stored(settings.postgres_dsn).versions)[:5]
-    async with profiles.server_path(settings) as path:
-        hashes = []
-        for _ in range(2):
-            for user in users:
-                await path.lose(user)
-            await _read_all(settings, users)
-            hashes.append(stored.read_online(settings, codec, users))
-    return stored.same_bytes(*hashes)
-
-
-async def _read_all(settings: ServerSettings, users: Sequence[str]) -> None:
-    from concord import Concord, user
-
-    async with replicas(settings, 1) as addresses, Concord(addresses[0], channel="web", timeout=10.0) as web:
-        for name in users:
-            await web.profile(user(name))
-
-
-async def _torn(settings: ServerSettings, _folder: Path) -> Finding:
-    return profiles.whole(await profiles.push_and_read(settings, reads=400))
-
-
-async def _interleaved(settings: ServerSettings, _folder: Path) -> Finding:
-    return await profiles.interleave(settings, rounds=40, seed=7)
-
-
 # Faults ------------------------------------------------------------------------------------------
 
 
 def _differing_arithmetic(patch: pytest.MonkeyPatch) -> None:
     """No two computations of a slate give the same bits, as on replicas with different processors."""
-    compute, dice = recommender_module.compute_slate, np.random.default_rng(1)
+    compute, dice = slates_module.compute_slate, np.random.default_rng(1)
 
     def noisy(*arguments: Any) -> Ranked:
         ranked = compute(*arguments)
@@ -196,7 +81,7 @@ def _differing_arithmetic(patch: pytest.MonkeyPatch) -> None:
         order = np.argsort(-scores, kind="stable")
         return replace(ranked, rows=ranked.rows[order], scores=scores[order], sources=ranked.sources[order])
 
-    patch.setattr(recommender_module, "compute_slate", noisy)
+    patch.setattr(slates_module, "compute_slate", noisy)
 
 
 def _lost_writes(patch: pytest.MonkeyPatch) -> None:
@@ -234,6 +119,20 @@ def _late_writes(patch: pytest.MonkeyPatch) -> None:
         task.add_done_callback(again.discard)
 
     patch.setattr(OnlineStore, "write_users", repeating)
+
+
+def _one_replica_cannot(patch: pytest.MonkeyPatch) -> None:
+    """The second replica cannot open a model it does not answer with already."""
+    load_model, opened = FleetWatch._model, list[FleetWatch]()
+
+    async def failing(self: FleetWatch, model_version: str) -> Any:
+        if self not in opened:
+            opened.append(self)
+        if opened.index(self) == 1 and self.current is not None and self.current.model_version != model_version:
+            raise BundleError("the disk here is damaged")
+        return await load_model(self, model_version)
+
+    patch.setattr(FleetWatch, "_model", failing)
 
 
 # Mechanisms off ----------------------------------------------------------------------------------
@@ -316,15 +215,65 @@ def _state_of_its_time(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(UserStateCodec, "state", stamped)
 
 
+def _every_replica_follows_by_itself(patch: pytest.MonkeyPatch) -> None:
+    """Each replica answers with the model it saw in PostgreSQL last, when it last looked, instead of the one pointer."""
+    turn, read, seen = FleetWatch._turn, OnlineStore.read, dict[OnlineStore, Fleet]()
+
+    async def looking(self: FleetWatch) -> str:
+        problem = await turn(self)
+        seen[self._online] = self.newest
+        return problem
+
+    async def following(self: OnlineStore, user_id: str, slot: str) -> Any:
+        standing = await read(self, user_id, slot)
+        return replace(standing, fleet=seen.get(self, standing.fleet))
+
+    patch.setattr(FleetWatch, "_turn", looking)
+    patch.setattr(OnlineStore, "read", following)
+
+
+def _nobody_is_waited_for(patch: pytest.MonkeyPatch) -> None:
+    assert "live_replicas" in models._UNREADY
+    patch.setattr(models, "_UNREADY", models._UNREADY + " LIMIT 0")
+
+
+def _acknowledged_before_commit(patch: pytest.MonkeyPatch) -> None:
+    record, under_way = EventRecorder.record, set[asyncio.Task[None]]()
+
+    async def later(self: EventRecorder, events: Sequence[IncomingEvent]) -> None:
+        await asyncio.sleep(0.2)
+        with contextlib.suppress(psycopg.Error, TimeoutError):
+            await asyncio.wait_for(record(self, events), 1.0)
+
+    async def at_once(self: EventRecorder, events: Sequence[IncomingEvent]) -> RecordOutcome:
+        under_way.add(task := asyncio.create_task(later(self, events)))
+        task.add_done_callback(under_way.discard)
+        users = [event.subject.user_id for event in events]
+        return RecordOutcome(
+            tuple(EventOutcome(Stored.STORED, user) for user in users), tuple(Token(user, 1) for user in users), online=False
+        )
+
+    patch.setattr(EventRecorder, "record", at_once)
+
+
 SWITCHES = (
-    Switch("set-if-absent of slates", "C1", _commit_always, _answers(rules.same_ranking), _differing_arithmetic),
-    Switch("offers brought up to the pointer", "C1", _first_offers_for_ever, _answers(rules.fresh_offers)),
-    Switch("token compared with the state", "C2", _tokens_ignored, _written_and_read(rules.tokens_honoured), _lost_writes),
-    Switch("compare-and-set on the version", "C3", _write_always, _written_and_read(rules.monotonic), _late_writes),
-    Switch("compare-and-set, every interleaving", "whole profiles", _write_always, _interleaved),
-    Switch("all views written by one script", "whole profiles", _one_command_per_view, _torn),
-    Switch("all views read by one command", "whole profiles", _one_read_per_view, _torn),
-    Switch("outbox of customers that lag", "C6", _no_outbox, _caught_up, _missed_writes),
-    Switch("state a function of PostgreSQL alone", "C6", _state_of_its_time, _rebuilt),
-    Switch("one count per event id", "C6", _every_attempt_counts, _counted),
+    Switch("set-if-absent of slates", "C1", _commit_always, trials.answers(rules.same_ranking), _differing_arithmetic),
+    Switch("offers brought up to the pointer", "C1", _first_offers_for_ever, trials.answers(rules.fresh_offers)),
+    Switch("token compared with the state", "C2", _tokens_ignored, trials.written_and_read(rules.tokens_honoured), _lost_writes),
+    Switch("compare-and-set on the version", "C3", _write_always, trials.written_and_read(rules.monotonic), _late_writes),
+    Switch("compare-and-set, every interleaving", "whole profiles", _write_always, trials.interleaved),
+    Switch("all views written by one script", "whole profiles", _one_command_per_view, trials.torn),
+    Switch("all views read by one command", "whole profiles", _one_read_per_view, trials.torn),
+    Switch("one pointer for all replicas", "C4", _every_replica_follows_by_itself, trials.models_switched(rules.one_model)),
+    Switch(
+        "every replica ready before the pointer moves",
+        "C4",
+        _nobody_is_waited_for,
+        trials.models_switched(rules.none_failed),
+        _one_replica_cannot,
+    ),
+    Switch("commit before acknowledgement", "C6", _acknowledged_before_commit, trials.stopped),
+    Switch("outbox of customers that lag", "C6", _no_outbox, trials.caught_up, _missed_writes),
+    Switch("state a function of PostgreSQL alone", "C6", _state_of_its_time, trials.rebuilt),
+    Switch("one count per event id", "C6", _every_attempt_counts, trials.counted),
 )
