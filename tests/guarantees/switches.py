@@ -249,9 +249,8 @@ def _acknowledged_before_commit(patch: pytest.MonkeyPatch) -> None:
         under_way.add(task := asyncio.create_task(later(self, events)))
         task.add_done_callback(under_way.discard)
         users = [event.subject.user_id for event in events]
-        return RecordOutcome(
-            tuple(EventOutcome(Stored.STORED, user) for user in users), tuple(Token(user, 1) for user in users), online=False
-        )
+        outcomes = tuple(EventOutcome(Stored.STORED, user) for user in users)
+        return RecordOutcome(outcomes, tuple(Token(user, 1) for user in users), online=False)
 
     patch.setattr(EventRecorder, "record", at_once)
 
