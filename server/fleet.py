@@ -208,7 +208,7 @@ class FleetWatch:
         """Starts to build a snapshot unless it is there, on its way, or failed a moment ago."""
         if key in self._snapshots or key in self._building or self._retry_at.get(key[0], 0.0) > asyncio.get_running_loop().time():
             return
-        self._start(key).add_done_callback(_retrieved)
+        self._start(key)
 
     async def _point(self, fleet: Fleet) -> None:
         """Moves Redis forward. Prices do not wait for a model or an epoch that is not loaded here."""
@@ -230,6 +230,7 @@ class FleetWatch:
 
     def _start(self, key: Key) -> "asyncio.Task[Snapshot]":
         self._building[key] = asyncio.create_task(self._build(key))
+        self._building[key].add_done_callback(_retrieved)  # whoever waited may be gone
         return self._building[key]
 
     async def _build(self, key: Key) -> Snapshot:

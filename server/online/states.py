@@ -18,7 +18,7 @@ Features = dict[str, dict[str, FeatureValue]]
 
 # What OnlineStore.read tells, from PostgreSQL; one statement, so of one moment.
 _RECORDED = """
-SELECT f.model_version, f.activation, f.index_version, f.offer_version, u.version, u.merged_into
+SELECT f.model_version, f.activation, f.answering_index, f.offer_version, u.version, u.merged_into
 FROM fleet_state f LEFT JOIN users u ON u.user_id = %s
 """
 _PROFILE_AT = "SELECT * FROM user_profile WHERE user_id = %s AND event_timestamp = %s"

@@ -1,5 +1,6 @@
 """A whole bundle written in a second without PyTorch: real ONNX graphs with random weights, for tests of what reads bundles."""
 
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from features.bundle import (
     ENCODER,
     GOLDEN,
     ITEMS,
+    MANIFEST,
     RANKER,
     TOKENIZER,
     FeatureContract,
@@ -145,3 +147,26 @@ def _write_golden(folder: Path, rng: np.random.Generator, words: int) -> None:
         ranker_features=features,
         ranker_scores=ranker.run(None, {"features": features})[0],
     )
+
+
+def vary_bundle(bundle: Path, folder: Path, model_version: str, *, seed: int) -> Manifest:
+    """Writes another valid model after ``bundle``: its ranker and collaborative weights shaken, golden outputs and checksums anew."""
+    shutil.copytree(bundle, folder)
+    rng = np.random.default_rng(seed)
+    ranker = onnx.load(folder / RANKER)
+    for weight in ranker.graph.initializer:
+        if weight.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(weight)
+            shaken = values * rng.normal(1.0, 0.4, values.shape)
+            weight.CopyFrom(numpy_helper.from_array(shaken.astype(np.float32), weight.name))
+    onnx.save(ranker, folder / RANKER)
+    collaborative = dict(np.load(folder / COLLABORATIVE))
+    np.savez(folder / COLLABORATIVE, **{**collaborative, "weights": rng.permutation(collaborative["weights"])})
+    golden = dict(np.load(folder / GOLDEN))
+    session = onnxruntime.InferenceSession(str(folder / RANKER), providers=["CPUExecutionProvider"])
+    golden["ranker_scores"] = session.run(["scores"], {"features": golden["ranker_features"]})[0]
+    np.savez(folder / GOLDEN, **golden)
+    manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    manifest = manifest.model_copy(update={"model_version": model_version, "files": dict(checksums(folder))})
+    write_manifest(folder, manifest)
+    return manifest

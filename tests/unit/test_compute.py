@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from features.behaviour import Activity
 from features.candidates import Candidates, Source, generate
 from features.ranking import Profile
+from features.signals import CollaborativeWeights
 from server.inference.model import load_model
 from server.recommend import compute
-from server.recommend.compute import Policy, Ranked, compute_slate, score_items
+from server.recommend.compute import Policy, Ranked, compute_slate, policy_fingerprint, rehearse, score_items
 from server.recommend.slate import SlateFlag
 from server.recommend.snapshot import Snapshot
-from tests.unit.bundles import write_bundle
+from tests.unit.bundles import vary_bundle, write_bundle
 from tests.unit.tables import activity, table
 
 COUNT = 400  # more than a slate's candidates, so that their choice matters too
@@ -138,3 +139,28 @@ def test_a_newcomer_gets_a_slate_and_is_flagged(shot: Snapshot) -> None:
     assert slate.flags == SlateFlag.NEWCOMER
     assert len(slate.rows) == POLICY.slate_size
     assert np.isfinite(slate.scores).all()
+
+
+def test_a_rehearsal_runs_every_part_even_over_nothing(shot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(compute, "compute_slate", lambda *arguments: ran.append(compute_slate(*arguments)))
+    rehearse(shot, POLICY)
+    rehearse(Snapshot(None, table(0), np.zeros((0, 0), np.float32), CollaborativeWeights.empty(0)), POLICY)
+    assert set(ran[0].stages) >= {"user_vector", "candidates", "ranking", "policy"}
+    assert SlateFlag.NEWCOMER not in ran[0].flags  # somebody with a past, so that the encoder runs
+    assert len(ran[1].rows) == 0
+
+
+def test_a_varied_bundle_is_another_valid_model(shot: Snapshot, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "one", shot.table)
+    vary_bundle(tmp_path / "one", tmp_path / "two", "m2", seed=5)
+    other = load_model(tmp_path / "two", provider="cpu", threads=2)
+    assert other.model_version == "m2"
+    varied = compute_slate(replace(shot, model=other), CUSTOMER, BAND, POLICY)
+    assert varied.rows.tolist() != compute_slate(shot, CUSTOMER, BAND, POLICY).rows.tolist()
+
+
+def test_other_rules_have_another_fingerprint() -> None:
+    rules = [replace(POLICY, slate_size=99), replace(POLICY, exclude_purchased=False), replace(POLICY, max_per_category=5), POLICY]
+    marks = {policy_fingerprint(rule, hide_out_of_stock=hide, onnx_threads=n) for rule in rules for hide in (True, False) for n in (1, 2)}
+    assert len(marks) == 16

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from concord.v1 import (
 )
 from features.catalogue import Item
 from features.layout import FeatureValue, Status
+from features.models import OnUnready
 from server.rpc import rules
 from server.rpc.translate import datetime_of, duration_of, micros_of, money_of, timestamp_of, timestamp_of_micros
 from tests.fakes import NOW, FakeCatalog, FakeFeatures, Fakes, serving
@@ -194,3 +196,34 @@ async def test_models_are_translated_field_by_field() -> None:
     assert not models[0].HasField("activated_at")
     assert (active.model.metrics["ndcg_at_10"], active.model.feature_service, active.activation_count) == (0.25, "ranking_v1", 4)
     assert (moved.model_version, moved.previous_model_version, moved.activation_count) == ("m2", "m1", 5)
+
+
+async def test_replicas_are_translated_field_by_field() -> None:
+    async with serving() as edge:
+        (replica,) = (await models_pb2_grpc.ModelServiceStub(edge.channel).ListReplicas(models_pb2.ListReplicasRequest())).replicas
+    assert (replica.replica_id, replica.address, replica.live) == ("r1", "10.0.0.1:50051", True)
+    assert (replica.model_version, replica.index_version, replica.config_fingerprint) == ("m1", 2, "c1")
+    assert [(ready.model_version, list(ready.index_versions)) for ready in replica.ready] == [("m1", [1, 2])]
+    assert dict(replica.failures) == {"m2": "BUNDLE_INVALID: no"}
+    assert datetime_of(replica.seen_at) == datetime_of(replica.started_at) == NOW
+
+
+@pytest.mark.parametrize(
+    ("arguments", "deadline", "on_unready", "wait"),
+    [
+        ({}, 60.0, OnUnready.FAIL, (30.0, 30.0)),
+        ({"wait": Duration(seconds=2, nanos=500_000_000)}, 60.0, OnUnready.FAIL, (2.5, 2.5)),
+        ({"wait": Duration(seconds=50)}, 10.0, OnUnready.FAIL, (9.0, 9.7)),  # within the deadline, with time left to say who was late
+        ({"on_unready": models_pb2.ACTIVATION_POLICY_WAIT}, 20.0, OnUnready.WAIT, (19.0, 19.7)),
+        ({"on_unready": models_pb2.ACTIVATION_POLICY_WAIT}, None, OnUnready.WAIT, (4.7, 4.7)),  # the deadline the server sets
+    ],
+)
+async def test_an_activation_waits_as_long_as_it_may(
+    arguments: Any, deadline: float | None, on_unready: OnUnready, wait: tuple[float, float]
+) -> None:
+    async with serving() as edge:
+        request = models_pb2.ActivateModelRequest(model_version="m2", **arguments)
+        await models_pb2_grpc.ModelServiceStub(edge.channel).ActivateModel(request, timeout=deadline)
+    ((version, policy, seconds),) = edge.fakes.models.calls
+    assert (version, policy) == ("m2", on_unready)
+    assert wait[0] <= seconds <= wait[1] + 1e-6
