@@ -35,6 +35,7 @@ def main() -> int:
         reads=Plan.reads // share,
         feast_reads=Plan.feast_reads // share,
         interleavings=Plan.interleavings // share,
+        switches=Plan.switches // share,
         losses=1 if arguments.quick else Plan.losses,
     )
     # The servers are our own: nobody's settings and addresses must get into them.

@@ -1,6 +1,7 @@
 """All runs one after the other on one ground: what `make audit` does in full, and `make test` run by run with small numbers."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from tests.guarantees.answers import Progress, ask_while_everything_moves
 from tests.guarantees.ground import Ground
 from tests.guarantees.losses import FAULTS, rebuild_twice, survive
 from tests.guarantees.report import Report
+from tests.guarantees.rollouts import run_rollouts
 from tests.guarantees.rules import Finding, check
 from tests.guarantees.switches import SWITCHES, tried
 from tests.guarantees.tokens import read_your_writes
+from tests.guarantees.trials import two_models
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Plan:
         writes: for C2 and C3, each read back three times.
         reads: of whole profiles; feast_reads of plain Feast's.
         interleavings: of writers.
+        switches: of models, back and forth.
         losses: rounds of all faults.
         seconds: bound of each load.
     """
@@ -33,6 +37,7 @@ class Plan:
     reads: int = 50_000
     feast_reads: int = 2_000
     interleavings: int = 1_000
+    switches: int = 50
     losses: int = 2
     seconds: float = 240.0
 
@@ -42,6 +47,7 @@ async def served_runs(ground: Ground, plan: Plan, *, folder: Path, progress: Pro
     report = Report()
     await same_answers(ground, plan, report, folder=folder, progress=progress)
     await honoured_tokens(ground, plan, report, folder=folder, progress=progress)
+    await switched_models(ground, plan, report, folder=folder, progress=progress)
     for seed in range(1, plan.losses + 1):
         await nothing_lost(ground, report, folder=folder, seed=seed, progress=progress)
     report.add(await rebuild_twice(ground, folder=folder))
@@ -92,6 +98,37 @@ async def nothing_lost(
         f"all caught up {survival.caught_up_seconds:.1f} s after the last fault.",
         *(f"C6 left out: {skipped}" for skipped in survival.skipped),
     ]
+
+
+async def switched_models(ground: Ground, plan: Plan, report: Report, *, folder: Path, progress: Progress) -> None:
+    """C4: models switched back and forth under load."""
+    first, second = await asyncio.to_thread(two_models, ground.settings, folder)
+    held = await asyncio.to_thread(stored.read_stored, ground.settings.postgres_dsn)
+    busy = sorted(held.versions, key=lambda user: -held.versions[user])[:40]
+    done = itertools.count()
+    progress("C4 switches", 0, plan.switches)
+    verdict = await run_rollouts(
+        ground.addresses,
+        [second, first],
+        busy,
+        count=plan.switches,
+        pause_seconds=1.0,
+        pids=[replica.process.pid for replica in ground.replicas if replica.process],
+        progress=lambda _: progress("C4 switches", next(done) + 1, plan.switches),
+    )
+    report.answers += verdict.answers
+    report.add(
+        [
+            Finding("C4 one answer per versions while models switch", verdict.answers, verdict.mixed),
+            Finding("C4 no answer by the model before", verdict.answers, verdict.late),
+            Finding("C4 no call fails while models switch", verdict.answers + verdict.switches, verdict.failures, verdict.first_failures),
+        ]
+    )
+    grown = max(after / before for before, after in zip(verdict.rss[min(3, len(verdict.rss) - 1)], verdict.rss[-1], strict=True))
+    report.notes.append(
+        f"C4: {verdict.switches} switches; p99 {1e3 * verdict.usual_p99:.0f} ms usually, {1e3 * verdict.switching_p99:.0f} ms during "
+        f"a switch; the replicas' memory at the end is at most {grown:.2f} times that after the fourth."
+    )
 
 
 def _lag(seconds: float) -> Finding:

@@ -11,7 +11,7 @@ import psycopg
 from concord import Concord
 from concord import user as known_as
 from features import models
-from features.bundle import fetch, write_manifest
+from features.bundle import fetch
 from features.settings import DEFAULT_SURFACES
 from server.settings import ServerSettings
 from tests.guarantees import profiles, stored
@@ -20,6 +20,7 @@ from tests.guarantees.crowd import CHANNELS, Question, crowd
 from tests.guarantees.history import History, Recorder, load
 from tests.guarantees.rules import Finding
 from tests.integration.serving import served
+from tests.unit.bundles import vary_bundle
 
 Trial = Callable[[ServerSettings, Path], Awaitable[Finding]]
 
@@ -154,7 +155,7 @@ def models_switched(rule: Callable[[History], Finding]) -> Trial:
     """Switches to a second model and back while both replicas are asked."""
 
     async def trial(settings: ServerSettings, folder: Path) -> Finding:
-        first, second = _two_models(settings, folder)
+        first, second = two_models(settings, folder)
         recorder = Recorder(folder / "trial.jsonl")
         over = asyncio.Event()
         async with (
@@ -180,15 +181,15 @@ def models_switched(rule: Callable[[History], Finding]) -> Trial:
     return trial
 
 
-def _two_models(settings: ServerSettings, folder: Path) -> tuple[str, str]:
-    """Publishes the active model under a second name as well; returns both names."""
+def two_models(settings: ServerSettings, folder: Path) -> tuple[str, str]:
+    """Publishes a second model made from the active one; returns the names of both."""
     with psycopg.connect(settings.postgres_dsn) as connection:
         active = next(model for model in models.list_models(connection) if model.active)
-        manifest = fetch(active.uri, folder / "second")
-        manifest = manifest.model_copy(update={"model_version": f"{active.model_version}-{next(_SEEDS)}"})
-        write_manifest(folder / "second", manifest)
+        fetch(active.uri, folder / "active")
+        number = next(_SEEDS)
+        second = vary_bundle(folder / "active", folder / "second", f"{active.model_version}-{number}", seed=number)
         models.publish(connection, folder / "second", settings.models_base)
-    return active.model_version, manifest.model_version
+    return active.model_version, second.model_version
 
 
 def _activate(settings: ServerSettings, model_version: str) -> None:
