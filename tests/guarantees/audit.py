@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ class Plan:
     seconds: float = 240.0
 
 
+_PRICE_KINDS = ("stale_price", "wrong_price", "stale_stock", "wrong_stock", "not_sold_there", "unversioned_offer", "price_differs")
+
+
 async def served_runs(ground: Ground, plan: Plan, *, folder: Path, progress: Progress) -> Report:
     """The runs that need replicas: C1, C2 and C3, C6."""
     report = Report()
@@ -51,6 +55,7 @@ async def served_runs(ground: Ground, plan: Plan, *, folder: Path, progress: Pro
     for seed in range(1, plan.losses + 1):
         await nothing_lost(ground, report, folder=folder, seed=seed, progress=progress)
     report.add(await rebuild_twice(ground, folder=folder))
+    await logged_answers(ground, report)
     return report
 
 
@@ -129,6 +134,25 @@ async def switched_models(ground: Ground, plan: Plan, report: Report, *, folder:
         f"C4: {verdict.switches} switches; p99 {1e3 * verdict.usual_p99:.0f} ms usually, {1e3 * verdict.switching_p99:.0f} ms during "
         f"a switch; the replicas' memory at the end is at most {grown:.2f} times that after the fourth."
     )
+
+
+async def logged_answers(ground: Ground, report: Report) -> None:
+    """C5: `concord audit` over what the runs before logged, and live probes of all replicas."""
+    printed = await asyncio.to_thread(ground.run, "audit", "--last", "1000", allowed=(0, 1))
+    summary = json.loads(printed.splitlines()[-1])
+    prices = sum(count for kind, count in summary["kinds"].items() if kind in _PRICE_KINDS)
+    report.add(
+        [
+            Finding(
+                "C5 concord audit: replays, probes, online state",
+                summary["replayed"] + summary["probes"] + summary["states_checked"],
+                summary["violations"] - prices,
+                [str(summary["kinds"])] if summary["violations"] else [],
+            ),
+            Finding("C5 concord audit: prices and stock", summary["offers_checked"], prices),
+        ]
+    )
+    report.notes.append(f"C5: {summary['replayed']:,} logged answers replayed, {summary['not_replayable']:,} not replayable.")
 
 
 def _lag(seconds: float) -> Finding:

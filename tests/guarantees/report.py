@@ -13,7 +13,7 @@ from tests.guarantees.rules import Finding
 _TORN = ("whole profiles",)
 _MISSED = ("C2",)
 _MIXED = ("C4 one", "C4 no answer")
-_PRICES = ("C1 one price", "C1 prices", "C1 no offers")
+_PRICES = ("C1 one price", "C1 prices", "C1 no offers", "C5 concord audit: prices")
 
 
 @dataclass

@@ -44,7 +44,7 @@ def answers(rule: Callable[[History], Finding]) -> Trial:
                 addresses,
                 dsn=settings.postgres_dsn,
                 folder=folder,
-                answers=400,
+                answers=250,
                 seconds=10,
                 users=6,
                 seed=next(_SEEDS),
@@ -169,7 +169,7 @@ def models_switched(rule: Callable[[History], Finding]) -> Trial:
                     await asyncio.sleep(0.005)
 
             asking = [asyncio.create_task(ask(replica)) for replica in (0, 1)]
-            for version in (second, first, second, first):
+            for version in (second, first, second):
                 await people.activate(version)
                 await asyncio.sleep(0.3)
             over.set()
