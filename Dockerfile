@@ -39,7 +39,7 @@ ENV PATH=/opt/concord/bin:$PATH \
 WORKDIR /data
 VOLUME ["/data"]
 USER 10001:10001
-EXPOSE 50051 9464
+EXPOSE 50051 50052 9464
 STOPSIGNAL SIGTERM
 # Asks the gRPC health service: SERVING only once model and index are loaded, NOT_SERVING from SIGTERM on.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["concord", "health"]

@@ -6,10 +6,10 @@ INSTALLED := $(VENV)/.installed
 STUBS := client/concord/v1/.generated
 PROTOS := $(wildcard protos/concord/v1/*.proto)
 
-.PHONY: help install stubs demo test test-unit fuzz audit lint format serve clean
+.PHONY: help install stubs demo test test-unit fuzz audit lint format serve sbom dependency-audit clean
 
 help: ## List the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) stubs ## Install everything, pinned, into .venv and generate the stubs.
 
@@ -52,6 +52,14 @@ format: install ## Format the code.
 
 serve: install ## Keep an embedded stack and the server up, and print how to call it.
 	$(BIN)/concord serve
+
+sbom: install ## List everything installed, as CycloneDX JSON, in build/sbom.json.
+	@mkdir -p build
+	$(BIN)/cyclonedx-py environment --of JSON --output-reproducible -o build/sbom.json $(BIN)/python
+	@echo "wrote build/sbom.json"
+
+dependency-audit: install ## Look the pinned dependencies up in the vulnerability database; needs the network, fails without.
+	$(BIN)/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r constraints.txt
 
 clean: ## Remove the venv, generated stubs and local data.
 	rm -rf $(VENV) .data build dist client/concord/v1/*_pb2* client/concord/v1/.generated

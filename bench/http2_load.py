@@ -82,11 +82,9 @@ class Load:
         """Loads the server for ``warm_up`` and ``seconds``, of which only the latter count."""
         started = time.perf_counter()
         self._counted_from, ends = started + warm_up, started + warm_up + seconds
-        due = 0.0
         turn = 0
         while (now := time.perf_counter()) < ends:
             if rate:
-                due += 0.0
                 count = int((now - started) * rate) - turn
             else:
                 count = outstanding - sum(len(one.streams) + len(one.waiting) for one in self._connections)

@@ -52,11 +52,14 @@ def serve(
                 if admin_port != port:
                     _out.print(f"Admin methods are on {settings.admin_host}:{admin_port}", highlight=False)
 
-        _run(run(settings, announce=announce))
+        finished(run(settings, announce=announce))
 
 
 def health(server: _Server = "127.0.0.1:50051") -> None:
-    """Asks a running server whether it is ready; the exit status is 1 unless it answers SERVING within 3 seconds."""
+    """Shows whether a running server, its services and what they depend on are well.
+
+    The exit status is 1 unless the server answers SERVING within 3 seconds; a dependency that is away does not change that.
+    """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -64,13 +67,16 @@ def health(server: _Server = "127.0.0.1:50051") -> None:
     credentials = call_settings().channel_credentials()
     with grpc.secure_channel(server, credentials, options) if credentials else grpc.insecure_channel(server, options) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
+            statuses = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest(), timeout=3).statuses
         except grpc.RpcError as error:
             _out.print(f"{server}: no answer: {error.code().name}", highlight=False)
             raise typer.Exit(1) from None
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    _out.print(f"{server}: {status}", highlight=False)
-    if status != "SERVING":
+    named = {name: health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) for name, answer in statuses.items()}
+    overall = named.pop("", "SERVICE_UNKNOWN")
+    _out.print(f"{server}: {overall}", highlight=False)
+    for name, status in sorted(named.items()):
+        _out.print(f"  {name:<38} {status}", highlight=False)
+    if overall != "SERVING":
         raise typer.Exit(1)
 
 
@@ -85,10 +91,10 @@ def record(
     """Records one event and prints its result and consistency token."""
 
     async def call() -> Any:
-        async with _client(server, channel) as client:
+        async with connected(server, channel) as client:
             return await client.record(client.event(customer, action, item_id=item, text=text))
 
-    _out.print_json(data=MessageToDict(_run(call()), preserving_proto_field_name=True))
+    _out.print_json(data=MessageToDict(finished(call()), preserving_proto_field_name=True))
 
 
 def recommend(
@@ -102,10 +108,10 @@ def recommend(
     from concord.v1 import recommendation_pb2
 
     async def call() -> Any:
-        async with _client(server, channel) as client:
+        async with connected(server, channel) as client:
             return await client.recommend(customer, surface=surface, limit=limit)
 
-    answer = _run(call())
+    answer = finished(call())
     table = Table("#", "item", "title", "price", "score", "why")
     for item in answer.items:
         price = f"{item.price.units + item.price.nanos / 1e9:.2f} {item.price.currency_code}"
@@ -115,14 +121,15 @@ def recommend(
     _out.print(f"slate {answer.slate_id}, versions {MessageToDict(answer.versions, preserving_proto_field_name=True)}")
 
 
-def _client(server: str, channel: str) -> "Concord":
+def connected(server: str, channel: str) -> "Concord":
+    """Returns a client for a channel with the credentials of the settings, to be entered."""
     from concord import Concord
 
     settings = call_settings()
     return Concord(server, channel=channel, credentials=settings.channel_credentials(), api_key=settings.call_key.get_secret_value())
 
 
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
+def finished(work: Coroutine[Any, Any, Any]) -> Any:
     """Runs a coroutine on uvloop where it is installed, which is everywhere but Windows."""
     try:
         import uvloop

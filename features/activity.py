@@ -16,21 +16,32 @@ from features.ranking import Profile
 ACTIVITY_VIEW = "user_activity"
 PROFILE_VIEW = "user_profile"
 
-# One statement, so one snapshot: version and behaviours can never be of different moments. Merged customers have no row.
+# Beside Feast's fields a customer's hash holds these. A persona merged into another customer has the first three and no features;
+# a forgotten one has nothing but the last, for as long as work in flight could still bring something back.
+MERGED_FIELD = "_concord:merged"
+MARKER_VERSION_FIELD = "_concord:version"
+MEMBERSHIP_FIELD = "_concord:membership"
+FORGOTTEN_FIELD = "_concord:forgotten"
+
+# One statement, so one snapshot: version, membership and behaviours can never be of different moments. A merged persona has a
+# row that names its survivor and no behaviours; an unknown one has none.
 READ_STATE = """
-SELECT u.user_id, to_jsonb(p.*) - 'user_id' - 'event_timestamp' AS profile, p.event_timestamp AS profile_timestamp, a.*
+SELECT u.user_id, to_jsonb(p.*) - 'user_id' - 'event_timestamp' AS profile, p.event_timestamp AS profile_timestamp,
+       k.merged_into, k.membership, k.version AS user_version, a.*
 FROM unnest(%s::text[]) AS u (user_id)
-JOIN users k ON k.user_id = u.user_id AND k.merged_into IS NULL
-CROSS JOIN LATERAL user_activity_at(u.user_id, 'infinity') a
+JOIN users k ON k.user_id = u.user_id
+LEFT JOIN LATERAL user_activity_at(u.user_id, 'infinity') a ON k.merged_into IS NULL
 LEFT JOIN LATERAL (
     SELECT * FROM user_profile p WHERE p.user_id = u.user_id ORDER BY p.event_timestamp DESC LIMIT 1
-) p ON true
+) p ON k.merged_into IS NULL
 """
 
-# Compare-and-set on the version inside Feast's own serialized Value (tag 0x20 = int64_val, then a varint).
-# ARGV: version, version field, number of activity pairs, activity pairs..., profile time field, profile pairs...
-# The profile is only filled in when the hash has none: a materialization may have written a newer one meanwhile.
-WRITE_STATE = """
+# Compare-and-set on the version inside Feast's own serialized Value (tag 0x20 = int64_val, then a varint), or on that of a marker.
+# ARGV: version, version field, membership, survivor ("" for a customer of its own), number of activity pairs, activity pairs...,
+# number of profile pairs, profile pairs (time field first), or without a profile the names of its fields.
+# Within a membership the profile is only filled in when the hash has none: a materialization may have written a newer one
+# meanwhile. With another membership it is that of other events, and is replaced.
+WRITE_STATE = f"""
 local function version_of(raw)
     if not raw or #raw < 2 or raw:byte(1) ~= 0x20 then return -1 end
     local value, scale = 0, 1
@@ -42,15 +53,27 @@ local function version_of(raw)
     end
     return value
 end
-local offered, field, pairs = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
-local current = version_of(redis.call('HGET', KEYS[1], field))
-local stop = 3 + 2 * pairs
+local offered, membership, merged, pairs = tonumber(ARGV[1]), ARGV[3], ARGV[4], tonumber(ARGV[5])
+local seen = redis.call(
+    'HMGET', KEYS[1], ARGV[2], '{MARKER_VERSION_FIELD}', '{MEMBERSHIP_FIELD}', '{FORGOTTEN_FIELD}', ARGV[7 + 2 * pairs])
+if seen[4] then return -1 end
+local current = math.max(version_of(seen[1]), tonumber(seen[2] or '-1'))
+local regrouped = (seen[3] or '0') ~= membership
 if current < offered then
-    redis.call('HSET', KEYS[1], unpack(ARGV, 4, stop))
+    if merged ~= '' then
+        redis.call('DEL', KEYS[1])
+        redis.call('HSET', KEYS[1], '{MERGED_FIELD}', merged, '{MARKER_VERSION_FIELD}', ARGV[1], '{MEMBERSHIP_FIELD}', membership)
+        return offered
+    end
+    redis.call('HDEL', KEYS[1], '{MERGED_FIELD}', '{MARKER_VERSION_FIELD}')
+    if regrouped and seen[5] and ARGV[6 + 2 * pairs] == '0' then redis.call('HDEL', KEYS[1], unpack(ARGV, 7 + 2 * pairs, #ARGV)) end
+    redis.call('HSET', KEYS[1], '{MEMBERSHIP_FIELD}', membership, unpack(ARGV, 6, 5 + 2 * pairs))
     current = offered
+elseif regrouped or merged ~= '' then
+    return current
 end
-if #ARGV > stop + 1 and redis.call('HEXISTS', KEYS[1], ARGV[stop + 1]) == 0 then
-    redis.call('HSET', KEYS[1], unpack(ARGV, stop + 2, #ARGV))
+if ARGV[6 + 2 * pairs] ~= '0' and (regrouped or not seen[5]) then
+    redis.call('HSET', KEYS[1], unpack(ARGV, 7 + 2 * pairs, #ARGV))
 end
 return current
 """
@@ -58,12 +81,16 @@ return current
 
 @dataclass(frozen=True)
 class UserState:
-    """A customer's state as recomputed from PostgreSQL, ready to be written: key and arguments of WRITE_STATE."""
+    """A customer's state as recomputed from PostgreSQL, ready to be written: key and arguments of WRITE_STATE.
+
+    ``merged_into`` names the survivor when the persona is no customer of its own; what is written then is only a marker.
+    """
 
     user_id: str
     version: int
     key: bytes
-    arguments: tuple[bytes | int, ...]
+    arguments: tuple[bytes | int | str, ...]
+    merged_into: str = ""
 
 
 class UserStateCodec:
@@ -82,12 +109,17 @@ class UserStateCodec:
 
     def state(self, row: Mapping[str, Any]) -> UserState:
         """Encodes one row of READ_STATE (as a mapping)."""
-        pairs = _flatten(self.activity.encode(row, row["event_timestamp"]))
-        arguments: list[bytes | int] = [row["version"], self.version_field, len(pairs) // 2, *pairs]
-        if row["profile"] is not None:
-            profile = self.profile.encode(row["profile"], row["profile_timestamp"])
-            arguments += [self.profile.timestamp_field, *_flatten(profile)]
-        return UserState(row["user_id"], row["version"], self.key(row["user_id"]), tuple(arguments))
+        user_id, merged_into = row["user_id"], row["merged_into"] or ""
+        version = row["user_version"] if merged_into else row["version"]
+        pairs = [] if merged_into else _flatten(self.activity.encode(row, row["event_timestamp"]))
+        names = (self.profile.timestamp_field, *self.profile.fields)
+        if row["profile"] is None:
+            profile: list[bytes | int] = [0, *names]
+        else:
+            encoded = self.profile.encode(row["profile"], row["profile_timestamp"])
+            profile = [len(encoded), *_flatten({name: encoded[name] for name in names})]
+        head = (version, self.version_field, row["membership"], merged_into, len(pairs) // 2)
+        return UserState(user_id, version, self.key(user_id), (*head, *pairs, *profile), merged_into)
 
     def decode(self, replies: Sequence[bytes | None], now: datetime) -> dict[str, dict[str, FeatureValue]]:
         """Reads the reply of HMGET over ``hash_fields``: features by view and name."""

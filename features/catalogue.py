@@ -94,6 +94,10 @@ WITH state AS (
                                   IS DISTINCT FROM (excluded.price_micros, excluded.currency, excluded.stock, excluded.channels, false)
                              THEN excluded.offer_version ELSE i.offer_version END,
         updated_at = now(), removed = false
+    RETURNING item_id, offer_version, price_micros, currency, stock, channels, removed
+), kept AS (
+    INSERT INTO offer_history (item_id, offer_version, price_micros, currency, stock, channels, removed)
+    SELECT w.* FROM written w JOIN state USING (offer_version) WHERE %(offer)s > 0
 )
 SELECT content_version, offer_version FROM state
 """
@@ -149,19 +153,36 @@ def _copy_items(cursor: Cursor[TupleRow], items: Sequence[Item]) -> None:
             )
 
 
-_UPSERT_RELATION = """
+# A changed edge closes the row that published epochs rank with and opens one for the next epoch, which may change again until
+# it is published: so an index_version is reproducible for ever.
+_UPSERT_RELATIONS = """
+WITH next AS (SELECT index_version + 1 AS version FROM fleet_state),
+given AS (
+    SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::double precision[]) AS g (item_id, related_item_id, relation, weight)
+),
+changed AS (
+    SELECT g.* FROM given g LEFT JOIN item_relations r USING (item_id, related_item_id, relation)
+    WHERE r.valid_to IS NULL AND r.weight IS DISTINCT FROM g.weight
+), closed AS (
+    UPDATE item_relations r SET valid_to = next.version FROM changed c, next
+    WHERE (r.item_id, r.related_item_id, r.relation) = (c.item_id, c.related_item_id, c.relation)
+      AND r.valid_to IS NULL AND r.valid_from < next.version
+)
 INSERT INTO item_relations (item_id, related_item_id, relation, weight, valid_from)
-VALUES (%s, %s, %s, %s, (SELECT index_version + 1 FROM fleet_state))
-ON CONFLICT (item_id, related_item_id, relation) DO UPDATE SET weight = excluded.weight, valid_from = excluded.valid_from
-WHERE item_relations.weight <> excluded.weight
+SELECT c.*, next.version FROM changed c, next
+ON CONFLICT (item_id, related_item_id, relation, valid_from) DO UPDATE SET weight = excluded.weight
 """
 
 
 def upsert_relations(connection: Connection[TupleRow], relations: Sequence[Relation]) -> None:
-    """Stores knowledge-graph edges in the caller's transaction; they take effect with the next index epoch."""
-    with connection.cursor() as cursor:
-        cursor.execute("UPDATE fleet_state SET content_version = content_version + 1")  # locks, and makes the next epoch due
-        cursor.executemany(_UPSERT_RELATION, [(r.item_id, r.related_item_id, r.relation, r.weight) for r in relations])
+    """Stores knowledge-graph edges in the caller's transaction; they take effect with the next index epoch.
+
+    A later edge between the same items of the same kind in the same call wins.
+    """
+    edges = {(r.item_id, r.related_item_id, r.relation): r.weight for r in relations}
+    columns = [[edge[k] for edge in edges] for k in range(3)]
+    connection.execute("UPDATE fleet_state SET content_version = content_version + 1")  # locks, and makes the next epoch due
+    connection.execute(_UPSERT_RELATIONS, [*columns, list(edges.values())])
 
 
 # An epoch closes the rows whose description changed and opens new ones; everything else stays as it was.

@@ -83,7 +83,10 @@ FROM index_items x LEFT JOIN item_popularity p ON p.item_id = x.item_id AND p.ev
 WHERE x.valid_from <= %(version)s AND (x.valid_to IS NULL OR x.valid_to > %(version)s)
 ORDER BY x.item_id COLLATE "C"
 """
-_RELATIONS = "SELECT item_id, related_item_id, weight FROM item_relations WHERE valid_from <= %s ORDER BY 1, 2, relation"
+_RELATIONS = """
+SELECT item_id, related_item_id, weight FROM item_relations
+WHERE valid_from <= %(version)s AND (valid_to IS NULL OR valid_to > %(version)s) ORDER BY 1, 2, relation
+"""
 
 
 def load_item_table(connection: Connection[TupleRow], index_version: int | None = None) -> ItemTable:
@@ -94,7 +97,7 @@ def load_item_table(connection: Connection[TupleRow], index_version: int | None 
     epoch = connection.execute("SELECT features_as_of, published_at FROM index_epochs WHERE index_version = %s", [index_version]).fetchone()
     as_of: datetime | None = epoch[0] if epoch else None
     items = connection.execute(_ITEMS, {"version": index_version, "as_of": as_of}).fetchall()
-    edges = connection.execute(_RELATIONS, [index_version]).fetchall()
+    edges = connection.execute(_RELATIONS, {"version": index_version}).fetchall()
     as_of_day = ((as_of or (epoch[1] if epoch else datetime.now(UTC))).timestamp()) / 86400.0
     return replace(_build(index_version, items, edges, as_of_day), features_as_of=as_of)
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import redis
 from feast import FeatureStore
-from psycopg import Connection
+from psycopg import AsyncConnection, Connection
 from psycopg.rows import TupleRow, dict_row
 
 from features.activity import READ_STATE, WRITE_STATE, UserStateCodec
@@ -22,6 +22,9 @@ from features.store import feature_store
 
 BATCH_VIEWS = ("user_profile", "item_profile", "item_popularity")
 _USERS_PER_BATCH = 500
+
+# The advisory lock that a materialization holds, shared: customers forgotten meanwhile are erased once more after it.
+MATERIALIZING = (0x434F4E43, 1)
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage name, steps done and steps in all."""
@@ -51,7 +54,7 @@ WITH weights (action, weight) AS (SELECT * FROM unnest(%(actions)s::text[], %(we
 e AS (
     SELECT e.user_id, e.channel, e.action, e.value, e.quantity, e.occurred_at, i.category, i.brand, coalesce(w.weight, 0) AS weight
     FROM events e LEFT JOIN items i USING (item_id) LEFT JOIN weights w USING (action)
-    WHERE e.occurred_at <= %(as_of)s
+    WHERE e.occurred_at <= %(as_of)s AND (%(users)s::text[] IS NULL OR e.user_id = ANY(%(users)s))
 ), base AS (
     SELECT user_id, count(*) AS event_count,
         count(*) FILTER (WHERE action = 'purchase') AS purchase_count,
@@ -121,10 +124,20 @@ def take_snapshot(connection: Connection[TupleRow], as_of: datetime) -> Snapshot
         return SnapshotReport(as_of, counts[0], counts[1])
     for table in ("user_profile", "item_popularity"):
         connection.execute(f"DELETE FROM {table} WHERE event_timestamp = %s", [as_of])  # noqa: S608 - constant names
-    parameters = {"as_of": as_of, "actions": list(ACTION_WEIGHT), "weights": list(ACTION_WEIGHT.values())}
-    users = connection.execute(_USER_PROFILE, parameters).rowcount
-    items = connection.execute(_ITEM_POPULARITY, parameters).rowcount
+    users = connection.execute(_USER_PROFILE, _profile_parameters(as_of, None)).rowcount
+    items = connection.execute(_ITEM_POPULARITY, {"as_of": as_of}).rowcount
     return SnapshotReport(as_of, users, items)
+
+
+async def retake_profiles(connection: "AsyncConnection[TupleRow]", users: Sequence[str], as_of: datetime) -> None:
+    """Computes the ``user_profile`` snapshot of one time again for some customers, from the events they have now."""
+    await connection.execute("DELETE FROM user_profile WHERE event_timestamp = %s AND user_id = ANY(%s)", [as_of, list(users)])
+    await connection.execute(_USER_PROFILE, _profile_parameters(as_of, list(users)))
+
+
+def _profile_parameters(as_of: datetime, users: list[str] | None) -> dict[str, object]:
+    """Returns the parameters of the profile query; no list of users means all."""
+    return {"as_of": as_of, "users": users, "actions": list(ACTION_WEIGHT), "weights": list(ACTION_WEIGHT.values())}
 
 
 def snapshot_grid(connection: Connection[TupleRow], *, every_days: int = 7, until: datetime | None = None) -> list[datetime]:
@@ -162,6 +175,12 @@ def materialize(settings: Settings, *, as_of: datetime | None = None, progress: 
             that an epoch already ranks with is moved on by a microsecond, so that answers of that epoch stay reproducible.
         progress: called per stage and batch.
     """
+    with psycopg.connect(settings.postgres_dsn, autocommit=True) as guard:
+        guard.execute("SELECT pg_advisory_lock_shared(%s, %s)", MATERIALIZING)
+        return _materialize(settings, as_of, progress)
+
+
+def _materialize(settings: Settings, as_of: datetime | None, progress: Progress) -> MaterializeReport:
     with psycopg.connect(settings.postgres_dsn) as connection:
         as_of = free_time(connection, as_of or newest_event_time(connection) or datetime.now(UTC))
         progress("snapshot", 0, 1)

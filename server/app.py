@@ -5,7 +5,7 @@ import contextlib
 import signal
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -18,9 +18,12 @@ from features.layout import load_layouts
 from features.store import feature_store
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
-from server.database import RECORD_AWAY, postgres_breaker, postgres_pool, redis_breaker, redis_client
+from server.database import ONLINE_REFUSES, RECORD_AWAY, postgres_breaker, postgres_pool, redis_breaker, redis_client
 from server.errors import ConcordError
 from server.fleet import FleetWatch
+from server.health import HealthWatch, PostgresProbe, Probe, probes
+from server.ingest.forget import Erasure
+from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities
 from server.ingest.recorder import EventRecorder
 from server.ingest.recovery import Recovery
@@ -32,15 +35,17 @@ from server.models import BundleLoader, Models
 from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.online.store import OnlineStore
-from server.recommend.compute import Policy, policy_fingerprint, rehearse
+from server.recommend.compute import policy_fingerprint, rehearse
 from server.recommend.profiles import Profiles
-from server.recommend.rooms import recommender_of
+from server.recommend.rooms import policy_of, recommender_of
 from server.recommend.snapshot import SnapshotBuilder
 from server.rpc.ports import Services
 from server.rpc.server import build_server
 from server.security.audit import AdminAudit
 from server.security.gate import open_gate
 from server.settings import ServerSettings
+from server.tracing import tracing
+from server.vitals import Vitals
 
 _log = structlog.get_logger(__name__)
 
@@ -55,10 +60,11 @@ def _new_user_id() -> str:
 
 @dataclass(frozen=True)
 class Rooms:
-    """The services of one process, and its view of the fleet."""
+    """The services of one process, its view of the fleet, and how to ask what it depends on."""
 
     services: Services
     fleet: FleetWatch
+    probes: Mapping[str, Probe]
 
 
 @contextlib.asynccontextmanager
@@ -75,13 +81,14 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         online_breaker = redis_breaker(settings, client, partial(metrics.set_breaker, "online"))
         online = OnlineStore(client, codec, online_breaker)
         states = UserStates(pool, online, codec)
-        identities = Identities(pool, online, states, new_user_id=_new_user_id)
+        identities = Identities(pool, new_user_id=_new_user_id)
+        erasure = Erasure(pool, online)
         writer = EventWriter(pool, states, new_user_id=_new_user_id)
         recorder = EventRecorder(
             writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
         )
         loader = BundleLoader(settings, store, provider=settings.onnx_provider, threads=settings.onnx_threads)
-        policy = Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
+        policy = policy_of(settings)
         members = Membership(
             pool,
             replica_id=uuid.uuid4().hex,
@@ -98,7 +105,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             client, online_breaker, states, identities, store=store, layouts=layouts, project=settings.project, now=_now
         )
         catalog = Catalog(pool, fleet, dsn=settings.postgres_dsn, epoch_seconds=settings.epoch_seconds)
-        recovery = Recovery(pool, states, online, metrics, after_seconds=settings.recovery_seconds)
+        recovery = Recovery(pool, states, online, erasure, metrics, after_seconds=settings.recovery_seconds)
         online_breaker.catch_up = partial(_caught_up, recovery, fleet)
         recommender = recommender_of(
             settings,
@@ -109,7 +116,6 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             offers=Offers(pool),
             journal=journal,
             metrics=metrics,
-            policy=policy,
             now=_now,
         )
         gate, keys = open_gate(settings, pool, now=_now)
@@ -123,6 +129,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
+            Vitals(pool, client, recorder, journal, fleet, metrics).run(),
             *([keys.run()] if keys else []),
         )
         for loop in loops:
@@ -132,6 +139,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         services = Services(
             recorder=recorder,
             identities=identities,
+            graph=IdentityGraph(pool, states, new_user_id=_new_user_id),
+            erasure=erasure,
             recommender=recommender,
             profiles=Profiles(pool, identities, states, now=_now),
             catalog=catalog,
@@ -140,15 +149,20 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             gate=gate,
             audit=AdminAudit(pool),
         )
-        yield Rooms(services, fleet)
+        postgres = PostgresProbe(settings.postgres_dsn)
+        stack.push_async_callback(postgres.close)
+        yield Rooms(services, fleet, probes(postgres, client, online, fleet, store))
 
 
 async def _caught_up(recovery: Recovery, fleet: FleetWatch) -> bool:
-    """Brings Redis up to PostgreSQL after it was away: customers whose writes it missed, and the fleet's pointers."""
+    """Brings Redis up to PostgreSQL after it was away: customers whose writes it missed, and the fleet's pointers.
+
+    Returns False where that cannot be done now although Redis answers; its answers are used, flagged stale, and it is tried again.
+    """
     try:
         caught_up = await recovery.catch_up()
         await fleet.sync()
-    except (*RECORD_AWAY, ConcordError):
+    except (*RECORD_AWAY, *ONLINE_REFUSES, ConcordError):
         return False
     return caught_up
 
@@ -178,11 +192,17 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int],
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     endpoint = serve_metrics(registry, settings.host, settings.metrics_port) if settings.metrics_port >= 0 else None
+    traces = tracing(settings)
     try:
-        async with open_rooms(settings, metrics) as rooms:
-            server = build_server(rooms.services, settings, metrics, _log)
+        async with open_rooms(settings, metrics) as rooms, contextlib.AsyncExitStack() as stack:
+            server = build_server(rooms.services, settings, metrics, _log, tracing=traces)
             await server.start()
             await _join(rooms.fleet, settings.host, server.port)
+            health = HealthWatch(rooms.probes, metrics, server.show_health)
+            await health.look()
+            watching = asyncio.create_task(health.run(settings.health_seconds))
+            watching.add_done_callback(_report)
+            stack.push_async_callback(_ended, watching)
             await server.set_serving(True)
             announce(server.port, server.admin_port, endpoint.port if endpoint else -1)
             await stop.wait()
@@ -190,6 +210,7 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int],
             await server.set_serving(False)
             await server.stop(settings.drain_seconds)
     finally:
+        await traces.close()
         if endpoint:
             endpoint.close()
 

@@ -15,6 +15,7 @@ from redis.backoff import NoBackoff
 
 from server.online.breaker import BreakerRules, CircuitBreaker
 from server.settings import ServerSettings
+from server.traced import TracedCursor, TracedPool, TracedRedis
 
 Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]
 
@@ -26,10 +27,12 @@ _HANG_SECONDS = 0.4
 
 # What the stores raise when they cannot answer now. A call refused by its breaker raises one of them too.
 ONLINE_AWAY = (redis.exceptions.RedisError,)
+# What Redis answers when it is there but takes no writes, such as at its memory's limit.
+ONLINE_REFUSES = (redis.exceptions.ResponseError,)
 RECORD_AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
 
 
-class GuardedPool(Pool):
+class GuardedPool(TracedPool):
     """A pool whose connections are refused at once while PostgreSQL is away."""
 
     breaker: CircuitBreaker
@@ -99,7 +102,11 @@ def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
         max_waiting=settings.postgres_waiting,
         open=False,
         check=_checked,
-        kwargs={"options": f"-c statement_timeout={milliseconds} -c timezone=UTC", "connect_timeout": 3},
+        kwargs={
+            "options": f"-c statement_timeout={milliseconds} -c timezone=UTC",
+            "connect_timeout": 3,
+            "cursor_factory": TracedCursor,
+        },
         name="concord",
     )
     pool.breaker = breaker
@@ -108,7 +115,7 @@ def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
 
 def redis_client(settings: ServerSettings) -> "redis.asyncio.Redis":
     """Returns a client whose calls fail after ``redis_timeout_seconds``: redis-py's own retries turn 0.2 s into 5.5 s."""
-    client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
+    client: redis.asyncio.Redis = TracedRedis.from_url(
         settings.redis_url,
         socket_timeout=settings.redis_timeout_seconds,
         socket_connect_timeout=settings.redis_timeout_seconds,

@@ -113,6 +113,56 @@ class Linked:
 
 
 @dataclass(frozen=True)
+class Unlinked:
+    """What an unlink left: the identity's customer, those separated from it, and whether subject and identity are still one."""
+
+    token: Token
+    separated: tuple[Token, ...]
+    removed_links: int
+    still_linked: bool
+
+
+@dataclass(frozen=True)
+class Persona:
+    """One of the users a customer consists of, with the identities (channel, channel_user_id) that belong to it."""
+
+    user_id: str
+    created_at: datetime
+    identities: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two personas declared to be one customer; ``left_id`` is the smaller id."""
+
+    left_id: str
+    right_id: str
+    linked_at: datetime
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A customer's personas, the root first, and the links that hold them together."""
+
+    token: Token
+    personas: tuple[Persona, ...]
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that a customer was forgotten; it names nobody. ``counts`` maps kinds of rows to how many were deleted.
+
+    ``online_erased`` says whether the online store has confirmed too; until then the server goes on trying.
+    """
+
+    receipt_id: str
+    forgotten_at: datetime
+    counts: Mapping[str, int]
+    online_erased: bool
+
+
+@dataclass(frozen=True)
 class ItemFilter:
     """Which items of a slate to show; empty members do not filter. Filters only remove, never reorder."""
 

@@ -13,6 +13,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 _SECRET_KEY = re.compile(r"password|passwd|secret|authorization|api_key|dsn|redis_url|(^|_)token$", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+(?=@)")
 _CONNINFO_PASSWORD = re.compile(r"(password\s*=\s*)('[^']*'|\S+)", re.IGNORECASE)
+_API_KEY = re.compile(r"(concord_[0-9a-f]{12}_)[\w-]+")
 _HIDDEN = "***"
 
 
@@ -58,13 +59,15 @@ def _final(as_json: bool, colours: bool) -> list[Processor]:
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Hides values under secret-sounding keys, passwords inside URLs and connection strings, and whole protobuf messages."""
+    """Hides values under secret-sounding keys, passwords in URLs and connection strings, API keys, and whole protobuf messages."""
     return {key: _HIDDEN if _SECRET_KEY.search(key) else _clean(value) for key, value in event.items()}
 
 
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        return _CONNINFO_PASSWORD.sub(rf"\1{_HIDDEN}", _URL_PASSWORD.sub(rf"\1{_HIDDEN}", value))
+        for secret in (_URL_PASSWORD, _CONNINFO_PASSWORD, _API_KEY):
+            value = secret.sub(rf"\1{_HIDDEN}", value)
+        return value
     if isinstance(value, Message):
         return f"<{type(value).__name__}, {value.ByteSize()} bytes>"
     if isinstance(value, Mapping):

@@ -1,12 +1,14 @@
-"""Prometheus metrics of a server process: calls, stages of the data path, slates, ingest, journal and the active model."""
+"""Prometheus metrics of a server process: calls, stages, slates and degraded answers, ingest, journal, versions, dependencies."""
 
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from threading import Thread
 from time import perf_counter
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server, values
 
 # The nouns of the recommendation path, in order; the same ones stand in an answer's stage timings.
 STAGES = (
@@ -64,7 +66,7 @@ class Metrics:
         }
         self._events = Counter("concord_ingest_events", "Events received, by what became of them.", ["status"], registry=registry)
         self._journal = Counter(
-            "concord_journal", "Exposures written, or dropped because the queue was full.", ["result"], registry=registry
+            "concord_journal", "Exposures written, dropped (the queue was full), or of a forgotten customer.", ["result"], registry=registry
         )
         self._lag = Gauge(
             "concord_online_lag_seconds", "Age of the oldest customer whose online state lags, 0 when none does.", registry=registry
@@ -75,6 +77,39 @@ class Metrics:
         self._active = ""
         self._load_failures = Counter("concord_model_load_failures", "Models that could not be loaded here, each try.", registry=registry)
         self._replicas = Gauge("concord_replicas", "Live replicas of the fleet, as this process sees it.", registry=registry)
+        self._vitals = _Vitals(registry)
+
+    def answered(self, *, degraded: bool, stale: bool) -> None:
+        """Counts a recommendation: whole, degraded, or made of a stale profile."""
+        self._vitals.answers.labels("degraded" if degraded else "stale" if stale else "whole").inc()
+
+    def set_dependency(self, dependency: str, up: bool) -> None:
+        """Says whether a dependency answers."""
+        self._vitals.dependency.labels(dependency).set(up)
+
+    def set_versions(self, place: str, numbers: Mapping[str, int]) -> None:
+        """Sets versions by kind (activation, index, offer) as this ``replica`` answers with them or as the ``fleet`` has them."""
+        for kind, number in numbers.items():
+            self._vitals.versions.labels(kind, place).set(number)
+
+    def set_queues(self, lengths: Mapping[str, int]) -> None:
+        """Sets how much waits in each queue of this process."""
+        for queue, length in lengths.items():
+            self._vitals.queues.labels(queue).set(length)
+
+    def set_outbox(self, customers: int, oldest_seconds: float) -> None:
+        """Sets how many customers wait in the outbox, and for how long the first one has."""
+        self._vitals.outbox.set(customers)
+        self._vitals.outbox_age.set(oldest_seconds)
+
+    def set_connections(self, store: str, numbers: Mapping[str, int]) -> None:
+        """Sets the connections of a store's pool by state."""
+        for state, number in numbers.items():
+            self._vitals.connections.labels(store, state).set(number)
+
+    def set_loop_delay(self, seconds: float) -> None:
+        """Sets by how much the event loop was late."""
+        self._vitals.loop_delay.set(seconds)
 
     def observe_rpc(self, method: str, code: str, *, channel: str, seconds: float) -> None:
         """Counts one answered call; ``channel`` must be a registered channel or empty, so that labels stay bounded."""
@@ -140,6 +175,10 @@ class Metrics:
         """Counts exposures dropped because the journal's queue was full."""
         self._journal.labels("dropped").inc(count)
 
+    def journal_forgotten(self, count: int) -> None:
+        """Counts exposures not written because their customer had been forgotten."""
+        self._journal.labels("forgotten").inc(count)
+
     def set_online_lag(self, seconds: float) -> None:
         """Sets the age of the oldest customer whose online state lags behind PostgreSQL."""
         self._lag.set(seconds)
@@ -159,6 +198,32 @@ class Metrics:
     def set_replicas(self, count: int) -> None:
         """Sets how many replicas live."""
         self._replicas.set(count)
+
+
+class _Vitals:
+    """What an operator looks at first; server/vitals.py and the health watch keep the gauges up to date."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        ProcessCollector(registry=registry)
+        build = Gauge("concord_build_info", "1, with the versions of this process.", ["version", "python"], registry=registry)
+        build.labels(version("concord"), platform.python_version()).set(1)
+        self.answers = Counter("concord_answers", "Recommendations by what became of them.", ["result"], registry=registry)
+        for result in ("whole", "degraded", "stale"):
+            self.answers.labels(result)
+        self.dependency = Gauge("concord_dependency_up", "1 while a dependency answers, 0 while not.", ["dependency"], registry=registry)
+        self.versions = Gauge(
+            "concord_version",
+            "Versions by kind, as this replica answers with them and as the fleet has them.",
+            ["kind", "place"],
+            registry=registry,
+        )
+        self.queues = Gauge("concord_queue_length", "What waits in this process: events, exposures.", ["queue"], registry=registry)
+        self.outbox = Gauge("concord_outbox_customers", "Customers whose online state may lag.", registry=registry)
+        self.outbox_age = Gauge("concord_outbox_oldest_seconds", "Age of the first customer in the outbox.", registry=registry)
+        self.connections = Gauge("concord_store_connections", "Connections by store and state.", ["store", "state"], registry=registry)
+        self.loop_delay = Gauge(
+            "concord_event_loop_delay_seconds", "By how much the event loop was late at the last look.", registry=registry
+        )
 
 
 def _keep_values_in_memory() -> None:

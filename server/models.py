@@ -19,7 +19,7 @@ from features.settings import Settings
 from features.store import unmet
 from server.errors import ConflictError, NotFoundError, PreconditionError, UnavailableError
 from server.fleet import FleetWatch
-from server.inference.model import LoadedModel, load_model
+from server.inference.model import LoadedModel, Tokenizers, load_model
 
 T = TypeVar("T")
 _PAUSE_SECONDS = 0.1  # between looks at what the replicas report
@@ -36,6 +36,7 @@ class BundleLoader:
         self._store = store
         self._provider = provider
         self._threads = threads
+        self._tokenizers = Tokenizers()
 
     async def __call__(self, model_version: str) -> LoadedModel:
         """Fetches, verifies and opens a bundle, and checks its feature contract against the Feast registry.
@@ -63,7 +64,7 @@ class BundleLoader:
                 f"model {model_version} was trained on features the registry no longer offers: {', '.join(missing)}",
                 reason="CONTRACT_UNMET",
             )
-        return load_model(Path(folder), provider=self._provider, threads=self._threads)
+        return load_model(Path(folder), provider=self._provider, threads=self._threads, tokenizers=self._tokenizers)
 
 
 class Models:

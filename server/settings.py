@@ -13,10 +13,23 @@ class ServerSettings(SecuritySettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces.")
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one and prints it.")
     metrics_port: int = Field(9464, ge=-1, le=65535, description="Prometheus port; 0 picks a free one, -1 switches it off.")
+    otlp_endpoint: str = Field(
+        "", description="OTLP/gRPC collector that traces are sent to, http://host:4317 or https://...; empty switches tracing off."
+    )
+    trace_ratio: float = Field(
+        0.01, ge=0, le=1, description="Share of calls traced, 0 to 1, where the caller's traceparent does not decide."
+    )
+    health_seconds: float = Field(1.0, gt=0, description="Pause between looks at the dependencies, in seconds; two failures count.")
     reflection: bool = Field(True, description="Serve gRPC reflection (for grpcurl); switch off in production.")
     default_deadline_seconds: float = Field(5.0, gt=0, description="Deadline imposed on a call whose client set none, in seconds.")
     drain_seconds: float = Field(10.0, ge=0, description="How long calls in flight may finish after SIGTERM, in seconds.")
     max_message_bytes: int = Field(4 * 1024 * 1024, gt=0, description="Largest message accepted, in bytes.")
+    max_in_flight: int = Field(
+        128, gt=0, description="Calls of one service worked on at a time, streams apart; more wait a moment and are then refused."
+    )
+    max_streams_per_connection: int = Field(
+        32, gt=0, description="Calls and streams one client connection may have open; more wait in the client."
+    )
     redis_timeout_seconds: float = Field(0.5, gt=0, description="Timeout of one Redis round trip, in seconds; no retries inside.")
     postgres_timeout_seconds: float = Field(
         3.0, gt=0, description="Timeout of a PostgreSQL statement and of waiting for a connection, in seconds."
@@ -40,8 +53,8 @@ class ServerSettings(SecuritySettings):
     compute_waiting: int = Field(
         64, ge=0, description="Slates waiting to be computed; beyond it the last known slate is answered, or RESOURCE_EXHAUSTED."
     )
-    apart_reads: int = Field(4, ge=1, description="Calls answered from PostgreSQL at a time while Redis is away.")
-    apart_waiting: int = Field(64, ge=0, description="Calls waiting for that; beyond it as for compute_waiting.")
+    degraded_reads: int = Field(4, ge=1, description="Calls answered from PostgreSQL at a time while Redis is away.")
+    degraded_waiting: int = Field(64, ge=0, description="Calls waiting for that; beyond it as for compute_waiting.")
     known_slates: int = Field(
         10_000, ge=0, description="Slates remembered in each server process, to be answered flagged stale when nothing else is left."
     )

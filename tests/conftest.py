@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 # Real servers and shops, for every folder of tests that runs against them.
-pytest_plugins = ("tests.integration.fixtures",)
+pytest_plugins = (
+    "tests.integration.fixtures",
+    "tests.integration.replicas",
+)
 _ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -23,9 +23,13 @@ from server.domain import (
     CustomerProfile,
     EntityKey,
     EventOutcome,
+    Graph,
     IncomingEvent,
     ItemFilter,
+    Link,
     Linked,
+    Persona,
+    Receipt,
     RecommendQuery,
     RecordOutcome,
     Resolved,
@@ -33,6 +37,7 @@ from server.domain import (
     Stored,
     Subject,
     Token,
+    Unlinked,
     Versions,
 )
 from server.metrics import Metrics
@@ -41,6 +46,7 @@ from server.rpc.server import GrpcServer, build_server
 from server.security.audit import AuditEntry
 from server.security.gate import Gate
 from server.settings import ServerSettings
+from server.tracing import Tracing
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -99,9 +105,29 @@ class FakeIdentities(Script):
         self.known.setdefault(subject, f"u{len(self.known) + 1}")
         return Resolved(self.known[subject], 0 if created else 3, created=created)
 
+
+@dataclass
+class FakeGraph(Script):
     async def link(self, first: Subject, second: Subject) -> Linked:
         await self.play((first, second))
         return Linked(Token("u1", 9), ("u2",))
+
+    async def unlink(self, identity: Subject, subject: Subject | None) -> Unlinked:
+        await self.play((identity, subject))
+        return Unlinked(Token("u2", 10), (Token("u1", 10),), removed_links=1, still_linked=False)
+
+    async def read(self, subject: Subject) -> Graph:
+        await self.play(subject)
+        personas = (Persona("u1", NOW, (("app", "a"), ("web", "b"))), Persona("u2", NOW, ()))
+        return Graph(Token("u1", 9), personas, (Link("u1", "u2", NOW),))
+
+
+@dataclass
+class FakeErasure(Script):
+    async def forget(self, subject: Subject) -> Receipt:
+        await self.play(subject)
+        kinds = ("events", "shadowed_events", "exposures", "profiles", "outbox", "links", "identities", "users")
+        return Receipt("r1", NOW, {kind: n for n, kind in enumerate(kinds, start=1)}, online_erased=True)
 
 
 def shown(item_id: str, position: int, *, sources: Source = Source.POPULAR, newcomer: bool = False) -> ShownItem:
@@ -271,6 +297,8 @@ class Fakes:
 
     recorder: FakeRecorder = field(default_factory=FakeRecorder)
     identities: FakeIdentities = field(default_factory=FakeIdentities)
+    graph: FakeGraph = field(default_factory=FakeGraph)
+    erasure: FakeErasure = field(default_factory=FakeErasure)
     recommender: FakeRecommender = field(default_factory=FakeRecommender)
     profiles: FakeProfiles = field(default_factory=FakeProfiles)
     catalog: FakeCatalog = field(default_factory=FakeCatalog)
@@ -283,6 +311,8 @@ class Fakes:
         return Services(
             recorder=self.recorder,
             identities=self.identities,
+            graph=self.graph,
+            erasure=self.erasure,
             recommender=self.recommender,
             profiles=self.profiles,
             catalog=self.catalog,
@@ -310,7 +340,7 @@ class Edge:
 
 
 @asynccontextmanager
-async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **settings: Any) -> AsyncIterator[Edge]:
+async def serving(fakes: Fakes | None = None, *, tracing: Tracing | None = None, **settings: Any) -> AsyncIterator[Edge]:
     """Runs a real gRPC server over fakes on a free port."""
     fakes = fakes or Fakes()
     registry = CollectorRegistry()
@@ -321,7 +351,7 @@ async def serving(fakes: Fakes | None = None, *, max_in_flight: int = 64, **sett
         Metrics(registry),
         structlog.wrap_logger(log, wrapper_class=structlog.stdlib.BoundLogger, processors=[_keep]),
         now=lambda: NOW,
-        max_in_flight=max_in_flight,
+        tracing=tracing,
     )
     await server.start()
     await server.set_serving(True)

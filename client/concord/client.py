@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 import grpc
 
 from concord.customers import Customer, TokenMemory, subject_of, user
+from concord.errors import error_details
 from concord.transport import OPTIONS
 from concord.v1 import (
     catalog_pb2_grpc,
@@ -20,7 +21,19 @@ from concord.v1 import (
 from concord.v1.catalog_pb2 import GetItemsRequest, GetItemsResponse
 from concord.v1.common_pb2 import ChannelIdentity, Subject
 from concord.v1.events_pb2 import Event, RecordEventsRequest, RecordEventsResponse
-from concord.v1.identity_pb2 import LinkIdentitiesRequest, LinkIdentitiesResponse, ResolveIdentityRequest, ResolveIdentityResponse
+from concord.v1.identity_pb2 import (
+    ForgetUserRequest,
+    ForgetUserResponse,
+    GetIdentityGraphRequest,
+    GetIdentityGraphResponse,
+    LinkIdentitiesRequest,
+    LinkIdentitiesResponse,
+    ResolveIdentityRequest,
+    ResolveIdentityResponse,
+    SeparatedCustomer,
+    UnlinkIdentityRequest,
+    UnlinkIdentityResponse,
+)
 from concord.v1.profile_pb2 import GetProfileRequest, GetProfileResponse
 from concord.v1.recommendation_pb2 import (
     ItemFilter,
@@ -32,13 +45,17 @@ from concord.v1.recommendation_pb2 import (
     SimilarItemsResponse,
 )
 
+# Why a token that this client remembered may be refused although its caller did nothing wrong.
+_OUTLIVED = {"TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"}
+
 
 class Concord:
     """One channel's connection to Concord.
 
     Customers are named by the id the channel knows them by (a plain string), or by a ``Subject``: ``user("u-1")`` for Concord's
-    own id. After ``record`` or ``link``, later reads of the same customer carry the newest consistency token, so they reflect
-    what was written. Failed calls raise ``grpc.aio.AioRpcError``; ``error_details`` says why.
+    own id. Reads carry the newest consistency token that ``record``, ``link`` or an earlier read of the same customer brought, so
+    they reflect what was written and never go back, whichever replica answers and whatever failed in between. Failed calls
+    raise ``grpc.aio.AioRpcError``; ``error_details`` says why.
 
     Use it as an async context manager, inside the process and event loop that make the calls (never across a fork).
 
@@ -189,7 +206,8 @@ class Concord:
             consistency_token=consistency_token or self._memory.token_for(subject),
             skip_exposure_logging=skip_exposure_logging,
         )
-        answer: RecommendResponse = await self._call(self._recommendations.Recommend, request, timeout)
+        answer: RecommendResponse = await self._read(self._recommendations.Recommend, request, timeout, given=bool(consistency_token))
+        self._memory.learn(subject, answer.user_id, answer.versions.user_version, answer.consistency_token)
         return answer
 
     async def rank(
@@ -210,7 +228,8 @@ class Concord:
             item_ids=item_ids,
             consistency_token=consistency_token or self._memory.token_for(subject),
         )
-        answer: RankItemsResponse = await self._call(self._recommendations.RankItems, request, timeout)
+        answer: RankItemsResponse = await self._read(self._recommendations.RankItems, request, timeout, given=bool(consistency_token))
+        self._memory.learn(subject, answer.user_id, answer.versions.user_version, answer.consistency_token)
         return answer
 
     async def similar(
@@ -225,7 +244,8 @@ class Concord:
         """Returns what is known about ``customer``: identities, recent behaviour in all channels, features."""
         subject = subject_of(customer, self._channel)
         request = GetProfileRequest(subject=subject, consistency_token=consistency_token or self._memory.token_for(subject))
-        answer: GetProfileResponse = await self._call(self._profiles.GetProfile, request, timeout)
+        answer: GetProfileResponse = await self._read(self._profiles.GetProfile, request, timeout, given=bool(consistency_token))
+        self._memory.learn(subject, answer.user_id, answer.user_version, answer.consistency_token)
         return answer
 
     async def resolve(self, channel_user_id: str, *, create: bool = False, timeout: float | None = None) -> ResolveIdentityResponse:
@@ -237,7 +257,7 @@ class Concord:
         return answer
 
     async def link(self, channel_user_id: str, customer: Customer, *, timeout: float | None = None) -> LinkIdentitiesResponse:
-        """Declares this channel's ``channel_user_id`` and ``customer`` to be one; two known customers are merged, for good."""
+        """Declares this channel's ``channel_user_id`` and ``customer`` to be one; two known customers are merged."""
         identity = ChannelIdentity(channel=self._channel, channel_user_id=channel_user_id)
         subject = subject_of(customer, self._channel)
         request = LinkIdentitiesRequest(identity=identity, subject=subject)
@@ -248,10 +268,48 @@ class Concord:
         self._memory.remember(answer.user_id, answer.user_version, answer.consistency_token)
         return answer
 
+    async def unlink(
+        self, channel_user_id: str, customer: Customer | None = None, *, timeout: float | None = None
+    ) -> UnlinkIdentityResponse:
+        """Takes back that this channel's ``channel_user_id`` and ``customer`` are one, or without one every link it has."""
+        identity = ChannelIdentity(channel=self._channel, channel_user_id=channel_user_id)
+        request = UnlinkIdentityRequest(identity=identity, subject=None if customer is None else subject_of(customer, self._channel))
+        answer: UnlinkIdentityResponse = await self._call(self._identities.UnlinkIdentity, request, timeout)
+        self._memory.identify(Subject(identity=identity), answer.user_id)
+        customers: list[UnlinkIdentityResponse | SeparatedCustomer] = [answer, *answer.separated_customers]
+        for parted in customers:
+            self._memory.identify(user(parted.user_id), parted.user_id)  # no longer one that was merged into another
+            self._memory.remember(parted.user_id, parted.user_version, parted.consistency_token)
+        return answer
+
+    async def graph(self, customer: Customer, *, timeout: float | None = None) -> GetIdentityGraphResponse:
+        """Returns the personas ``customer`` consists of, their identities, and the links between them."""
+        request = GetIdentityGraphRequest(subject=subject_of(customer, self._channel))
+        answer: GetIdentityGraphResponse = await self._call(self._identities.GetIdentityGraph, request, timeout)
+        return answer
+
+    async def forget(self, customer: Customer, *, timeout: float | None = None) -> ForgetUserResponse:
+        """Erases ``customer`` for good, in all channels, and returns the receipt; once more, it returns the same one."""
+        subject = subject_of(customer, self._channel)
+        answer: ForgetUserResponse = await self._call(self._identities.ForgetUser, ForgetUserRequest(subject=subject), timeout)
+        self._memory.drop(subject)
+        return answer
+
     async def items(self, item_ids: Iterable[str], *, timeout: float | None = None) -> GetItemsResponse:
         """Returns 1 to 500 items of the catalogue by id, and the ids it does not hold."""
         answer: GetItemsResponse = await self._call(self._catalog.GetItems, GetItemsRequest(item_ids=item_ids), timeout)
         return answer
+
+    async def _read(self, method: Any, request: Any, timeout: float | None, *, given: bool) -> Any:
+        """Asks once more without the remembered token when its customer is no longer the subject's (unlinked, or forgotten)."""
+        try:
+            return await self._call(method, request, timeout)
+        except grpc.aio.AioRpcError as error:
+            if given or not request.consistency_token or error_details(error).reason not in _OUTLIVED:
+                raise
+        self._memory.drop(request.subject)
+        request.ClearField("consistency_token")
+        return await self._call(method, request, timeout)
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         bearer = self._bearer()

@@ -25,11 +25,11 @@ def subject_of(customer: Customer, channel: str) -> Subject:
 
 
 class TokenMemory:
-    """The newest consistency token of each customer this client wrote about, bounded: the least recently used are forgotten.
+    """The newest consistency token of each customer this client wrote or read about, bounded: the least recently used go first.
 
     Tokens belong to user ids, while callers name customers by channel identities, so it also remembers which identity (or
-    merged user id) turned out to be which user. Forgetting a token costs the read-your-writes promise, not correctness:
-    a read without one sees whatever state is newest online.
+    merged user id) turned out to be which user. Forgetting a token costs the promises (read your writes, never go back),
+    not correctness: a read without one sees whatever state is newest online.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -47,17 +47,32 @@ class TokenMemory:
         if token and (known is None or known[0] <= version):
             self._put(self._tokens, user_id, (version, token))
 
+    def learn(self, subject: Subject, user_id: str, version: int, token: str) -> None:
+        """Remembers what an answer about ``subject`` said: who it is, and how new."""
+        if user_id and token:
+            self.identify(subject, user_id)
+            self.remember(user_id, version, token)
+
     def token_for(self, subject: Subject) -> str:
         """Returns the newest token of ``subject``, or an empty string."""
-        user_id = subject.user_id or self._users.get(_key(subject), "")
-        while (survivor := self._users.get(_key(user(user_id)), user_id)) != user_id:
-            user_id = survivor
+        user_id = self._user_id(subject)
         if user_id not in self._tokens:
             return ""
         self._tokens.move_to_end(user_id)
         if (key := _key(subject)) in self._users:
             self._users.move_to_end(key)
         return self._tokens[user_id][1]
+
+    def drop(self, subject: Subject) -> None:
+        """Forgets ``subject`` and the token of whoever that is."""
+        self._tokens.pop(self._user_id(subject), None)
+        self._users.pop(_key(subject), None)
+
+    def _user_id(self, subject: Subject) -> str:
+        user_id = subject.user_id or self._users.get(_key(subject), "")
+        while (survivor := self._users.get(_key(user(user_id)), user_id)) != user_id:
+            user_id = survivor
+        return user_id
 
     def _put(self, entries: OrderedDict[K, V], key: K, value: V) -> None:
         entries[key] = value

@@ -15,6 +15,7 @@ from features.importers.store import EventStore
 from features.settings import DEFAULT_CHANNELS
 
 REPEATED = "repeats an earlier row"
+FORGOTTEN = "customer was forgotten"
 
 
 def import_events(
@@ -81,8 +82,9 @@ def _import_batch(
     tally.already_stored += result.already_stored
     tally.repeated += len(result.repeated_lines)
     tally.rejected.update(events.reasons.counts())
+    if result.forgotten_lines:
+        tally.rejected[FORGOTTEN] += len(result.forgotten_lines)
     tally.details.update(action for action in events.actions.drop_null().to_pylist())
-    reasons = [
-        REPEATED if line in result.repeated_lines else reason for line, reason in zip(batch.lines, events.reasons.names(), strict=True)
-    ]
+    dropped = dict.fromkeys(result.repeated_lines, REPEATED) | dict.fromkeys(result.forgotten_lines, FORGOTTEN)
+    reasons = [dropped.get(line, reason) for line, reason in zip(batch.lines, events.reasons.names(), strict=True)]
     out.write_rows(batch.rows, batch.lines, reasons)

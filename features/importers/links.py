@@ -23,11 +23,21 @@ RELATIONS = ("complement", "substitute", "same_series")
 _NEW_USERS = "INSERT INTO users (user_id) SELECT DISTINCT id FROM unnest(%(users)s::text[]) AS id ORDER BY id ON CONFLICT DO NOTHING"
 # An identity that stands is never moved to another customer by an import: that is a merge, and has its own call.
 _NEW_IDENTITIES = """
-INSERT INTO identities (channel, channel_user_id, user_id)
-SELECT DISTINCT ON (i.channel, i.name) i.channel, i.name, coalesce(u.merged_into, u.user_id)
+INSERT INTO identities (channel, channel_user_id, user_id, home_id)
+SELECT DISTINCT ON (i.channel, i.name) i.channel, i.name, coalesce(u.merged_into, u.user_id), u.user_id
 FROM unnest(%(channels)s::text[], %(names)s::text[], %(users)s::text[]) WITH ORDINALITY AS i (channel, name, user_id, position)
 JOIN users u USING (user_id)
 ORDER BY i.channel, i.name, i.position ON CONFLICT DO NOTHING
+"""
+# Shared, and in the order of every other lock on users: what a persona is merged into holds until the commit.
+_LOCK_USERS = "SELECT count(*) FROM (SELECT 1 FROM users WHERE user_id = ANY(%(users)s) ORDER BY user_id FOR SHARE) locked"
+_FORGOTTEN = """
+SELECT i.position - 1
+FROM unnest(%(channels)s::text[], %(names)s::text[], %(users)s::text[]) WITH ORDINALITY AS i (channel, name, user_id, position)
+WHERE EXISTS (SELECT 1 FROM tombstones t WHERE t.kind = 'user' AND t.digest = tombstone_digest('user', i.user_id))
+   OR EXISTS (
+       SELECT 1 FROM tombstones t WHERE t.kind = 'identity' AND t.digest = tombstone_digest('identity', i.channel || E'\\x1f' || i.name)
+   )
 """
 _OTHERS = """
 SELECT i.position - 1
@@ -153,14 +163,24 @@ def _identities(rows: pa.Table, spec: IdentitiesMapping, reasons: Reasons, chann
 
 def _store_identities(connection: psycopg.Connection, columns: _Columns, reasons: Reasons) -> tuple[int, int]:
     given = list(dict.fromkeys(_good_rows(columns, reasons)))
-    channels, names, users = zip(*given, strict=True) if given else ((), (), ())
-    parameters = {"channels": list(channels), "names": list(names), "users": list(users)}
+    forgotten = {given[position] for (position,) in connection.execute(_FORGOTTEN, _parameters(given))}
+    kept = [row for row in given if row not in forgotten]
+    parameters = _parameters(kept)
     connection.execute(_NEW_USERS, parameters)
+    connection.execute(_LOCK_USERS, parameters)
     stored = connection.execute(_NEW_IDENTITIES, parameters).rowcount
-    others = {given[position] for (position,) in connection.execute(_OTHERS, parameters)}
-    rows = zip(*(column.to_pylist() for column in columns.values()), strict=True)
+    if connection.execute(_FORGOTTEN, parameters).rowcount:  # forgotten while this waited: nothing of them may be created again
+        raise psycopg.errors.SerializationFailure("a customer of this batch was forgotten meanwhile; import the file again")
+    others = {kept[position] for (position,) in connection.execute(_OTHERS, parameters)}
+    rows = list(zip(*(column.to_pylist() for column in columns.values()), strict=True))
     reasons.add(np.array([row in others for row in rows], bool), "identity belongs to another customer")
-    return stored, len(given) - stored - len(others)
+    reasons.add(np.array([row in forgotten for row in rows], bool), "customer was forgotten")
+    return stored, len(kept) - stored - len(others)
+
+
+def _parameters(rows: Sequence[tuple[Any, ...]]) -> dict[str, list[str]]:
+    channels, names, users = zip(*rows, strict=True) if rows else ((), (), ())
+    return {"channels": list(channels), "names": list(names), "users": list(users)}
 
 
 def _good_rows(columns: _Columns, reasons: Reasons) -> list[tuple[Any, ...]]:

@@ -15,6 +15,7 @@ from features.ranking import RANKING_FEATURES
 from features.signals import CollaborativeWeights, SignalConfig
 from server.errors import UnavailableError
 from server.inference.session import open_session, provider_of
+from server.tracing import span
 
 # What the golden outputs may differ by: other processors sum in other orders. On the exporting machine the difference is 0.
 _GOLDEN_TOLERANCE = 1e-3
@@ -71,7 +72,8 @@ class LoadedModel:
         return self._run_encoder(np.array([ids], np.int64), output)
 
     def _run_encoder(self, ids: "np.ndarray[tuple[int, int], np.dtype[np.int64]]", output: str) -> FloatArray:
-        vector: FloatArray = self.encoder.run([output], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0]
+        with span("onnx encoder", {"concord.model_version": self.model_version, "concord.tokens": ids.shape[1]}):
+            vector: FloatArray = self.encoder.run([output], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0]
         return vector
 
     def rank(self, matrix: FloatArray) -> FloatArray:
@@ -82,7 +84,8 @@ class LoadedModel:
             part = matrix[start : start + height]
             padded = np.zeros((height, matrix.shape[1]), np.float32)
             padded[: len(part)] = part
-            scores.append(self.ranker.run(["scores"], {"features": padded})[0][: len(part)])
+            with span("onnx ranker", {"concord.model_version": self.model_version, "concord.candidates": len(part)}):
+                scores.append(self.ranker.run(["scores"], {"features": padded})[0][: len(part)])
         return np.concatenate(scores) if scores else np.zeros(0, np.float32)
 
     def check_golden(self, folder: Path) -> None:
@@ -104,8 +107,29 @@ class LoadedModel:
             raise BundleError(f"{self.model_version}: {name} differs from the golden output by {difference:.2g}")
 
 
-def load_model(folder: Path, *, provider: str, threads: int) -> LoadedModel:
-    """Opens a bundle folder: checksums, sessions, then golden outputs.
+class Tokenizers:
+    """The tokenizer opened last, by its checksum: models of one base share it.
+
+    Opening one holds the interpreter for its whole time (13 ms for 30,000 words, ten times that on a busy machine), and every
+    call in flight with it: a new model of the same base must not cost that.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Tokenizer] | None = None
+
+    def open(self, path: Path, checksum: str) -> Tokenizer:
+        """Returns the tokenizer in ``path``, whose checksum has been verified."""
+        last = self._last
+        if last is None or last[0] != checksum:
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            self._last = last = (checksum, tokenizer)
+        return last[1]
+
+
+def load_model(folder: Path, *, provider: str, threads: int, tokenizers: Tokenizers | None = None) -> LoadedModel:
+    """Opens a bundle folder: checksums, sessions, then golden outputs. ``tokenizers`` is where models share one.
 
     Raises:
         BundleError: the bundle is damaged, of another format, or its ranker expects other features than this release computes.
@@ -115,7 +139,8 @@ def load_model(folder: Path, *, provider: str, threads: int) -> LoadedModel:
     if manifest.ranking_features != RANKING_FEATURES:
         raise BundleError(f"{manifest.model_version}: {RANKER} was trained on other ranking features than this release computes")
     try:
-        model = _open(folder, manifest, provider=provider, threads=threads)
+        tokenizer = (tokenizers or Tokenizers()).open(folder / TOKENIZER, manifest.files[TOKENIZER])
+        model = _open(folder, manifest, tokenizer, provider=provider, threads=threads)
         model.check_golden(folder)
     except (BundleError, UnavailableError):
         raise
@@ -125,12 +150,9 @@ def load_model(folder: Path, *, provider: str, threads: int) -> LoadedModel:
     return model
 
 
-def _open(folder: Path, manifest: Manifest, *, provider: str, threads: int) -> LoadedModel:
+def _open(folder: Path, manifest: Manifest, tokenizer: Tokenizer, *, provider: str, threads: int) -> LoadedModel:
     encoder = open_session(folder / ENCODER, provider=provider, threads=threads)
     ranker = open_session(folder / RANKER, provider="cpu", threads=1)  # 256 × 23 numbers: the copy to a GPU costs more
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     items, weights = np.load(folder / ITEMS), np.load(folder / COLLABORATIVE)
     return LoadedModel(
         manifest=manifest,

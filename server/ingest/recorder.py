@@ -15,6 +15,7 @@ from server.errors import OverloadedError
 from server.ingest.writer import EventWriter, Written
 from server.metrics import Metrics
 from server.online.store import OnlineStore
+from server.tracing import Origin, on_behalf_of, origin, span
 
 _log = structlog.get_logger(__name__)
 
@@ -24,6 +25,7 @@ class _Waiting:
     events: Sequence[IncomingEvent]
     done: "asyncio.Future[tuple[Written, bool]]"
     since: float
+    origin: Origin
 
 
 class EventRecorder:
@@ -42,6 +44,11 @@ class EventRecorder:
         self._batch_events = batch_events
         self._wake = asyncio.Event()
 
+    @property
+    def queued_events(self) -> int:
+        """Events that wait to be committed."""
+        return self._queued_events
+
     async def record(self, events: Sequence[IncomingEvent]) -> RecordOutcome:
         """Stores events and makes them visible; returns after PostgreSQL committed.
 
@@ -51,11 +58,12 @@ class EventRecorder:
         """
         if self._queued_events + len(events) > self._queue_events:
             raise OverloadedError("too many events are waiting to be committed", reason="INGEST_QUEUE_FULL")
-        waiting = _Waiting(events, asyncio.get_running_loop().create_future(), perf_counter())
+        waiting = _Waiting(events, asyncio.get_running_loop().create_future(), perf_counter(), origin())
         self._queue.append(waiting)
         self._queued_events += len(events)
         self._wake.set()
-        written, online = await waiting.done
+        with span("record"):
+            written, online = await waiting.done
         for outcome in written.outcomes:
             self._metrics.events(outcome.status.value)
         return RecordOutcome(written.outcomes, written.tokens, online)
@@ -66,7 +74,8 @@ class EventRecorder:
             await self._wake.wait()
             self._wake.clear()
             while batch := self._take():
-                await self._commit(batch)
+                with on_behalf_of([waiting.origin for waiting in batch], "group commit"):
+                    await self._commit(batch)
 
     def _take(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -83,7 +92,8 @@ class EventRecorder:
         for waiting in batch:
             self._metrics.observe_ingest_stage("queue", started - waiting.since)
         try:
-            written = await self._writer.write([waiting.events for waiting in batch])
+            with span("commit"):
+                written = await self._writer.write([waiting.events for waiting in batch])
         except psycopg.DataError as error:
             await self._commit_apart(batch, error)
             return
@@ -109,7 +119,8 @@ class EventRecorder:
         states = written[0].states
         started = perf_counter()
         try:
-            await self._online.write_users(states)
+            with span("online_write"):
+                await self._online.write_users(states)
         except redis.exceptions.RedisError as error:
             _log.warning("online store missed a write; the outbox holds it", error=type(error).__name__, users=len(states))
             return False

@@ -8,6 +8,7 @@ import redis.exceptions
 import structlog
 
 from server.database import Pool
+from server.ingest.forget import Erasure
 from server.metrics import Metrics
 from server.online.states import UserStates
 from server.online.store import OnlineStore
@@ -25,10 +26,13 @@ WHERE enqueued_at < now() - make_interval(secs => %s) ORDER BY enqueued_at LIMIT
 class Recovery:
     """Walks the outbox. Several replicas may do so at once: each takes rows nobody else holds."""
 
-    def __init__(self, pool: Pool, states: UserStates, online: OnlineStore, metrics: Metrics, *, after_seconds: float) -> None:
+    def __init__(
+        self, pool: Pool, states: UserStates, online: OnlineStore, erasure: Erasure, metrics: Metrics, *, after_seconds: float
+    ) -> None:
         self._pool = pool
         self._states = states
         self._online = online
+        self._erasure = erasure
         self._metrics = metrics
         self._after = after_seconds
 
@@ -37,6 +41,7 @@ class Recovery:
         while True:
             try:
                 recovered = await self.recover()
+                await self._erasure.finish()
             except (psycopg.Error, redis.exceptions.RedisError) as error:
                 _log.warning("recovery waits for a store", error=type(error).__name__)
                 recovered = 0
@@ -51,6 +56,7 @@ class Recovery:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CATCH_UP_SECONDS):
+                await self._erasure.finish()
                 async with self._pool.connection() as connection:
                     now = await (await connection.execute("SELECT clock_timestamp()")).fetchone()
                 while True:
@@ -74,7 +80,7 @@ class Recovery:
             users = [str(row[0]) for row in rows]
             states = await self._states.recompute(connection, users)
             await self._online.write_users(states)
-            await self._online.forget_users(sorted(set(users) - {state.user_id for state in states}))
+            await self._online.erase_users(sorted(set(users) - {state.user_id for state in states}))
             # The rows are locked, so no newer version can have been enqueued since.
             await connection.execute("DELETE FROM online_outbox WHERE user_id = ANY(%s)", [users])
         _log.info("recovered online state", users=len(users))

@@ -13,25 +13,20 @@ from psycopg.rows import TupleRow
 from features.activity import UserState
 from server.database import Pool
 from server.domain import EventOutcome, IncomingEvent, Stored, Subject, Token
+from server.ingest.personas import find_or_create, forgotten
 from server.online.states import UserStates
+from server.transactions import retried
 
 _log = structlog.get_logger(__name__)
 
-_FIND = """
-SELECT i.channel, i.channel_user_id, i.user_id FROM identities i
-JOIN unnest(%s::text[], %s::text[]) AS w (channel, channel_user_id) USING (channel, channel_user_id)
-"""
-_CREATE_USERS = "INSERT INTO users (user_id) SELECT * FROM unnest(%s::text[])"
-_CREATE_IDENTITIES = """
-INSERT INTO identities (channel, channel_user_id, user_id) SELECT * FROM unnest(%s::text[], %s::text[], %s::text[])
-ON CONFLICT DO NOTHING RETURNING channel, channel_user_id
-"""
+_ROOTS = "SELECT DISTINCT coalesce(merged_into, user_id) FROM users WHERE user_id = ANY(%s)"
 # Locking in id order keeps two batches that share customers from deadlocking.
-_LOCK = "SELECT user_id, merged_into FROM users WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE"
+_LOCK = "SELECT user_id, merged_into, version FROM users WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE"
 _INSERT = """
-INSERT INTO events (user_id, event_id, channel, action, item_id, text, value, quantity, session_id, slate_id, occurred_at)
-SELECT * FROM unnest(%s::text[], %s::uuid[], %s::text[], %s::text[], %s::text[], %s::text[], %s::double precision[],
-                     %s::double precision[], %s::text[], %s::text[], %s::timestamptz[])
+INSERT INTO events
+    (user_id, origin_id, version, event_id, channel, action, item_id, text, value, quantity, session_id, slate_id, occurred_at)
+SELECT * FROM unnest(%s::text[], %s::text[], %s::bigint[], %s::uuid[], %s::text[], %s::text[], %s::text[], %s::text[],
+                     %s::double precision[], %s::double precision[], %s::text[], %s::text[], %s::timestamptz[])
 ON CONFLICT DO NOTHING RETURNING user_id, event_id
 """
 _COUNT = """
@@ -42,11 +37,21 @@ WITH moved AS (
 INSERT INTO online_outbox (user_id, version) SELECT user_id, version FROM moved
 ON CONFLICT (user_id) DO UPDATE SET version = greatest(online_outbox.version, excluded.version)
 """
-_CAUGHT_UP = """
-DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version)
-WHERE o.user_id = s.user_id AND o.version <= s.version
-"""
 _UNKNOWN = EventOutcome(Stored.REJECTED, reason="SUBJECT_UNKNOWN", field="subject.user_id", message="no such customer")
+_FORGOTTEN = EventOutcome(Stored.REJECTED, reason="SUBJECT_FORGOTTEN", field="subject", message="the customer was forgotten")
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Where a subject's events go: the customer, the persona that records them if that is another, and the version they make."""
+
+    user_id: str
+    origin_id: str | None
+    version: int
+
+
+_Owners = dict[Subject, _Owner | EventOutcome]
+"""A subject without an owner has the outcome of its events instead."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,20 @@ class EventWriter:
         self._wake = asyncio.Event()
 
     async def write(self, calls: Sequence[Sequence[IncomingEvent]]) -> list[Written]:
-        """Stores the events of several calls and recomputes their customers under the row locks of the same transaction."""
+        """Stores the events of several calls and recomputes their customers under the row locks of the same transaction.
+
+        Raises:
+            psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure: lost every attempt to other transactions.
+        """
         events = [event for call in calls for event in call]
+        outcomes, states = await retried(lambda: self._write(events))
+        versions = {state.user_id: state.version for state in states}
+        edges = [0]
+        for call in calls:
+            edges.append(edges[-1] + len(call))
+        return [_written(outcomes[a:b], versions, states) for a, b in pairwise(edges)]
+
+    async def _write(self, events: Sequence[IncomingEvent]) -> tuple[list[EventOutcome], tuple[UserState, ...]]:
         async with self._pool.connection() as connection, connection.transaction():
             owners = await self._owners(connection, {event.subject for event in events})
             fresh = await _insert(connection, events, owners)
@@ -79,45 +96,37 @@ class EventWriter:
                 counts[user_id] = counts.get(user_id, 0) + 1
             if counts:
                 await connection.execute(_COUNT, [list(counts), list(counts.values())])
-            touched = sorted({owner for owner in owners.values() if owner})
+            touched = sorted({owner.user_id for owner in owners.values() if isinstance(owner, _Owner)})
             states = tuple(await self._states.recompute(connection, touched))
-        versions = {state.user_id: state.version for state in states}
-        edges = [0]
-        for call in calls:
-            edges.append(edges[-1] + len(call))
-        outcomes = _outcomes(events, owners, set(fresh))
-        return [_written(outcomes[a:b], versions, states) for a, b in pairwise(edges)]
+        return _outcomes(events, owners, set(fresh)), states
 
-    async def _owners(self, connection: AsyncConnection[TupleRow], subjects: set[Subject]) -> dict[Subject, str]:
-        """Returns each subject's customer with its row locked, creating customers of new identities; "" for an unknown user id."""
-        owners = {subject: subject.user_id for subject in subjects if subject.user_id}
-        unnamed = sorted((s for s in subjects if not s.user_id), key=lambda s: (s.channel, s.channel_user_id))
-        if unnamed:
-            owners |= await self._identified(connection, unnamed)
-        locked: dict[str, str] = {}
-        missing = set(owners.values())
-        while missing:  # a merged customer leads to its survivor, whose row must be locked too
+    async def _owners(self, connection: AsyncConnection[TupleRow], subjects: set[Subject]) -> _Owners:
+        """Finds each subject's persona and customer, with both rows locked; creates customers of new identities.
+
+        Who holds a persona's row holds its customer together: regrouping locks all personas concerned.
+        """
+        personas = {subject: subject.user_id for subject in subjects if subject.user_id}
+        if named := subjects - personas.keys():
+            found, _ = await find_or_create(connection, named, new_user_id=self._new_user_id)
+            personas |= found
+        locked: dict[str, tuple[str, int]] = {}
+        missing = set(personas.values())
+        roots = await (await connection.execute(_ROOTS, [sorted(missing)])).fetchall()
+        missing |= {row[0] for row in roots}  # persona and customer in one go, so in one order; as a rule that is all
+        while missing:  # a merge may have won in between: it leads to a survivor, whose row must be locked too
             rows = await (await connection.execute(_LOCK, [sorted(missing)])).fetchall()
-            locked |= {user_id: merged_into or "" for user_id, merged_into in rows}
-            missing = {survivor for survivor in locked.values() if survivor and survivor not in locked}
-        return {subject: (locked[owner] or owner) if owner in locked else "" for subject, owner in owners.items()}
-
-    async def _identified(self, connection: AsyncConnection[TupleRow], subjects: Sequence[Subject]) -> dict[Subject, str]:
-        while True:
-            columns = [[s.channel for s in subjects], [s.channel_user_id for s in subjects]]
-            rows = await (await connection.execute(_FIND, columns)).fetchall()
-            found = {Subject(channel=row[0], channel_user_id=row[1]): str(row[2]) for row in rows}
-            new = [subject for subject in subjects if subject not in found]
-            if not new:
-                return found
-            ids = [self._new_user_id() for _ in new]
-            await connection.execute(_CREATE_USERS, [ids])
-            created = await connection.execute(_CREATE_IDENTITIES, [[s.channel for s in new], [s.channel_user_id for s in new], ids])
-            if created.rowcount < len(new):  # another replica was first with some: drop the customers nobody points to
-                await connection.execute(
-                    "DELETE FROM users u WHERE user_id = ANY(%s) AND NOT EXISTS (SELECT 1 FROM identities i WHERE i.user_id = u.user_id)",
-                    [ids],
-                )
+            locked |= {user_id: (merged_into or user_id, version) for user_id, merged_into, version in rows}
+            missing = {survivor for survivor, _ in locked.values()} - locked.keys()
+        owners: _Owners = {}
+        for subject, persona in personas.items():
+            if persona in locked:
+                root, _ = locked[persona]
+                # Every event of the batch shows with the batch: no version in between is ever seen, so they may share one.
+                owners[subject] = _Owner(root, None if root == persona else persona, locked[root][1] + 1)
+        if unowned := subjects - owners.keys():
+            gone = await forgotten(connection, unowned)
+            owners |= {subject: _FORGOTTEN if subject in gone else _UNKNOWN for subject in unowned}
+        return owners
 
     def caught_up(self, states: Sequence[UserState]) -> None:
         """Notes that Redis holds these versions; their outbox rows are removed in the background."""
@@ -132,19 +141,18 @@ class EventWriter:
             self._wake.clear()
             done, self._caught_up = self._caught_up, {}
             try:
-                async with self._pool.connection() as connection:
-                    await connection.execute(_CAUGHT_UP, [list(done), list(done.values())])
+                await self._states.caught_up(done)
             except psycopg.Error as error:
                 _log.warning("outbox not cleared; recovery will look again", error=type(error).__name__, users=len(done))
 
 
-async def _insert(
-    connection: AsyncConnection[TupleRow], events: Sequence[IncomingEvent], owners: dict[Subject, str]
-) -> list[tuple[str, str]]:
+async def _insert(connection: AsyncConnection[TupleRow], events: Sequence[IncomingEvent], owners: _Owners) -> list[tuple[str, str]]:
     """Inserts events of known customers; returns (user_id, event_id) of those that were not there before."""
     rows = [
         (
-            owners[e.subject],
+            owner.user_id,
+            owner.origin_id,
+            owner.version,
             e.event_id,
             e.channel,
             e.action,
@@ -157,7 +165,7 @@ async def _insert(
             e.occurred_at,
         )
         for e in events
-        if owners[e.subject]
+        if isinstance(owner := owners[e.subject], _Owner)
     ]
     if not rows:
         return []
@@ -165,18 +173,19 @@ async def _insert(
     return [(str(row[0]), str(row[1])) for row in await cursor.fetchall()]
 
 
-def _outcomes(events: Sequence[IncomingEvent], owners: dict[Subject, str], fresh: set[tuple[str, str]]) -> list[EventOutcome]:
+def _outcomes(events: Sequence[IncomingEvent], owners: _Owners, fresh: set[tuple[str, str]]) -> list[EventOutcome]:
     outcomes = []
     for event in events:
         owner = owners[event.subject]
-        key = (owner, str(event.event_id))
-        if not owner:
-            outcomes.append(_UNKNOWN)
-        elif key in fresh:
+        if isinstance(owner, EventOutcome):
+            outcomes.append(owner)
+            continue
+        key = (owner.user_id, str(event.event_id))
+        if key in fresh:
             fresh.remove(key)  # a second event with the same id in the same batch is a duplicate of the first
-            outcomes.append(EventOutcome(Stored.STORED, owner))
+            outcomes.append(EventOutcome(Stored.STORED, owner.user_id))
         else:
-            outcomes.append(EventOutcome(Stored.DUPLICATE, owner))
+            outcomes.append(EventOutcome(Stored.DUPLICATE, owner.user_id))
     return outcomes
 
 

@@ -5,37 +5,52 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from uuid import UUID
 
 import psycopg
 import structlog
 
 from server.database import Pool
-from server.domain import Answer
+from server.domain import Answer, ItemFilter, RecommendQuery
 from server.metrics import Metrics
+from server.recommend.shelf import read_page_token
 
 _log = structlog.get_logger(__name__)
 _BATCH = 1_000
-_COPY = (
-    "COPY exposures (user_id, exposure_id, slate_id, channel, surface, user_version, model_version, index_version, offer_version, "
-    "as_of, item_ids, scores, prices_micros, degraded, stale, answered_at) FROM STDIN"
+_COLUMNS = (
+    "user_id, exposure_id, slate_id, channel, surface, context_item_ids, user_version, model_version, index_version, offer_version, "
+    "as_of, page_start, page_limit, filtered, item_ids, positions, scores, prices_micros, currencies, in_stock, "
+    "degraded, stale, degraded_reasons, answered_at"
 )
+_STAGE = "CREATE TEMP TABLE IF NOT EXISTS staged_exposures (LIKE exposures INCLUDING DEFAULTS) ON COMMIT DELETE ROWS"
+_COPY = f"COPY staged_exposures ({_COLUMNS}) FROM STDIN"
+# The customers' rows are held, in the order every writer takes them, while their exposures are stored: a customer forgotten
+# before is not stored, one being forgotten waits and then finds these rows too. A customer without an identity has no row.
+_STORE = f"""
+WITH known AS MATERIALIZED (
+    SELECT user_id FROM users WHERE user_id IN (SELECT user_id FROM staged_exposures) ORDER BY user_id FOR KEY SHARE
+)
+INSERT INTO exposures ({_COLUMNS})
+SELECT {_COLUMNS} FROM staged_exposures s WHERE s.user_id = '' OR s.user_id IN (SELECT k.user_id FROM known k)
+"""  # noqa: S608 - constant columns
 
 
 @dataclass(frozen=True)
 class _Exposure:
     exposure_id: UUID
     answer: Answer
-    channel: str
-    surface: str
+    query: RecommendQuery
     answered_at: datetime
 
 
 class Journal:
     """A bounded queue in front of the exposures table.
 
-    What it can lose, and nothing else: the exposures of the last pause (``journal_seconds``) when the process is killed, and
-    those beyond the queue's bound, which are counted.
+    What it can lose, and nothing else: when the process is killed, the exposures answered since the last write, which are at
+    most those of ``journal_seconds`` and one write while PostgreSQL answers, and never more than the queue's bound; and those
+    beyond the bound, which are dropped and counted. A drained process (SIGTERM) writes what is queued and loses none.
+    Exposures of a customer forgotten in the meantime are not stored, and counted apart.
     """
 
     def __init__(self, pool: Pool, metrics: Metrics, *, bound: int, pause_seconds: float, new_id: Callable[[], UUID]) -> None:
@@ -45,13 +60,19 @@ class Journal:
         self._bound = bound
         self._pause = pause_seconds
         self._new_id = new_id
+        self._writing = asyncio.Lock()
 
-    def log(self, answer: Answer, *, channel: str, surface: str, answered_at: datetime) -> None:
+    @property
+    def queued(self) -> int:
+        """Exposures that wait to be written."""
+        return len(self._queue)
+
+    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime) -> None:
         """Queues an exposure; never waits."""
         if len(self._queue) >= self._bound:
             self._metrics.journal_dropped()
             return
-        self._queue.append(_Exposure(self._new_id(), answer, channel, surface, answered_at))
+        self._queue.append(_Exposure(self._new_id(), answer, query, answered_at))
 
     async def run(self) -> None:
         """Writes what is queued until cancelled; while PostgreSQL is away it waits."""
@@ -64,33 +85,49 @@ class Journal:
 
     async def flush(self) -> None:
         """Writes everything queued; what could not be written stays queued."""
-        while self._queue:
-            batch = [self._queue[k] for k in range(min(_BATCH, len(self._queue)))]
-            async with self._pool.connection() as connection, connection.cursor() as cursor, cursor.copy(_COPY) as copy:
+        async with self._writing:
+            while self._queue:
+                batch = list(islice(self._queue, _BATCH))
+                stored = await self._write(batch)
+                for _ in batch:
+                    self._queue.popleft()
+                self._metrics.journal_written(stored)
+                self._metrics.journal_forgotten(len(batch) - stored)
+
+    async def _write(self, batch: list[_Exposure]) -> int:
+        async with self._pool.connection() as connection, connection.transaction(), connection.cursor() as cursor:
+            await cursor.execute(_STAGE)
+            async with cursor.copy(_COPY) as copy:
                 for exposure in batch:
                     await copy.write_row(_row(exposure))
-            for _ in batch:
-                self._queue.popleft()
-            self._metrics.journal_written(len(batch))
+            return (await cursor.execute(_STORE)).rowcount
 
 
 def _row(exposure: _Exposure) -> tuple[object, ...]:
-    answer, versions = exposure.answer, exposure.answer.versions
+    answer, versions, query = exposure.answer, exposure.answer.versions, exposure.query
     return (
         answer.user_id,
         exposure.exposure_id,
         answer.slate_id,
-        exposure.channel,
-        exposure.surface,
+        query.channel,
+        query.surface,
+        list(query.context_item_ids),
         versions.user_version,
         versions.model_version,
         versions.index_version,
         versions.offer_version,
         answer.as_of,
+        read_page_token(query.page_token)[1] if query.page_token else 0,
+        query.limit,
+        query.filters != ItemFilter(),
         [item.item_id for item in answer.items],
+        [item.position for item in answer.items],
         [item.score for item in answer.items],
         [item.price_micros for item in answer.items],
+        [item.currency for item in answer.items],
+        [item.in_stock for item in answer.items],
         bool(answer.degraded_reasons),
         answer.stale,
+        list(answer.degraded_reasons),
         exposure.answered_at,
     )

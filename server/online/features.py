@@ -14,9 +14,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
 from features.layout import FeatureValue, Status, ViewLayout, entity_key, load_layouts
 from server.database import ONLINE_AWAY
-from server.domain import EntityKey
+from server.domain import EntityKey, Subject
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
-from server.ingest.identities import Identities
+from server.ingest.identities import Identities, Known
 from server.online.breaker import CircuitBreaker
 from server.online.states import MergedError, UserStates
 
@@ -149,15 +149,16 @@ class FeatureReader:
         """Makes sure Redis holds the customer as PostgreSQL does, as new as the token; returns who they are after merges."""
         if not entity.user_id:
             return ""
-        user_id = entity.user_id
+
+        async def act(known: Known) -> str:
+            minimum = await self._identities.minimum_version(known.user_id, entity.token)
+            await self._states.at_least(known.user_id, minimum, now=self._now())
+            return known.user_id
+
         try:
-            minimum = await self._identities.minimum_version(user_id, entity.token)
-            await self._states.at_least(user_id, minimum, now=self._now())
-        except MergedError as merged:
-            return merged.survivor
+            return await self._identities.following(Subject(user_id=entity.user_id), Known(entity.user_id), act)
         except NotFoundError:
-            pass  # nobody of that id: MISSING is the answer
-        return user_id
+            return entity.user_id  # nobody of that id: MISSING is the answer
 
 
 def _row(plan: _Plan, replies: Sequence[Sequence[bytes | None]], now: datetime) -> FeatureRow:

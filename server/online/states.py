@@ -5,21 +5,25 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import psycopg
+import structlog
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, dict_row
 
 from features.activity import READ_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, ViewLayout
-from server.database import Pool
+from server.database import ONLINE_AWAY, Pool
 from server.errors import NotFoundError, StaleStateError, UnavailableError
-from server.online.store import Fleet, OnlineStore
+from server.online.store import OnlineStore
+
+_log = structlog.get_logger(__name__)
 
 Features = dict[str, dict[str, FeatureValue]]
 
-# What OnlineStore.read tells, from PostgreSQL; one statement, so of one moment.
-_RECORDED = """
-SELECT f.model_version, f.activation, f.answering_index, f.offer_version, u.version, u.merged_into
-FROM fleet_state f LEFT JOIN users u ON u.user_id = %s
+_RECORDED = "SELECT version, merged_into, membership FROM users WHERE user_id = %s"
+_CAUGHT_UP = """
+DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version)
+WHERE o.user_id = s.user_id AND o.version <= s.version
 """
 _PROFILE_AT = "SELECT * FROM user_profile WHERE user_id = %s AND event_timestamp = %s"
 
@@ -32,12 +36,16 @@ class MergedError(Exception):
         self.survivor = survivor
 
 
+class RegroupedError(Exception):
+    """Personas have joined or left the customer since an identity was resolved to it: resolve it again."""
+
+
 @dataclass(frozen=True)
 class Recorded:
-    """Where a customer and the fleet stand in PostgreSQL; version 0 for the empty user id."""
+    """Where a customer stands in PostgreSQL; version and membership are 0 for the empty user id."""
 
     user_version: int
-    fleet: Fleet
+    membership: int = 0
 
 
 class UserStates:
@@ -49,7 +57,7 @@ class UserStates:
         self._codec = codec
 
     async def recompute(self, connection: AsyncConnection[TupleRow], user_ids: Sequence[str]) -> list[UserState]:
-        """Reads the state of customers from PostgreSQL; merged or unknown ones are left out."""
+        """Reads the state of customers from PostgreSQL, a marker for merged personas; unknown ones are left out."""
         async with connection.cursor(row_factory=dict_row) as cursor:
             await cursor.execute(READ_STATE, [list(user_ids)])
             rows: Sequence[Mapping[str, Any]] = await cursor.fetchall()
@@ -64,29 +72,46 @@ class UserStates:
         """
         async with self._pool.connection() as connection:
             states = await self.recompute(connection, [user_id])
-            if not states:
-                cursor = await connection.execute("SELECT merged_into FROM users WHERE user_id = %s", [user_id])
-                row = await cursor.fetchone()
-                if row is None or row[0] is None:
-                    raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
-                raise MergedError(row[0])
+        if not states:
+            raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
         await self._online.write_users(states)
+        if states[0].merged_into:
+            raise MergedError(states[0].merged_into)
         return states[0].version
 
+    async def publish(self, states: Sequence[UserState]) -> bool:
+        """Writes committed states to Redis; says whether that worked. If not, the outbox still names them."""
+        try:
+            await self._online.write_users(states)
+        except ONLINE_AWAY as error:
+            _log.warning("online store missed a write; the outbox holds it", error=type(error).__name__, users=len(states))
+            return False
+        try:
+            await self.caught_up({state.user_id: state.version for state in states})
+        except psycopg.Error as error:
+            _log.warning("outbox not cleared; recovery will look again", error=type(error).__name__, users=len(states))
+        return True
+
+    async def caught_up(self, versions: Mapping[str, int]) -> None:
+        """Removes the outbox rows of customers that Redis holds at these versions."""
+        async with self._pool.connection() as connection:
+            await connection.execute(_CAUGHT_UP, [list(versions), list(versions.values())])
+
     async def recorded(self, user_id: str) -> Recorded:
-        """Reads a customer's version and the fleet's versions from PostgreSQL, which is never behind any token.
+        """Returns where a customer stands in PostgreSQL, which is never behind any token.
 
         Raises:
             NotFoundError, MergedError: as ``rebuild``.
         """
+        if not user_id:
+            return Recorded(0)
         async with self._pool.connection() as connection:
             row = await (await connection.execute(_RECORDED, [user_id])).fetchone()
-        assert row is not None
-        if user_id and row[4] is None:
+        if row is None:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
-        if row[5] is not None:
-            raise MergedError(row[5])
-        return Recorded(row[4] or 0, Fleet(*row[:4]))
+        if row[1] is not None:
+            raise MergedError(row[1])
+        return Recorded(row[0], row[2])
 
     async def recorded_features(self, user_id: str, *, now: datetime) -> Features:
         """Recomputes all views of a customer in PostgreSQL, as they would stand in Redis, without touching Redis.
@@ -98,7 +123,7 @@ class UserStates:
             async with self._pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
                 await cursor.execute(READ_STATE, [[user_id]])
                 row = await cursor.fetchone()
-            if row is not None:
+            if row is not None and row["merged_into"] is None:
                 break
             await self.recorded(user_id)  # says why there is none; a customer created meanwhile is read again
         activity, profile = self._codec.activity, self._codec.profile

@@ -7,8 +7,9 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from features.activity import WRITE_STATE, UserState, UserStateCodec
+from features.activity import FORGOTTEN_FIELD, MEMBERSHIP_FIELD, MERGED_FIELD, WRITE_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, decode_value
+from server.errors import NotFoundError
 from server.online.breaker import CircuitBreaker
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -26,18 +27,28 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Standing:
-    """What one round trip saw. ``user_version`` is None when the customer has no online state, ``fleet`` after Redis was lost."""
+    """What one round trip saw. ``user_version`` is None when the customer has no online state, ``fleet`` after Redis was lost.
+
+    Attributes:
+        merged_into: the survivor's id where a persona's state has given way to a marker that it was merged, else empty.
+        membership: how often the customer had been regrouped when the state was computed; identities resolved to it at a
+            lower count may belong to somebody else now.
+    """
 
     user_version: int | None
     slate: bytes | None
     fleet: Fleet | None
     now: datetime
+    merged_into: str = ""
+    membership: int = 0
 
 
 # Set-if-absent under (slot, user_version), by Redis's own clock. A slate is "<user_version>:<expires at, ms>:" and its payload.
 # A standing slate of the same or a newer user_version is returned instead of the offered one. Slates of older versions can
 # never be asked for again, so they make room first; 128 slots per customer is far above (surfaces × contexts) in one version.
-_COMMIT = """
+# A forgotten customer's hash refuses: a computation that was under way when they were forgotten leaves no trace.
+_COMMIT = f"""
+if redis.call('HEXISTS', KEYS[1], '{FORGOTTEN_FIELD}') == 1 then return false end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function head(raw)
@@ -63,6 +74,14 @@ redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return slate
 """
 
+# Everything gives way to a marker that expires: until then no script writes here.
+_ERASE = f"""
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], '{FORGOTTEN_FIELD}', '1')
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return 1
+"""
+
 # Each pointer only moves forward: the model by its activation number, index and offers by themselves.
 _POINT = """
 local seen = redis.call('HMGET', KEYS[1], 'activation', 'index', 'offer')
@@ -79,16 +98,26 @@ return 1
 
 
 class OnlineStore:
-    """Reads and writes Redis for the request path. Scripts touch keys of one customer only; every call passes the breaker."""
+    """Reads and writes Redis for the request path. Scripts touch keys of one customer only; every call passes the breaker.
 
-    def __init__(self, client: Redis, codec: UserStateCodec, breaker: CircuitBreaker) -> None:
+    Args:
+        client: connected to the shop's Redis database.
+        codec: encodes customers' states.
+        breaker: refuses calls while Redis is away.
+        forgotten_seconds: how long a forgotten customer's keys refuse writes; above any deadline, so that nothing in flight
+            comes after it.
+    """
+
+    def __init__(self, client: Redis, codec: UserStateCodec, breaker: CircuitBreaker, *, forgotten_seconds: float = 60.0) -> None:
         self._client = client
         self._codec = codec
         self._breaker = breaker
+        self._forgotten_ms = int(forgotten_seconds * 1000)
         self._fleet_key = f"concord:{codec.project}:fleet"
         self._commit: Any = client.register_script(_COMMIT)
         self._point: Any = client.register_script(_POINT)
         self._write: Any = client.register_script(WRITE_STATE)
+        self._erase: Any = client.register_script(_ERASE)
 
     @property
     def behind(self) -> bool:
@@ -100,26 +129,34 @@ class OnlineStore:
         return f"concord:{self._codec.project}:slates:{user_id}"
 
     async def read(self, user_id: str, slot: str) -> Standing:
-        """Reads version, slate in ``slot``, pointers and Redis's time in one round trip."""
+        """Reads version and grouping, slate in ``slot``, pointers and Redis's time in one round trip."""
         pipeline = self._client.pipeline(transaction=False)
-        pipeline.hget(self._codec.key(user_id), self._codec.version_field)  # type: ignore[arg-type]
+        pipeline.hmget(self._codec.key(user_id), [self._codec.version_field, MERGED_FIELD, MEMBERSHIP_FIELD])  # type: ignore[arg-type]
         pipeline.hget(self.slates_key(user_id), slot)
         pipeline.hmget(self._fleet_key, ["model", "activation", "index", "offer"])
         pipeline.time()
         async with self._breaker.call():
-            version, slate, fleet, (seconds, micros) = await pipeline.execute()
+            (version, merged_into, membership), slate, fleet, (seconds, micros) = await pipeline.execute()
         return Standing(
             user_version=None if version is None else decode_value(version),
             slate=slate,
             fleet=None if None in fleet else Fleet(fleet[0].decode(), int(fleet[1]), int(fleet[2]), int(fleet[3])),
             now=_EPOCH + timedelta(seconds=seconds, microseconds=micros),
+            merged_into=(merged_into or b"").decode(),
+            membership=int(membership or 0),
         )
 
     async def commit(self, user_id: str, slot: str, *, user_version: int, payload: bytes, ttl_seconds: float) -> bytes:
-        """Commits a slate if none stands for this version; returns the one that stands now."""
+        """Commits a slate if none stands for this version; returns the one that stands now.
+
+        Raises:
+            NotFoundError: the customer was forgotten meanwhile.
+        """
         arguments = [slot, user_version, int(ttl_seconds * 1000), payload]
         async with self._breaker.call():
-            standing: bytes = await self._commit(keys=[self.slates_key(user_id)], args=arguments)
+            standing: bytes | None = await self._commit(keys=[self.slates_key(user_id)], args=arguments)
+        if standing is None:
+            raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
         return standing
 
     async def point(self, fleet: Fleet) -> None:
@@ -140,18 +177,20 @@ class OnlineStore:
         return self._codec.decode(replies, now)
 
     async def write_users(self, states: Sequence[UserState]) -> None:
-        """Writes recomputed customers, each if it is newer than what stands."""
+        """Writes recomputed customers, each if it is newer than what stands; merged personas keep a marker and no slates."""
         pipeline = self._client.pipeline(transaction=False)
         for state in states:
             await self._write(keys=[state.key], args=list(state.arguments), client=pipeline)
+            if state.merged_into:
+                pipeline.delete(self.slates_key(state.user_id))
         async with self._breaker.call():
             await pipeline.execute()
 
-    async def forget_users(self, user_ids: Sequence[str]) -> None:
-        """Removes state and slates of customers that no longer exist on their own (merged away)."""
+    async def erase_users(self, user_ids: Sequence[str]) -> None:
+        """Erases state and slates of customers that no longer exist, and keeps work in flight from writing them again."""
+        pipeline = self._client.pipeline(transaction=False)
         for user_id in user_ids:
-            pipeline = self._client.pipeline(transaction=False)
-            pipeline.delete(self._codec.key(user_id))
-            pipeline.delete(self.slates_key(user_id))
-            async with self._breaker.call():
-                await pipeline.execute()
+            for key in (self._codec.key(user_id), self.slates_key(user_id)):
+                await self._erase(keys=[key], args=[self._forgotten_ms], client=pipeline)
+        async with self._breaker.call():
+            await pipeline.execute()

@@ -1,9 +1,11 @@
-"""Seconds spent in each stage of one call."""
+"""Seconds spent in each stage of one call, and a span of each where the call is traced."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+
+from server.tracing import span
 
 
 @dataclass
@@ -17,6 +19,7 @@ class StageClock:
         """Times the body."""
         started = perf_counter()
         try:
-            yield
+            with span(stage):
+                yield
         finally:
             self.stages[stage] = self.stages.get(stage, 0.0) + perf_counter() - started

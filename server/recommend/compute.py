@@ -16,6 +16,7 @@ from features.signals import History, history, relation_scores
 from server.recommend.policy import already_bought, diversify
 from server.recommend.slate import SlateFlag
 from server.recommend.snapshot import Snapshot
+from server.tracing import span
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,21 @@ def compute_slate(snapshot: Snapshot, activity: Activity, profile: Profile, poli
     table = snapshot.table
     flags = SlateFlag(0) if snapshot.model else SlateFlag.NO_MODEL
     marks = [perf_counter()]
-    understood = understand(snapshot, activity)
+    with span("user_vector"):
+        understood = understand(snapshot, activity)
     marks.append(perf_counter())
     if not len(understood.past.rows):
         flags |= SlateFlag.NEWCOMER
     excluded = already_bought(understood.past, len(table)) if policy.exclude_purchased else np.zeros(len(table), np.bool_)
-    candidates = generate(understood.signals, understood.past, table, excluded=excluded)
+    with span("candidates"):
+        candidates = generate(understood.signals, understood.past, table, excluded=excluded)
     marks.append(perf_counter())
-    scores = score(snapshot, understood, candidates, profile)
+    with span("ranking"):
+        scores = score(snapshot, understood, candidates, profile)
     marks.append(perf_counter())
-    order = np.lexsort((candidates.rows, -scores))  # ties by item id: never by the order candidates were found in
-    final = diversify(candidates.rows, order, table, size=policy.slate_size, max_per_category=policy.max_per_category).positions
+    with span("policy"):
+        order = np.lexsort((candidates.rows, -scores))  # ties by item id: never by the order candidates were found in
+        final = diversify(candidates.rows, order, table, size=policy.slate_size, max_per_category=policy.max_per_category).positions
     marks.append(perf_counter())
     stages = dict(zip(("user_vector", "candidates", "ranking", "policy"), np.diff(marks).tolist(), strict=True))
     return Ranked(candidates.rows[final], scores[final], candidates.sources[final], flags, stages)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -69,7 +70,8 @@ class Computing:
         """
         await self._gate.enter()
         starting()
-        thread = asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments))
+        work = partial(copy_context().run, function, *arguments)  # so that its spans and log lines are the call's
+        thread = asyncio.get_running_loop().run_in_executor(self._threads, work)
         # A thread cannot be stopped: its slot is free when it ends, whether or not somebody still waits for it.
         thread.add_done_callback(self._ended)
         return await asyncio.shield(thread)

@@ -7,8 +7,8 @@ from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, activity_of
 from server.database import ONLINE_AWAY, Pool
 from server.domain import CustomerProfile, Subject, Token
 from server.errors import NotFoundError
-from server.ingest.identities import Identities
-from server.online.states import UserStates
+from server.ingest.identities import Identities, Known
+from server.online.states import Features, UserStates
 
 _COUNTERS = ("views_7d", "carts_7d", "purchases_28d", "searches_7d")
 _IDENTITIES = "SELECT channel, channel_user_id FROM identities WHERE user_id = %s ORDER BY channel, channel_user_id"
@@ -33,17 +33,24 @@ class Profiles:
         resolved = await self._identities.resolve(subject)
         if not resolved.user_id:
             raise NotFoundError("no customer has this identity", reason="SUBJECT_UNKNOWN", field="subject.identity")
-        minimum = await self._identities.minimum_version(resolved.user_id, token)
-        try:
-            features = await self._states.at_least(resolved.user_id, minimum, now=self._now())
-        except ONLINE_AWAY:
-            features = await self._states.recorded_at_least(resolved.user_id, minimum, now=self._now())
+
+        async def act(known: Known) -> CustomerProfile:
+            minimum = await self._identities.minimum_version(known.user_id, token)
+            try:
+                features = await self._states.at_least(known.user_id, minimum, now=self._now())
+            except ONLINE_AWAY:
+                features = await self._states.recorded_at_least(known.user_id, minimum, now=self._now())
+            return await self._profile(known.user_id, features)
+
+        return await self._identities.following(subject, Known(resolved.user_id), act)
+
+    async def _profile(self, user_id: str, features: Features) -> CustomerProfile:
         activity = activity_of(features[ACTIVITY_VIEW])
         assert activity is not None
         async with self._pool.connection() as connection:
-            rows = await (await connection.execute(_IDENTITIES, [resolved.user_id])).fetchall()
+            rows = await (await connection.execute(_IDENTITIES, [user_id])).fetchall()
         return CustomerProfile(
-            user_id=resolved.user_id,
+            user_id=user_id,
             user_version=activity.version,
             identities=[(row[0], row[1]) for row in rows],
             activity=activity,

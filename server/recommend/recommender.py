@@ -1,8 +1,8 @@
 """The way of a recommendation: resolve, find the slate, join offers, answer; and the answers that need no slate."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,11 +10,10 @@ from features.candidates import Source
 from server.catalog.offers import Offers, OfferTable
 from server.database import ONLINE_AWAY
 from server.domain import Answer, ItemFilter, RecommendQuery, Subject, Token, Versions
-from server.errors import ConflictError, NotFoundError, PreconditionError, UnavailableError
-from server.ingest.identities import Identities
+from server.errors import ConflictError, NotFoundError, PreconditionError
+from server.ingest.identities import Identities, Known
 from server.journal.exposures import Journal
 from server.metrics import Metrics
-from server.online.states import MergedError
 from server.recommend.clock import StageClock
 from server.recommend.compute import score_items
 from server.recommend.computing import Computing
@@ -22,7 +21,9 @@ from server.recommend.shelf import RankedItems, Shelf, page_token, read_page_tok
 from server.recommend.slate import Place, Slate, SlateFlag
 from server.recommend.slates import Found, Met, Slates
 from server.recommend.snapshot import Snapshot
-from server.recommend.standing import TURNS, Standings
+from server.recommend.standing import Standings
+
+T = TypeVar("T")
 
 
 class Recommender:
@@ -66,11 +67,12 @@ class Recommender:
         clock = StageClock()
         place = Place(query.surface, query.context_item_ids)
 
-        async def find(user_id: str) -> Found:
-            minimum = await self._identities.minimum_version(user_id, query.token)
-            return await self._slates.find(user_id, place, minimum, clock)
+        async def find(known: Known) -> Found:
+            minimum = await self._identities.minimum_version(known.user_id, query.token)
+            found = await self._slates.find(known.user_id, place, minimum, clock)
+            return known.checked(found, found.membership)
 
-        found: Found = await self._following_merges(query.subject, find, clock)
+        found = await self._following_merges(query.subject, find, clock)
         slate, snapshot = found.slate, found.snapshot
         start = self._start(query.page_token, slate)
         with clock("offers"):
@@ -93,7 +95,7 @@ class Recommender:
         )
         self._observe(answer)
         if query.log_exposure:
-            self._journal.log(answer, channel=query.channel, surface=query.surface, answered_at=self._now())
+            self._journal.log(answer, query, answered_at=self._now())
         return answer
 
     async def rank(self, subject: Subject, *, channel: str, surface: str, item_ids: Sequence[str], token: Token | None) -> Answer:
@@ -103,9 +105,10 @@ class Recommender:
         """
         clock = StageClock()
 
-        async def meet(user_id: str) -> tuple[str, Met]:
-            minimum = await self._identities.minimum_version(user_id, token)
-            return user_id, await self._slates.meet(user_id, Place(surface), minimum, clock)
+        async def meet(known: Known) -> tuple[str, Met]:
+            minimum = await self._identities.minimum_version(known.user_id, token)
+            met = await self._slates.meet(known.user_id, Place(surface), minimum, clock)
+            return known.user_id, known.checked(met, met.stand.membership)
 
         user_id, met = await self._following_merges(subject, meet, clock)
         snapshot, customer = met.stand.snapshot, met.customer
@@ -160,17 +163,11 @@ class Recommender:
         items, _ = Shelf(channel, filters, self._hide_out_of_stock).page(ranked, offers, start=0, limit=limit)
         return Answer("", tuple(items), _versions(0, snapshot, offers), "", self._now(), None)
 
-    async def _following_merges(self, subject: Subject, act: Callable[[str], Any], clock: StageClock) -> Any:
-        """Runs ``act`` for the subject's customer, and for the survivor when the customer turns out to have been merged."""
+    async def _following_merges(self, subject: Subject, act: Callable[[Known], Awaitable[T]], clock: StageClock) -> T:
+        """Runs ``act`` for the subject's customer, and again for whoever that turns out to be."""
         with clock("identity"):
-            user_id = await self._identities.user_of(subject)
-        for _ in range(TURNS):
-            try:
-                return await act(user_id)
-            except MergedError as merged:
-                user_id = merged.survivor
-                self._identities.remember(subject, user_id)
-        raise UnavailableError("the customer is being merged", reason="MERGE_IN_PROGRESS")
+            known = await self._identities.customer_of(subject)
+        return await self._identities.following(subject, known, act)
 
     def _start(self, token: str, slate: Slate) -> int:
         if not token:
@@ -185,6 +182,7 @@ class Recommender:
             self._metrics.observe_stage(stage, seconds)
         for reason in answer.degraded_reasons:
             self._metrics.degraded(reason)
+        self._metrics.answered(degraded=bool(answer.degraded_reasons), stale=answer.stale)
 
 
 def _require_model(snapshot: Snapshot) -> None:

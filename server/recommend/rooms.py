@@ -20,6 +20,11 @@ from server.recommend.standing import Standings
 from server.settings import ServerSettings
 
 
+def policy_of(settings: ServerSettings) -> Policy:
+    """Returns the shop's rules for slates."""
+    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
+
+
 def recommender_of(
     settings: ServerSettings,
     *,
@@ -30,7 +35,6 @@ def recommender_of(
     offers: Offers,
     journal: Journal,
     metrics: Metrics,
-    policy: Policy,
     now: Callable[[], datetime],
 ) -> Recommender:
     """Returns the recommender of one process over its stores."""
@@ -43,9 +47,9 @@ def recommender_of(
         fleet=fleet,
         metrics=metrics,
         computing=computing,
-        apart=Gate(slots=settings.apart_reads, waiting=settings.apart_waiting, reason="APART_QUEUE_FULL"),
+        apart=Gate(slots=settings.degraded_reads, waiting=settings.degraded_waiting, reason="DEGRADED_QUEUE_FULL"),
         known=KnownSlates(settings.known_slates),
-        policy=policy,
+        policy=policy_of(settings),
         ttl_seconds=settings.slate_ttl_seconds,
     )
     return Recommender(

@@ -34,6 +34,7 @@ class Found:
         offer_version: prices must be at least as new; 0 takes those at hand.
         stale: the state may be older than what PostgreSQL holds.
         reasons: why the answer is degraded, empty when it is not.
+        membership: how often the customer had been regrouped in the state at hand; 0 where that is not known.
     """
 
     user_id: str
@@ -42,6 +43,7 @@ class Found:
     offer_version: int
     stale: bool = False
     reasons: tuple[str, ...] = ()
+    membership: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Slates:
                 slate = decode_slate(standing, user_id, slot)
             if slate is not None and slate.user_version >= version and standing is not None:
                 self._remember(user_id, place, snapshot, slate.user_version, standing)
-                return Found(user_id, slate, snapshot, stand.offer_version, self._online.behind, self._lagging)
+                return Found(user_id, slate, snapshot, stand.offer_version, self._online.behind, self._lagging, stand.membership)
         raise moving()
 
     async def _by_itself(self, user_id: str, place: Place, minimum: int, clock: StageClock) -> Found:
@@ -169,7 +171,8 @@ class Slates:
         assert slate is not None
         self._remember(user_id, place, snapshot, slate.user_version, standing)
         self._standings.show(user_id, slate.user_version)
-        return Found(user_id, slate, snapshot, stand.offer_version, reasons=(ONLINE_STORE_UNAVAILABLE,))
+        reasons = (ONLINE_STORE_UNAVAILABLE,)
+        return Found(user_id, slate, snapshot, stand.offer_version, reasons=reasons, membership=stand.membership)
 
     def _last(self, user_id: str, place: Place, minimum: int, seen: list[Stand], reasons: tuple[str, ...]) -> Found | None:
         """Returns the newest slate known whose snapshot is still loaded here, None when there is none as new as ``minimum``."""

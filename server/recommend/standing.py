@@ -28,6 +28,7 @@ class Stand:
         offer_version: the offers' pointer: prices must be at least as new.
         slate: what stands committed in the slot, of whatever user_version; None from PostgreSQL.
         as_of: the time of the look, by Redis's clock; by this replica's from PostgreSQL.
+        membership: how often the customer had been regrouped in that state.
     """
 
     user_version: int
@@ -35,6 +36,7 @@ class Stand:
     offer_version: int
     slate: bytes | None
     as_of: datetime
+    membership: int
 
 
 class Standings:
@@ -76,7 +78,7 @@ class Standings:
                 with clock("snapshot"):
                     snapshot = await self._fleet.ensure(fleet)
                 continue
-            stand = Stand(standing.user_version or 0, snapshot, fleet.offer_version, standing.slate, standing.now)
+            stand = Stand(standing.user_version or 0, snapshot, fleet.offer_version, standing.slate, standing.now, standing.membership)
             seen(stand)
             if user_id and (standing.user_version is None or standing.user_version < max(minimum, shown)):
                 with clock("rebuild"):
@@ -89,12 +91,13 @@ class Standings:
     async def recorded(self, user_id: str, minimum: int, clock: StageClock) -> Stand:
         """Reads PostgreSQL only; errors as ``online``."""
         with clock("recorded_read"):
+            fleet = await self._fleet.pointers()
             recorded = await self._states.recorded(user_id)
             if recorded.user_version < minimum:
                 raise ahead()
         with clock("snapshot"):
-            snapshot = await self._fleet.ensure(recorded.fleet)
-        return Stand(recorded.user_version, snapshot, recorded.fleet.offer_version, None, self._now())
+            snapshot = await self._fleet.ensure(fleet)
+        return Stand(recorded.user_version, snapshot, fleet.offer_version, None, self._now(), recorded.membership)
 
     def show(self, user_id: str, version: int) -> None:
         """Notes that a version PostgreSQL holds was answered, which Redis may not hold yet."""

@@ -36,6 +36,11 @@ class Rule:
     flag: tuple[str, Scope] | None
 
     @property
+    def service(self) -> str:
+        """The service's name."""
+        return self.method.partition("/")[0]
+
+    @property
     def operational(self) -> bool:
         """True for what operators call: on the admin port, and never shed because of customers' load."""
         return self.scope in ADMIN_PORT_SCOPES
@@ -75,20 +80,28 @@ class Access:
         self._admin_port = admin_port
         self._clock = clock
 
-    async def caller(self, rule: Rule, context: Context) -> Principal:
-        """Returns who calls, if they may call this method here.
+    async def authenticate(self, context: Context) -> Principal:
+        """Returns who calls.
 
         Raises:
-            UnauthenticatedError, ForbiddenError: they may not.
+            UnauthenticatedError: they do not prove it.
         """
-        caller = await self._authenticate(context)
+        if self._gate.open_to_all:
+            return ANYONE
+        return await self._gate.authenticate(_bearer(context), client_names(context.auth_context()))
+
+    def permit(self, rule: Rule, caller: Principal) -> None:
+        """Checks that a caller may call a method on this port.
+
+        Raises:
+            ForbiddenError: they may not.
+        """
         if rule.scope is None:
             raise ForbiddenError("this method is open to nobody", reason="METHOD_FORBIDDEN")
         if self._admin_port is not None and self._admin_port is not rule.operational and rule.scope is not Scope.MODELS_READ:
             where = "another port than the admin port" if self._admin_port else "the admin port"
             raise ForbiddenError(f"this method is served on {where}", reason="WRONG_PORT")
         caller.require(rule.scope)
-        return caller
 
     @contextmanager
     def entered(self, rule: Rule, caller: Principal, request: Any) -> Iterator[None]:
@@ -99,12 +112,12 @@ class Access:
             OverloadedError: its channel has had its share.
         """
         channel = self._checked(rule, caller, request)
-        self._limits.enter(channel)
+        self._limits.enter(channel, rule.service)
         try:
             self._limits.events(channel, len(getattr(request, "events", ())))
             yield
         finally:
-            self._limits.leave(channel)
+            self._limits.leave(channel, rule.service)
 
     async def checked_stream(self, rule: Rule, caller: Principal, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """Passes on a stream's messages that keep to the caller's channels, as fast as the channel's rate allows."""
@@ -147,11 +160,6 @@ class Access:
             raise
         finally:
             await self._audit.note(AuditEntry(caller.name, rule.method, outcome, request_id, target, customer))
-
-    async def _authenticate(self, context: Context) -> Principal:
-        if self._gate.open_to_all:
-            return ANYONE
-        return await self._gate.authenticate(_bearer(context), client_names(context.auth_context()))
 
     def _checked(self, rule: Rule, caller: Principal, request: Any) -> str:
         """Returns the channel the request counts for, once it is known to be the caller's."""

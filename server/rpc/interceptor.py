@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from server.metrics import Metrics
 from server.rpc.access import Access, Context, Rule, rule_of
 from server.rpc.status import REQUEST_ID_KEY, failure_of, trailing_metadata
 from server.security.principals import Principal
+from server.tracing import Tracing
 
 _OURS = "/concord."
 # Streams wait for their clients most of the time; what they send is bounded by the queue of events. Operators are few.
@@ -39,25 +41,44 @@ class _Call:
     code: str = "OK"
     channel: str = ""
     caller: Principal | None = None
+    trace_id: str = ""
+
+    @property
+    def trace(self) -> dict[str, str]:
+        """The trace id for logs and errors; nothing while tracing is off."""
+        return {"trace_id": self.trace_id} if self.trace_id else {}
 
 
-@dataclass
 class _Lane:
     """Calls in flight of one kind, and how many there may be."""
 
-    most: int
-    in_flight: int = 0
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._in_flight = 0
+        self.room = asyncio.Event()
+        self.room.set()
 
     @property
     def full(self) -> bool:
-        return self.in_flight >= self.most
+        return self._in_flight >= self._most
+
+    def enter(self) -> None:
+        self._in_flight += 1
+        if self.full:
+            self.room.clear()
+
+    def leave(self) -> None:
+        self._in_flight -= 1
+        if not self.full:
+            self.room.set()
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the unary and bidirectional methods of this service; health and reflection pass untouched.
 
-    Operators' calls and streams have lanes of their own, so that customers' load neither sheds the former nor is shed because
-    of idle ones of the latter. Parsing happens in here, because grpc.aio answers UNKNOWN, with parser text, to a malformed message.
+    Each service has a lane of its own, so that a store that hangs under one does not stop the others; so have operators' calls,
+    which customers' load must not shed, and streams, which mostly wait. Parsing happens in here, because grpc.aio answers
+    UNKNOWN, with parser text, to a malformed message.
     """
 
     def __init__(
@@ -70,6 +91,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         default_deadline_seconds: float,
         max_in_flight: int,
         new_id: Callable[[], str],
+        tracing: Tracing,
     ) -> None:
         self._access = access
         self._metrics = metrics
@@ -77,10 +99,17 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._channels = frozenset(channels)
         self._default_deadline = default_deadline_seconds
         self._new_id = new_id
+        self._tracing = tracing
         self._draining = False
-        self._calls, self._streams, self._operations = _Lane(max_in_flight), _Lane(_MAX_STREAMS), _Lane(_MAX_OPERATIONS)
+        self._services: defaultdict[str, _Lane] = defaultdict(lambda: _Lane(max_in_flight))
+        self._streams, self._operations = _Lane(_MAX_STREAMS), _Lane(_MAX_OPERATIONS)
         self._wrapped: dict[str, tuple[_Lane, Any]] = {}
         self._shed = grpc.stream_stream_rpc_method_handler(self._refuse, request_deserializer=None, response_serializer=None)
+
+    def for_method(self, method: str) -> asyncio.Event | None:
+        """Returns what is set while one more call of a method can be taken on; see server.rpc.accept."""
+        known = self._wrapped.get(method)
+        return known[0].room if known is not None else None
 
     async def intercept_service(
         self,
@@ -101,7 +130,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def _wrap(self, handler: Any, rule: Rule) -> tuple[_Lane, Any]:
         """Our contract has unary and bidirectional methods only; another kind would have to be wrapped here too."""
-        lane = self._operations if rule.operational else self._calls
+        lane = self._operations if rule.operational else self._services[rule.service]
         if handler.unary_unary is not None:
             return lane, grpc.unary_unary_rpc_method_handler(
                 self._unary(handler, rule, lane), request_deserializer=None, response_serializer=handler.response_serializer
@@ -127,7 +156,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             with self._call(rule, lane, context) as call:
                 try:
                     self._admit()
-                    call.caller = await access.caller(rule, context)
+                    call.caller = await access.authenticate(context)
+                    access.permit(rule, call.caller)
                     request = parse(raw)
                     call.channel = self._channel_of(request)
                     with access.entered(rule, call.caller, request):
@@ -152,7 +182,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             with self._call(rule, self._streams, context) as call:
                 try:
                     self._admit()
-                    call.caller = await access.caller(rule, context)
+                    call.caller = await access.authenticate(context)
+                    access.permit(rule, call.caller)
                     requests = access.checked_stream(rule, call.caller, parsed(raw_messages))
                     async with aclosing(behaviour(requests, context)) as responses:
                         async for response in responses:
@@ -165,11 +196,12 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     @contextmanager
     def _call(self, rule: Rule, lane: _Lane, context: Context) -> Iterator[_Call]:
         """Everything that holds from a call's first moment to its last, however it ends."""
-        call = _Call(rule, _request_id(context) or self._new_id())
-        structlog.contextvars.bind_contextvars(request_id=call.request_id, method=rule.method)
+        traced = self._tracing.call(rule.method, context.invocation_metadata() or ())
+        call = _Call(rule, _request_id(context) or self._new_id(), trace_id=traced.trace_id)
+        structlog.contextvars.bind_contextvars(request_id=call.request_id, method=rule.method, **call.trace)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         started = perf_counter()
-        lane.in_flight += 1
+        lane.enter()
         self._metrics.call_started()
         try:
             yield call
@@ -177,9 +209,10 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             raise
         finally:
-            lane.in_flight -= 1
+            lane.leave()
             self._metrics.call_finished()
             self._metrics.observe_rpc(rule.method, call.code, channel=call.channel, seconds=perf_counter() - started)
+            traced.end(call.code, call.channel)
 
     def drain(self) -> None:
         """Refuses new calls from now on with UNAVAILABLE, which clients retry elsewhere; gRPC's own stop would say CANCELLED."""
@@ -205,7 +238,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._logger.error("call failed", error_id=failure.error_id, exc_info=error)
         elif not isinstance(error, ConcordError):  # our own refusals are counted, not logged: under overload they are many
             self._logger.warning("call failed", code=failure.code.name, error=f"{type(error).__name__}: {error}")
-        await context.abort(failure.code, failure.message, trailing_metadata(failure, call.request_id))
+        await context.abort(failure.code, failure.message, trailing_metadata(failure, call.request_id, **call.trace))
 
 
 def _request_id(context: Context) -> str:

@@ -12,14 +12,17 @@ from server.domain import (
     Answer,
     CustomerProfile,
     EntityKey,
+    Graph,
     IncomingEvent,
     ItemFilter,
     Linked,
+    Receipt,
     RecommendQuery,
     RecordOutcome,
     Resolved,
     Subject,
     Token,
+    Unlinked,
 )
 from server.security.audit import AuditEntry
 from server.security.principals import Principal
@@ -40,8 +43,28 @@ class Identities(Protocol):
         """Returns the customer behind a subject, with an empty id when there is none and none was to be created."""
         ...
 
+
+class IdentityGraph(Protocol):
+    """Makes and takes back links between identities; see server.ingest.graph."""
+
     async def link(self, first: Subject, second: Subject) -> Linked:
         """Makes two subjects one customer."""
+        ...
+
+    async def unlink(self, identity: Subject, subject: Subject | None) -> Unlinked:
+        """Takes the link to the subject back, or all links of the identity's persona."""
+        ...
+
+    async def read(self, subject: Subject) -> Graph:
+        """Returns a customer's personas and links."""
+        ...
+
+
+class Erasure(Protocol):
+    """Forgets customers; see server.ingest.forget."""
+
+    async def forget(self, subject: Subject) -> Receipt:
+        """Erases a customer and returns the receipt."""
         ...
 
 
@@ -177,6 +200,8 @@ class Services:
 
     recorder: Recorder
     identities: Identities
+    graph: IdentityGraph
+    erasure: Erasure
     recommender: Recommender
     profiles: Profiles
     catalog: Catalog

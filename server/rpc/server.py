@@ -1,6 +1,7 @@
 """The gRPC server of a process: services, interceptor, health and reflection, and a stop that loses no call."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from uuid import UUID, uuid4
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from concord.v1 import (
@@ -28,14 +29,17 @@ from concord.v1 import (
     recommendation_pb2,
     recommendation_pb2_grpc,
 )
+from server.health import Health
 from server.metrics import Metrics
+from server.rpc.accept import patient_server
 from server.rpc.access import Access
 from server.rpc.catalog import CatalogServicer
 from server.rpc.event_validation import EventValidator
 from server.rpc.events import EventServicer
 from server.rpc.features import FeatureServicer
+from server.rpc.health import DrainingHealth
 from server.rpc.identity import IdentityServicer
-from server.rpc.interceptor import Context, EdgeInterceptor
+from server.rpc.interceptor import EdgeInterceptor
 from server.rpc.models import ModelServicer
 from server.rpc.ports import Services
 from server.rpc.profile import ProfileServicer
@@ -45,9 +49,11 @@ from server.security.certificates import server_credentials
 from server.security.gate import check_exposure
 from server.security.limits import ChannelLimits
 from server.settings import ServerSettings
+from server.tracing import Tracing
 
-# Of every call in flight one core is at work on one; more than this many only wait beyond their deadlines.
-MAX_IN_FLIGHT = 1024
+# Calls that gRPC's core keeps waiting for each method: past the first number it refuses some, past the second all. A replica
+# answers about 1,000 a second, so whoever waits here waits a quarter of a second at the most.
+_WAITING, _MOST_WAITING = 128, 256
 _DRAIN_PAUSE = 0.3
 
 SERVICE_NAMES = tuple(
@@ -55,38 +61,6 @@ SERVICE_NAMES = tuple(
     for module in (catalog_pb2, events_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 )
-
-
-class DrainingHealth(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
-    """Standard health, NOT_SERVING from the start, whose open watches end on shutdown instead of using up the whole grace."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._closing = asyncio.Event()
-        self._server_status = dict.fromkeys(("", *SERVICE_NAMES), health_pb2.HealthCheckResponse.NOT_SERVING)
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        """Streams a service's status until the client leaves or the server stops."""
-        watch = asyncio.ensure_future(super().Watch(request, context))
-        closing = asyncio.ensure_future(self._closing.wait())
-        try:
-            await asyncio.wait((watch, closing), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            watch.cancel()
-            closing.cancel()
-            await asyncio.gather(watch, closing, return_exceptions=True)
-
-    async def flip(self, serving: bool) -> None:
-        """Says of every service whether it is ready."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", *SERVICE_NAMES):
-            await self.set(name, status)
-
-    async def close(self) -> None:
-        """Says NOT_SERVING for good, then ends the watches."""
-        await self.enter_graceful_shutdown()
-        await asyncio.sleep(0)  # lets the watches send the last status
-        self._closing.set()
 
 
 class GrpcServer:
@@ -110,6 +84,10 @@ class GrpcServer:
     async def set_serving(self, serving: bool) -> None:
         """Tells load balancers whether to send calls here."""
         await self._health.flip(serving)
+
+    async def show_health(self, seen: Health) -> None:
+        """Tells load balancers which services can answer with the dependencies that are up, and which those are."""
+        await self._health.show(seen)
 
     async def stop(self, grace_seconds: float) -> None:
         """Says NOT_SERVING, then refuses new calls, and gives those in flight ``grace_seconds`` to finish; open streams are ended.
@@ -143,7 +121,7 @@ def build_server(
     *,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     new_uuid: Callable[[], UUID] = uuid4,
-    max_in_flight: int = MAX_IN_FLIGHT,
+    tracing: Tracing | None = None,
 ) -> GrpcServer:
     """Builds a server over ``services`` and binds it to the main and the admin address of ``settings``.
 
@@ -157,9 +135,9 @@ def build_server(
     events = EventServicer(
         services.recorder, EventValidator(validator, now, new_uuid), metrics, deadline_seconds=settings.default_deadline_seconds
     )
-    health_servicer = DrainingHealth()
+    health_servicer = DrainingHealth(SERVICE_NAMES)
     limits = ChannelLimits(
-        in_flight=settings.channel_share * max_in_flight,
+        in_flight=math.inf if settings.channel_share == 1 else max(1.0, settings.channel_share * settings.max_in_flight),
         calls_per_second=settings.channel_calls_per_second,
         events_per_second=settings.channel_events_per_second,
         clock=perf_counter,
@@ -173,10 +151,11 @@ def build_server(
             logger,
             channels=settings.channels,
             default_deadline_seconds=settings.default_deadline_seconds,
-            max_in_flight=max_in_flight,
+            max_in_flight=settings.max_in_flight,
             new_id=lambda: new_uuid().hex,
+            tracing=tracing or Tracing(),
         )
-        server = grpc.aio.server(interceptors=[edge], options=_options(settings))
+        server = patient_server(edge, interceptors=[edge], options=_options(settings))
         _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if settings.reflection:
@@ -192,7 +171,8 @@ def build_server(
 
 def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator, *, deadline_seconds: float) -> None:
     events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
-    identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(services.identities, validator), server)
+    identity = IdentityServicer(services.identities, services.graph, services.erasure, validator)
+    identity_pb2_grpc.add_IdentityServiceServicer_to_server(identity, server)
     profile_pb2_grpc.add_ProfileServiceServicer_to_server(ProfileServicer(services.profiles, validator), server)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
@@ -205,7 +185,9 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # otherwise a second server takes the same port without a word
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
-        ("grpc.max_concurrent_streams", MAX_IN_FLIGHT),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        ("grpc.server.max_pending_requests", _WAITING),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_WAITING),
         # A dead peer is noticed after 30 + 10 s; clients may ping idle connections every 10 s and no faster.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

@@ -121,9 +121,9 @@ def failure_of(error: Exception, *, new_id: Callable[[], str]) -> Failure:
     return Failure(row.code, row.reason, row.message, violation, row.pushback_ms)
 
 
-def trailing_metadata(failure: Failure, request_id: str) -> Metadata:
-    """Returns the request id, the google.rpc.Status with its details, and the pushback where there is one."""
-    details: list[Message] = [ErrorInfo(reason=failure.reason, domain=DOMAIN, metadata={"request_id": request_id})]
+def trailing_metadata(failure: Failure, request_id: str, **more: str) -> Metadata:
+    """Returns the request id, the google.rpc.Status with its details (``more`` stands in ErrorInfo too), and the pushback if any."""
+    details: list[Message] = [ErrorInfo(reason=failure.reason, domain=DOMAIN, metadata={"request_id": request_id, **more})]
     if failure.violation is not None:
         field, rule = failure.violation
         details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=field, description=rule, reason=failure.reason)]))

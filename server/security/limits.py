@@ -33,29 +33,29 @@ class TokenBucket:
 
 
 class ChannelLimits:
-    """What each channel may have in flight and do a second on this replica; each limit 0 (or a share of 1) does not bind."""
+    """What each channel may have in flight in each service and do a second on this replica; a rate of 0 does not bind."""
 
     def __init__(self, *, in_flight: float, calls_per_second: float, events_per_second: float, clock: Callable[[], float]) -> None:
         self._most = in_flight
         self._clock = clock
-        self._in_flight: defaultdict[str, int] = defaultdict(int)
+        self._in_flight: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._calls = _buckets(calls_per_second)
         self._events = _buckets(events_per_second)
 
-    def enter(self, channel: str) -> None:
-        """Counts a call in; every call that was counted in must ``leave``.
+    def enter(self, channel: str, service: str) -> None:
+        """Counts a call of a service in; every call that was counted in must ``leave``.
 
         Raises:
             OverloadedError: the channel holds its share of the calls in flight (QUOTA_EXCEEDED) or calls too often (RATE_LIMITED).
         """
-        if self._in_flight[channel] >= self._most:
+        if self._in_flight[channel, service] >= self._most:
             raise OverloadedError("this channel has too many calls in flight", reason="QUOTA_EXCEEDED")
         self._take(self._calls, channel, 1, "this channel calls too often")
-        self._in_flight[channel] += 1
+        self._in_flight[channel, service] += 1
 
-    def leave(self, channel: str) -> None:
+    def leave(self, channel: str, service: str) -> None:
         """Counts a call out."""
-        self._in_flight[channel] -= 1
+        self._in_flight[channel, service] -= 1
 
     def events(self, channel: str, count: int) -> None:
         """Charges events about to be recorded.

@@ -54,7 +54,7 @@ class SecuritySettings(Settings):
     jwt_scopes_claim: str = Field("scope", description="Claim that holds the caller's scopes: a list, or words.")
     jwt_leeway_seconds: float = Field(10.0, ge=0, description="Clock difference forgiven at a token's expiry, in seconds.")
     channel_share: float = Field(
-        1.0, gt=0, le=1, description="Largest part of the calls in flight that one channel may hold; 1 leaves it all of them."
+        1.0, gt=0, le=1, description="Largest part of CONCORD_MAX_IN_FLIGHT that one channel may hold in a service; 1 leaves it all."
     )
     channel_calls_per_second: float = Field(
         0.0, ge=0, description="Calls a second each channel may make on this replica, bursts of twice that; 0: no limit."

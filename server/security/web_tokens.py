@@ -102,7 +102,7 @@ class WebTokens:
         try:
             keys: dict[str, Any]
             if content.lstrip().startswith(b"{"):
-                keys = {key.key_id or "": key for key in jwt.PyJWKSet.from_dict(json.loads(content)).keys if key.key_type != "oct"}
+                keys = {key.key_id or "": key for key in jwt.PyJWKSet.from_dict(json.loads(content)).keys}
             else:
                 keys = {"": load_pem_public_key(content)}
         except (ValueError, jwt.PyJWTError) as error:

@@ -92,7 +92,7 @@ async def nothing_lost(
     report.add(
         [
             stored.nothing_lost(history, held, before=frozenset(event_id for _, event_id in before.events)),
-            stored.nothing_twice(held),
+            stored.nothing_twice(held, regroupings=stored.regroupings_of(before)),
             stored.caught_up(held, stored.online_versions(codec, hashes)),
             _lag(survival.lag_seconds),
         ]

@@ -59,7 +59,8 @@ def row(codec: UserStateCodec, user: str, version: int) -> dict[str, Any]:
         {name: _value(dtype, version) for name, dtype in zip(view.features, view.dtypes, strict=True)}
         for view in (codec.activity, codec.profile)
     )
-    return activity | {"version": version, "user_id": user, "event_timestamp": at, "profile": profile, "profile_timestamp": at}
+    whose = {"user_id": user, "version": version, "user_version": version, "membership": 0, "merged_into": None}
+    return activity | whose | {"event_timestamp": at, "profile": profile, "profile_timestamp": at}
 
 
 def _value(dtype: str, version: int) -> Any:
@@ -213,9 +214,8 @@ async def interleave(settings: ServerSettings, *, rounds: int, seed: int, progre
 
 async def _compare(path: ServerPath, user: str, version: int, finding: Finding) -> None:
     """The activity that stands must be byte for byte that of ``version``."""
-    arguments = path.state(user, version).arguments
-    count = int(arguments[2])
-    expected: Mapping[Any, Any] = dict(zip(arguments[3 : 3 + 2 * count : 2], arguments[4 : 4 + 2 * count : 2], strict=True))
+    values = row(path.codec, user, version)
+    expected: Mapping[Any, Any] = path.codec.activity.encode(values, values["event_timestamp"])
     standing = await path.client.hgetall(path.codec.key(user))
     finding.checked += 1
     if any(standing.get(name) != value for name, value in expected.items()):

@@ -174,8 +174,8 @@ def _write_always(patch: pytest.MonkeyPatch) -> None:
 def _one_command_per_view(patch: pytest.MonkeyPatch) -> None:
     async def apart(self: OnlineStore, states: Sequence[UserState]) -> None:
         for state in states:
-            cut = 3 + 2 * int(state.arguments[2])
-            for fields in (state.arguments[3:cut], state.arguments[cut + 1 :]):
+            cut = 5 + 2 * int(state.arguments[4])  # see WRITE_STATE: five arguments, then pairs, a number, and pairs again
+            for fields in (state.arguments[5:cut], state.arguments[cut + 1 :]):
                 await self._client.hset(state.key, items=list(fields))  # type: ignore[misc, arg-type]
 
     patch.setattr(OnlineStore, "write_users", apart)
@@ -196,7 +196,7 @@ def _every_attempt_counts(patch: pytest.MonkeyPatch) -> None:
 
     async def counting(connection: Any, events: Any, owners: Any) -> list[tuple[str, str]]:
         await insert(connection, events, owners)
-        return [(owners[event.subject], str(event.event_id)) for event in events if owners[event.subject]]
+        return [(owners[event.subject].user_id, str(event.event_id)) for event in events]
 
     patch.setattr(_writer, "_insert", counting)
 

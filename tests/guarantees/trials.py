@@ -96,8 +96,9 @@ async def _recorded(settings: ServerSettings, folder: Path) -> tuple[History, st
 
 async def counted(settings: ServerSettings, folder: Path) -> Finding:
     """Counts stored events and versions."""
+    before = stored.regroupings_of(stored.read_stored(settings.postgres_dsn))
     _, held = await _recorded(settings, folder)
-    return stored.nothing_twice(held)
+    return stored.nothing_twice(held, regroupings=before)
 
 
 async def caught_up(settings: ServerSettings, folder: Path) -> Finding:

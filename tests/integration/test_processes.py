@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psycopg
@@ -39,6 +40,13 @@ def environment(settings: ServerSettings, **more: str) -> dict[str, str]:
 @contextmanager
 def process(settings: ServerSettings, **more: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """Runs ``concord serve``; yields the process and its address."""
+    with process_and_ports(settings, **more) as (server, ports):
+        yield server, f"127.0.0.1:{ports['port']}"
+
+
+@contextmanager
+def process_and_ports(settings: ServerSettings, **more: str) -> Iterator[tuple["subprocess.Popen[str]", dict[str, int]]]:
+    """Runs ``concord serve``; yields the process and what it says of its ports."""
     with (settings.data_dir / "server.log").open("a") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "cli.main", "serve", "--ready"],
@@ -52,7 +60,7 @@ def process(settings: ServerSettings, **more: str) -> Iterator[tuple["subprocess
             try:
                 line = server.stdout.readline()
                 assert line, (settings.data_dir / "server.log").read_text()[-2000:]
-                yield server, f"127.0.0.1:{json.loads(line)['port']}"
+                yield server, json.loads(line)
             finally:
                 if server.poll() is None:
                     server.kill()
@@ -184,6 +192,25 @@ def test_the_command_line_does_the_main_steps(live: ServerSettings) -> None:
     assert "CONCORD_FEAST_PG_HOST" in run(live, "env").stdout
 
 
+def test_customers_are_linked_shown_and_forgotten_from_the_command_line(live: ServerSettings) -> None:
+    with process(live) as (_, address):
+        told = {
+            command: run(live, "identity", *command.split(), "--server", address)
+            for command in (
+                "link app/cli-1 web/cli-2",
+                "graph web/cli-2",
+                "unlink app/cli-1 web/cli-2",
+                "forget web/cli-2 --yes",
+                "graph web/cli-2",
+            )
+        }
+    shown, unlinked, forgotten = (json.loads(list(told.values())[k].stdout) for k in (0, 2, 3))
+    assert shown["user_id"] == unlinked["user_id"] or shown["user_id"] == unlinked["separated_customers"][0]["user_id"]
+    assert (unlinked["removed_link_count"], forgotten["counts"]["persona_count"], forgotten["online_erased"]) == (1, "1", True)
+    assert told["graph web/cli-2"].returncode == 2
+    assert "NOT_FOUND" in told["graph web/cli-2"].stderr
+
+
 def test_the_click_classifier_trains_from_the_command_line(live: ServerSettings) -> None:
     # The cut is named: events that other tests record today would stretch the history until no visit is left before it.
     trained = run(live, "train", "--task", "clicks", "--preset", "tiny", "--set", "max_steps=3", "--set", "cut=2026-03-20")
@@ -246,7 +273,13 @@ def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings)
         "serve",
         "record",
         "recommend",
+        "identity graph",
+        "identity link",
+        "identity unlink",
+        "identity forget",
+        "audit",
         "demo",
+        "keys",
     ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
@@ -254,7 +287,20 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
     from cli.main import app
 
-    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    found: Any = get_command(app)
+    for name in command.split():
+        found = found.commands[name]
+    assert found.help
+    assert "Example: " in found.epilog
+
+
+@pytest.mark.parametrize("command", ["create", "rotate", "list", "revoke"])
+def test_every_command_on_keys_has_help_with_an_example(command: str) -> None:
+    from typer.main import get_command
+
+    from cli.main import app
+
+    found = get_command(app).commands["keys"].commands[command]  # type: ignore[attr-defined]
     assert found.help
     assert "Example: " in found.epilog
 

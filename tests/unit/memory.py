@@ -18,12 +18,13 @@ from features.behaviour import Activity, Behaviour
 from features.layout import FeatureValue, Status
 from features.signals import CollaborativeWeights, SignalConfig
 from server.catalog.offers import Offer, OfferTable
-from server.domain import Answer, Subject
+from server.domain import Answer, RecommendQuery, Subject
 from server.errors import NotFoundError
-from server.ingest.identities import Identities
+from server.ingest.identities import Identities, Known
 from server.metrics import Metrics
 from server.online.states import MergedError, Recorded
 from server.online.store import Fleet, Standing
+from server.recommend.compute import Policy
 from server.recommend.recommender import Recommender
 from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import Snapshot
@@ -50,6 +51,8 @@ class Truth:
 
     customers: dict[str, Activity] = field(default_factory=dict)
     merged: dict[str, str] = field(default_factory=dict)
+    identities: dict[Subject, str] = field(default_factory=dict)
+    membership: dict[str, int] = field(default_factory=dict)
     fleet: Fleet = field(default_factory=lambda: Fleet("m1", 1, 1, 1))
     profiles: dict[datetime, dict[str, Any]] = field(default_factory=lambda: {FIRST: PROFILE})
     epochs: dict[int, datetime | None] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class MemoryOnline:
     """Redis: customers, committed slates and the fleet's pointers. ``on_read`` runs after each read, before its answer is used."""
 
     customers: dict[str, Activity] = field(default_factory=dict)
+    membership: dict[str, int] = field(default_factory=dict)
     slates: dict[tuple[str, str], bytes] = field(default_factory=dict)
     fleet: Fleet | None = field(default_factory=lambda: Fleet("m1", 1, 1, 1))
     now: datetime = START
@@ -96,7 +100,8 @@ class MemoryOnline:
         self.check()
         self.reads += 1
         known = self.customers.get(user_id)
-        seen = Standing(known.version if known else None, self.slates.get((user_id, slot)), self.fleet, self.now)
+        version, membership = known.version if known else None, self.membership.get(user_id, 0)
+        seen = Standing(version, self.slates.get((user_id, slot)), self.fleet, self.now, membership=membership)
         self.on_read()
         await asyncio.sleep(0)
         return seen
@@ -130,6 +135,7 @@ class MemoryStates:
         version = (await self.recorded(user_id)).user_version
         self.online.check()
         self.online.customers[user_id] = self.truth.customers[user_id]
+        self.online.membership[user_id] = self.truth.membership.get(user_id, 0)
         return version
 
     async def recorded(self, user_id: str) -> Recorded:
@@ -138,7 +144,7 @@ class MemoryStates:
             raise MergedError(self.truth.merged[user_id])
         if user_id and user_id not in self.truth.customers:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
-        return Recorded(self.truth.customers[user_id].version if user_id else 0, self.truth.fleet)
+        return Recorded(self.truth.customers[user_id].version, self.truth.membership.get(user_id, 0)) if user_id else Recorded(0)
 
     async def features(self, user_id: str, *, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         await asyncio.sleep(0)
@@ -178,6 +184,22 @@ class MemoryStates:
         return {name: FeatureValue(v, Status.STALE if stale else Status.PRESENT, at) for name, v in self.truth.profiles[at].items()}
 
 
+class MemoryIdentities(Identities):
+    """The real one, asking the truth instead of PostgreSQL; ``known`` is what a former look has left in the cache."""
+
+    def __init__(self, truth: Truth, known: dict[Subject, str]) -> None:
+        super().__init__(cast("Any", None), new_user_id=lambda: "new")
+        self._truth = truth
+        self._known = known
+        self._cache.update((subject, Known(user_id, 0)) for subject, user_id in known.items())
+
+    async def look_up(self, subject: Subject) -> Known:
+        await self._truth.ask()
+        user_id = self._truth.identities.get(subject) or self._known.get(subject, "")
+        user_id = self._truth.merged.get(user_id, user_id)
+        return Known(user_id if user_id in self._truth.customers else "", self._truth.membership.get(user_id, 0))
+
+
 @dataclass
 class MemoryFleet:
     """A replica's snapshots; the model is plain arithmetic that counts its runs and can be told to fail."""
@@ -198,6 +220,10 @@ class MemoryFleet:
 
     def held(self, model_version: str, index_version: int) -> Snapshot | None:
         return self.loaded.get((model_version, index_version))
+
+    async def pointers(self) -> Fleet:
+        await self.truth.ask()
+        return self.truth.fleet
 
     async def sync(self) -> Fleet:
         await self.truth.ask()
@@ -252,8 +278,8 @@ class MemoryOffers:
 class MemoryJournal:
     logged: list[tuple[Answer, str, str]] = field(default_factory=list)
 
-    def log(self, answer: Answer, *, channel: str, surface: str, answered_at: datetime) -> None:
-        self.logged.append((answer, channel, surface))
+    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime) -> None:
+        self.logged.append((answer, query.channel, query.surface))
 
 
 @dataclass
@@ -285,6 +311,7 @@ class Shop:
         version = self.truth.add(user_id, *item_ids)
         if seen:
             self.online.customers[user_id] = self.truth.customers[user_id]
+        self.online.membership[user_id] = self.truth.membership.get(user_id, 0)
         return version
 
     def point(self, **changes: Any) -> None:
@@ -297,13 +324,11 @@ class Shop:
     def replica(self, *, ttl_seconds: float = 900.0, known: Sequence[tuple[Subject, str]] = (), **settings: Any) -> Replica:
         registry = CollectorRegistry()
         states, fleet = MemoryStates(self.truth, self.online), MemoryFleet(self.truth, self.online)
-        # The real one: resolving what it remembers needs no PostgreSQL.
-        identities = Identities(cast("Any", None), cast("Any", self.online), cast("Any", states), new_user_id=lambda: "new")
-        for subject, user_id in known:
-            identities.remember(subject, user_id)
+        identities = MemoryIdentities(self.truth, dict(known))
         offers, journal = MemoryOffers(self.truth), MemoryJournal()
+        configured = ServerSettings(slate_size=40, slate_ttl_seconds=ttl_seconds, **settings)
         recommender = recommender_of(
-            ServerSettings(slate_size=40, slate_ttl_seconds=ttl_seconds, **settings),
+            configured,
             identities=identities,
             states=cast("Any", states),
             online=cast("Any", self.online),
@@ -311,6 +336,7 @@ class Shop:
             offers=cast("Any", offers),
             journal=cast("Any", journal),
             metrics=Metrics(registry),
+            policy=Policy(configured.slate_size, configured.exclude_purchased, configured.max_per_category),
             now=lambda: self.online.now,
         )
         return Replica(recommender, fleet, states, offers, journal, identities, registry)

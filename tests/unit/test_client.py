@@ -14,12 +14,13 @@ from google.protobuf.any_pb2 import Any
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from concord import Concord, ErrorDetails, error_details, user
+from concord import Concord, ErrorDetails, error_details, tls, user
 from concord.customers import TokenMemory, subject_of
 from concord.transport import SERVICE_CONFIG
 from concord.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
+    common_pb2,
     events_pb2,
     events_pb2_grpc,
     identity_pb2,
@@ -45,25 +46,33 @@ class Shop(
         self.unavailable = unavailable
         self.seconds = seconds
         self.error = error
+        self.fails_with_token = False
         self.received = []
         self.deadlines = []
+        self.bearers = []
         self.versions = {}
         self.survivors = {}
 
     async def _enter(self, request, context):
         self.received.append(request)
         self.deadlines.append(context.time_remaining())
+        self.bearers.append(dict(context.invocation_metadata()).get("authorization"))
         await asyncio.sleep(self.seconds)
         if self.unavailable:
             self.unavailable -= 1
             await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
-        if self.error is not None:
+        if self.error is not None and (not self.fails_with_token or request.consistency_token):
             context.set_trailing_metadata((("grpc-status-details-bin", self.error),))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "bad request")
 
     def _user(self, subject):
         user_id = subject.user_id or f"u-{subject.identity.channel_user_id}"
         return self.survivors.get(user_id, user_id)
+
+    def _state(self, subject):
+        user_id = self._user(subject)
+        version = self.versions.get(user_id)
+        return {"user_id": user_id, "user_version": version, "consistency_token": f"{user_id}@{version}"} if version else {}
 
     async def RecordEvents(self, request, context):
         await self._enter(request, context)
@@ -84,13 +93,31 @@ class Shop(
             user_id=kept, user_version=version, consistency_token=f"{kept}@{version}", merged_user_id=lost
         )
 
+    async def UnlinkIdentity(self, request, context):
+        await self._enter(request, context)
+        parted, kept = f"u-{request.identity.channel_user_id}", "u-anna"
+        self.survivors.pop(parted, None)
+        version = max(self.versions.values()) + 1
+        other = identity_pb2.SeparatedCustomer(user_id=kept, user_version=version, consistency_token=f"{kept}@{version}")
+        return identity_pb2.UnlinkIdentityResponse(
+            user_id=parted, user_version=version, consistency_token=f"{parted}@{version}", separated_customers=[other]
+        )
+
+    async def ForgetUser(self, request, context):
+        await self._enter(request, context)
+        return identity_pb2.ForgetUserResponse(receipt_id="r")
+
+    async def GetIdentityGraph(self, request, context):
+        await self._enter(request, context)
+        return identity_pb2.GetIdentityGraphResponse(user_id=self._user(request.subject))
+
     async def ResolveIdentity(self, request, context):
         await self._enter(request, context)
         return identity_pb2.ResolveIdentityResponse(user_id="u-anna", created=request.create_if_missing)
 
     async def GetProfile(self, request, context):
         await self._enter(request, context)
-        return profile_pb2.GetProfileResponse(user_id=self._user(request.subject))
+        return profile_pb2.GetProfileResponse(**self._state(request.subject))
 
     async def GetItems(self, request, context):
         await self._enter(request, context)
@@ -98,7 +125,9 @@ class Shop(
 
     async def Recommend(self, request, context):
         await self._enter(request, context)
-        return recommendation_pb2.RecommendResponse(items=[recommendation_pb2.RecommendedItem(item_id="A")])
+        state = self._state(request.subject)
+        versions = common_pb2.Versions(user_version=state.pop("user_version", 0))
+        return recommendation_pb2.RecommendResponse(items=[recommendation_pb2.RecommendedItem(item_id="A")], versions=versions, **state)
 
     async def RankItems(self, request, context):
         await self._enter(request, context)
@@ -195,6 +224,47 @@ async def test_token_follows_the_customer_through_a_merge():
     assert [request.consistency_token for request in shop.received[2:]] == ["u-anna@3"] * 4
 
 
+async def test_what_one_answer_reflected_the_next_one_must():
+    shop = Shop()
+    async with connected(shop) as concord:
+        shop.versions["u-anna"] = 4  # another backend wrote
+        await concord.recommend("anna", surface="home")
+        await concord.profile("anna")
+        shop.versions["u-anna"] = 2  # a replica that lags answers, flagged stale: what was seen before still holds
+        await concord.recommend("anna", surface="home")
+        await concord.rank(user("u-anna"), ["A"], surface="home")
+    assert [request.consistency_token for request in shop.received] == ["", "u-anna@4", "u-anna@4", "u-anna@4"]
+
+
+@pytest.mark.parametrize("reason", ["TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"])
+async def test_a_remembered_token_that_outlived_its_customer_is_dropped(reason):
+    shop = Shop()
+    async with connected(shop) as concord:
+        await concord.record(concord.event("anna", "view", item_id="A"))
+        shop.error, shop.fails_with_token = packed_status(ErrorInfo(reason=reason, domain="concord")), True
+        assert (await concord.recommend("anna", surface="home")).items
+        assert [request.consistency_token for request in shop.received[1:]] == ["u-anna@1", ""]
+        with pytest.raises(grpc.aio.AioRpcError):
+            await concord.recommend("ben", surface="home", consistency_token="handed over")  # the caller's own to explain
+
+
+async def test_tokens_part_with_the_customers_and_go_with_the_forgotten():
+    shop = Shop()
+    async with connected(shop) as concord:
+        await concord.record(concord.event("anna", "view", item_id="A"), concord.event("guest", "view", item_id="B"))
+        await concord.link("guest", "anna")
+        answer = await concord.unlink("guest", "anna")
+        assert (answer.user_id, answer.user_version) == ("u-guest", 4)
+        for customer in ("guest", "anna", user("u-guest"), user("u-anna")):
+            await concord.profile(customer)
+        assert (await concord.forget("guest")).receipt_id == "r"
+        assert (await concord.graph("anna")).user_id == "u-anna"
+        await concord.profile("guest")
+        await concord.profile("anna")
+    tokens = [request.consistency_token for request in shop.received if hasattr(request, "consistency_token")]
+    assert tokens == ["u-guest@4", "u-anna@4", "u-guest@4", "u-anna@4", "", "u-anna@4"]
+
+
 async def test_retries_on_unavailable_send_the_same_event_ids():
     shop = Shop(unavailable=2)
     async with connected(shop) as concord:
@@ -240,6 +310,33 @@ async def test_a_server_that_hangs_costs_no_more_than_the_deadline():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await concord.items(["A"])
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_the_key_is_sent_with_every_call():
+    shop = Shop()
+    async with connected(shop, api_key="concord_1_secret") as concord:
+        await concord.recommend("anna", surface="home")
+        await concord.resolve("anna")
+        assert "secret" not in repr(concord)
+    async with connected(shop) as concord:
+        await concord.recommend("anna", surface="home")
+    assert shop.bearers == ["Bearer concord_1_secret", "Bearer concord_1_secret", None]
+
+
+async def test_the_token_is_asked_for_before_each_call():
+    shop, tokens = Shop(), iter(["first", "second"])
+    async with connected(shop, token=lambda: next(tokens)) as concord:
+        for _ in range(2):
+            await concord.recommend("anna", surface="home")
+    assert shop.bearers == ["Bearer first", "Bearer second"]
+
+
+def test_a_client_certificate_needs_its_key(tmp_path):
+    (tmp_path / "certificate.pem").write_text("")
+    with pytest.raises(ValueError, match="go together"):
+        tls(certificate=tmp_path / "certificate.pem")
+    with pytest.raises(FileNotFoundError):
+        tls(tmp_path / "gone.pem")
 
 
 async def test_requests_say_what_was_asked():

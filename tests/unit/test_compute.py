@@ -15,7 +15,7 @@ from features.behaviour import Activity
 from features.candidates import Candidates, Source, generate
 from features.ranking import Profile
 from features.signals import CollaborativeWeights
-from server.inference.model import load_model
+from server.inference.model import Tokenizers, load_model
 from server.recommend import compute
 from server.recommend.compute import Policy, Ranked, compute_slate, policy_fingerprint, rehearse, score_items
 from server.recommend.slate import SlateFlag
@@ -164,3 +164,13 @@ def test_other_rules_have_another_fingerprint() -> None:
     rules = [replace(POLICY, slate_size=99), replace(POLICY, exclude_purchased=False), replace(POLICY, max_per_category=5), POLICY]
     marks = {policy_fingerprint(rule, hide_out_of_stock=hide, onnx_threads=n) for rule in rules for hide in (True, False) for n in (1, 2)}
     assert len(marks) == 16
+
+
+def test_models_of_one_base_share_a_tokenizer_and_others_do_not(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "one", table(50))
+    vary_bundle(tmp_path / "one", tmp_path / "two", "m2", seed=5)
+    write_bundle(tmp_path / "other", table(60), model_version="m3")
+    shared = Tokenizers()
+    one, two, other = (load_model(tmp_path / name, provider="cpu", threads=1, tokenizers=shared) for name in ("one", "two", "other"))
+    assert one.tokenizer is two.tokenizer
+    assert other.tokenizer.get_vocab_size() == one.tokenizer.get_vocab_size() + 10

@@ -279,13 +279,13 @@ async def test_more_than_can_be_computed_gets_the_last_slate_or_is_refused(shop:
 async def test_reading_around_redis_is_bounded(shop: Shop) -> None:
     for k in range(6):
         shop.views(f"v{k}", "i005")
-    replica = shop.replica(apart_reads=1, apart_waiting=2)
+    replica = shop.replica(degraded_reads=1, degraded_waiting=2)
     await ask(replica)
     shop.online.away = True
     outcomes = await asyncio.gather(*(ask(replica, f"v{k}") for k in range(6)), return_exceptions=True)
     refused = [outcome for outcome in outcomes if isinstance(outcome, OverloadedError)]
     assert len(refused) == 3
-    assert {error.reason for error in refused} == {"APART_QUEUE_FULL"}
+    assert {error.reason for error in refused} == {"DEGRADED_QUEUE_FULL"}
     busy = [asyncio.create_task(ask(replica, f"v{k}")) for k in range(3)]
     await asyncio.sleep(0)
     answer = await ask(replica)

@@ -106,7 +106,7 @@ def test_the_newest_epoch_is_read_unless_one_is_named() -> None:
     assert load_item_table(cast("Any", connection)).index_version == 7
     assert load_item_table(cast("Any", connection), 3).index_version == 3
     assert connection.asked["index_items"] == {"version": 3, "as_of": DAY}
-    assert connection.asked["item_relations"] == [3]
+    assert connection.asked["item_relations"] == {"version": 3}
 
 
 def test_items_are_found_by_id() -> None:

@@ -144,6 +144,9 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
     codec = UserStateCodec(loaded(activity, profile), "shop")
     row: dict[str, Any] = {
         "user_id": "zoë",
+        "user_version": 9,
+        "merged_into": None,
+        "membership": 2,
         "version": 9,
         "event_timestamp": NOW,
         "recent_items": ["a", ""],
@@ -158,9 +161,11 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
     }
     state = codec.state(row)
     assert (state.user_id, state.version, state.key) == ("zoë", 9, codec.key("zoë"))
-    version, field, count, *pairs = state.arguments
-    stored = dict(zip(pairs[::2], pairs[1::2], strict=True))
-    assert (version, field, count) == (9, codec.version_field, len(stored)) == (9, codec.version_field, len(codec.activity.hash_fields))
+    version, field, membership, merged_into, count, *rest = state.arguments
+    cut = 2 * len(codec.activity.hash_fields)
+    stored = dict(zip(rest[:cut:2], rest[1:cut:2], strict=True))
+    assert (version, field, membership, merged_into, count) == (9, codec.version_field, 2, "", len(stored))
+    assert rest[cut:] == [0, codec.profile.timestamp_field, *codec.profile.fields]  # no profile: what to drop when regrouped
     features = codec.decode([cast("Any", stored).get(f) for f in codec.hash_fields], NOW)
     seen = activity_of(features[ACTIVITY_VIEW])
     assert seen is not None
@@ -174,4 +179,6 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
     bought = codec.state(
         row | {"profile": {"purchase_count": 2, "price_mean": 3.5, "price_low": None, "price_high": 4}, "profile_timestamp": NOW}
     )
-    assert bought.arguments[3 + 2 * len(stored)] == codec.profile.timestamp_field
+    assert bought.arguments[5 + cut : 7 + cut] == (len(codec.profile.hash_fields), codec.profile.timestamp_field)
+    marker = codec.state(row | {"merged_into": "anna"})
+    assert (marker.merged_into, marker.arguments[:6]) == ("anna", (9, codec.version_field, 2, "anna", 0, 0))

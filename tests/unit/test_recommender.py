@@ -202,9 +202,29 @@ async def test_a_merged_customer_is_followed_to_the_survivor_and_remembered(shop
     shop.truth.merged["loser"] = "u"
     answer = await replica.recommender.recommend(RecommendQuery(subject, "web", "home", 5))
     assert (answer.user_id, answer.token) == ("u", Token("u", 3))
-    assert await replica.identities.user_of(subject) == "u"
+    assert (await replica.identities.customer_of(subject)).user_id == "u"
     direct = await ask(replica, limit=5)
     assert shown(answer) == shown(direct)
+
+
+async def test_an_identity_whose_customer_was_regrouped_is_resolved_again(shop: Shop) -> None:
+    subject = Subject(channel="web", channel_user_id="cookie")
+    replica = shop.replica(known=[(subject, "u")])
+    shop.views("v", "i001")
+    shop.truth.identities[subject] = "v"  # unlinked by another replica, which has written what is left of "u"
+    shop.truth.membership["u"] = shop.online.membership["u"] = 1
+    for _ in range(2):
+        answer = await replica.recommender.recommend(RecommendQuery(subject, "web", "home", 5))
+        assert answer.user_id == "v"
+        ranked = await replica.recommender.rank(subject, channel="web", surface="home", item_ids=["i001"], token=None)
+        assert ranked.user_id == "v"
+
+
+async def test_an_identity_of_a_forgotten_customer_is_nobody(shop: Shop) -> None:
+    subject = Subject(channel="web", channel_user_id="cookie")
+    replica = shop.replica(known=[(subject, "forgotten")])
+    answer = await replica.recommender.recommend(RecommendQuery(subject, "web", "home", 5))
+    assert (answer.user_id, answer.token) == ("", None)
 
 
 async def test_customers_that_merge_in_a_circle_end_in_unavailable(shop: Shop) -> None:

@@ -52,6 +52,7 @@ def test_secrets_and_messages_are_not_written() -> None:
         api_key="hunter2",
         consistency_token="hunter2",
         url="redis://:hunter2@h:6379/0",
+        said="no such key: concord_0123456789ab_hunter2-hunter2_hunter2",
         nested={"password": "hunter2", "ok": ["host=h password=hunter2 user=u"]},
         request=common_pb2.Subject(user_id="hunter2"),
     )
@@ -62,6 +63,7 @@ def test_secrets_and_messages_are_not_written() -> None:
     assert "hunter2" not in stream.getvalue()
     started, failed = entries(stream)
     assert started["url"] == "redis://:***@h:6379/0"
+    assert started["said"] == "no such key: concord_0123456789ab_***"
     assert "Subject" in str(started["request"])
     assert "RuntimeError: cannot reach" in str(failed["exception"])
 

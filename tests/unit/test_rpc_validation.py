@@ -14,7 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from concord.v1 import catalog_pb2, common_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2
 from server import tokens
 from server.domain import EntityKey, ItemFilter, RecommendQuery, Subject, Token
-from tests.fakes import Edge, refusal, serving
+from tests.fakes import Edge, Script, refusal, serving
 
 USER = common_pb2.Subject(user_id="u1")
 TOKEN = tokens.encode(Token("u1", 3))
@@ -212,13 +212,13 @@ VIOLATIONS: list[tuple[Message, str, str]] = [
 
 @pytest.mark.parametrize(("request_", "field", "rule"), VIOLATIONS, ids=lambda value: value if isinstance(value, str) else "")
 async def test_a_violation_names_field_and_rule_and_reaches_no_service(edge: Edge, request_: Message, field: str, rule: str) -> None:
-    calls = [len(vars(edge.fakes)[name].calls) for name in vars(edge.fakes) if name not in ("gate", "audit")]
+    calls = [len(fake.calls) for fake in vars(edge.fakes).values() if isinstance(fake, Script)]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await edge.raw(f"/concord.v1.{METHODS[type(request_)]}", request_.SerializeToString())
     refused = refusal(caught.value)
     assert (refused.code, refused.field, refused.rule) == (grpc.StatusCode.INVALID_ARGUMENT, field, rule)
     assert (refused.message, refused.domain) == (f"{field}: {rule}", "concord")
-    assert calls == [len(vars(edge.fakes)[name].calls) for name in vars(edge.fakes) if name not in ("gate", "audit")]
+    assert calls == [len(fake.calls) for fake in vars(edge.fakes).values() if isinstance(fake, Script)]
 
 
 @pytest.mark.parametrize(
@@ -321,4 +321,4 @@ async def test_a_link_answers_the_survivor_and_whom_it_took_in(edge: Edge) -> No
         await edge.raw("/concord.v1.IdentityService/LinkIdentities", link().SerializeToString())
     )
     assert (linked.user_id, linked.user_version, linked.merged_user_id) == ("u1", 9, "u2")
-    assert edge.fakes.identities.calls[-1] == (Subject(channel="web", channel_user_id="a"), Subject(user_id="u1"))
+    assert edge.fakes.graph.calls[-1] == (Subject(channel="web", channel_user_id="a"), Subject(user_id="u1"))

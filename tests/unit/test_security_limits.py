@@ -49,27 +49,28 @@ def test_a_batch_larger_than_the_bucket_passes_and_is_paid_for() -> None:
 
 def test_a_channel_has_its_share_of_the_calls_in_flight() -> None:
     held = limits(Clock(), in_flight=2)
-    held.enter("web")
-    held.enter("web")
+    held.enter("web", "S")
+    held.enter("web", "S")
     with pytest.raises(OverloadedError) as refused:
-        held.enter("web")
+        held.enter("web", "S")
     assert refused.value.reason == "QUOTA_EXCEEDED"
-    held.enter("app")
-    held.leave("web")
-    held.enter("web")
+    held.enter("app", "S")
+    held.enter("web", "OtherService")
+    held.leave("web", "S")
+    held.enter("web", "S")
 
 
 def test_a_channel_that_calls_too_often_is_told_how_long_to_wait() -> None:
     clock = Clock()
     held = limits(clock, in_flight=100, calls=2)
     for _ in range(4):
-        held.enter("web")
+        held.enter("web", "S")
     with pytest.raises(OverloadedError) as refused:
-        held.enter("web")
+        held.enter("web", "S")
     assert (refused.value.reason, refused.value.pause_seconds) == ("RATE_LIMITED", 0.5)
-    held.enter("app")
+    held.enter("app", "S")
     clock.now += 0.5
-    held.enter("web")
+    held.enter("web", "S")
 
 
 def test_events_are_charged_one_by_one() -> None:

@@ -1,5 +1,7 @@
 """Tokens (JWT) and the settings of authentication: what is accepted, what is not, and what stops a server from starting."""
 
+import base64
+import hmac
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -97,14 +99,24 @@ async def test_algorithms_are_pinned(tmp_path: Path) -> None:
 
 
 async def test_a_shared_secret_in_the_key_set_signs_nothing(tmp_path: Path) -> None:
-    """The public key is known to all: signing with it as a shared secret must not do."""
+    """A key set that holds a secret by mistake must not make it one that signs."""
     jwks = {"keys": [{"kty": "oct", "kid": "s", "k": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA", "alg": "HS256"}, jwk(KEY, "a")]}
     checker = tokens(tmp_path / "keys.json", json.dumps(jwks).encode())
-    forged = jwt.encode(
-        CLAIMS | {"exp": NOW + timedelta(minutes=5)}, "secret-secret-secret-secret-secret", algorithm="HS256", headers={"kid": "s"}
-    )
-    assert await reason(checker, forged) == "CREDENTIALS_INVALID"
+    secret = "secret-secret-secret-secret-secret"
+    assert await reason(checker, jwt.encode(good_claims(), secret, algorithm="HS256", headers={"kid": "s"})) == "CREDENTIALS_INVALID"
+    assert await reason(checker, signed_with_a_secret(secret, says="ES256", kid="s")) == "CREDENTIALS_INVALID"
     await checker.authenticate(token(kid="a"))
+
+
+def good_claims() -> dict[str, Any]:
+    return CLAIMS | {"exp": int((NOW + timedelta(minutes=5)).timestamp())}
+
+
+def signed_with_a_secret(secret: str, *, says: str, kid: str) -> str:
+    """A token that names one algorithm and was signed by another."""
+    parts = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in ({"alg": says, "kid": kid}, good_claims())]
+    signature = hmac.digest(secret.encode(), b".".join(parts), "sha256")
+    return b".".join([*parts, base64.urlsafe_b64encode(signature).rstrip(b"=")]).decode()
 
 
 def jwk(key: Any, kid: str) -> dict[str, Any]:
