@@ -130,7 +130,6 @@ def build_server(
         SettingsError: certificates cannot be used, or the address is public and nothing was said about authentication.
     """
     check_exposure(settings, settings.host)
-    credentials = server_credentials(settings)
     validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
     events = EventServicer(
         services.recorder,
@@ -165,6 +164,7 @@ def build_server(
         if settings.reflection:
             reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = f"{host}:{port}"
+        credentials = server_credentials(settings)  # of this port alone: gRPC binds credentials that can be renewed only once
         number = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
         return _Port(server, edge, number)
 

@@ -56,7 +56,9 @@ async def run(numbers: list[int], *, seed: int, keep: Path | None, bundle: Path 
                     seen, not_run = Seen(False, f"not run: {reason}"), not_run + 1
                 expected += seen.ok
                 style = "" if seen.ok else "red"
-                console.print(f"    {'as expected' if seen.ok else 'NOT AS EXPECTED'}: {seen.text}", style=style, markup=False, highlight=False)
+                console.print(
+                    f"    {'as expected' if seen.ok else 'NOT AS EXPECTED'}: {seen.text}", style=style, markup=False, highlight=False
+                )
                 table.add_row(str(number), row.injected, row.expected, seen.text, f"{time.monotonic() - started:.0f}", style=style)
     Console().print(table)
     print(json.dumps({"rows": len(numbers), "as_expected": expected, "not_run": not_run, "seed": seed}))

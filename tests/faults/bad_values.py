@@ -38,7 +38,9 @@ async def metacharacters(world: World) -> Seen:
         for text in TEXTS:
             await _stored_literally(caller, text, checks)
         replies = [await _every_string(caller, method, text) for method in unary() for text in TEXTS]
-        checks.expect(not {reply.code for reply in replies} & {"INTERNAL", "UNKNOWN", "UNAVAILABLE"}, f"every string field: {codes(replies)}")
+        checks.expect(
+            not {reply.code for reply in replies} & {"INTERNAL", "UNKNOWN", "UNAVAILABLE"}, f"every string field: {codes(replies)}"
+        )
         checks.expect((await caller.recommend(world.customer())).ok, "answering afterwards")
     checks.expect(world.postgres.execute(tables, database=database) == before, "tables intact")
     with world.postgres.log.open(errors="replace") as log:
@@ -105,7 +107,12 @@ def _fill(message: Any, text: str, *, depth: int) -> None:
                 _fill(value.add() if repeated else value, text, depth=depth + 1)
 
 
-@row(32, "NaN, Inf, int64 bounds, year 9999, NUL, right-to-left text, 10,000 items", "INVALID_ARGUMENT or exact round-trip; no INTERNAL", fast=True)
+@row(
+    32,
+    "NaN, Inf, int64 bounds, year 9999, NUL, right-to-left text, 10,000 items",
+    "INVALID_ARGUMENT or exact round-trip; no INTERNAL",
+    fast=True,
+)
 async def extremes(world: World) -> Seen:
     checks = Checks()
     async with world.caller() as (_, caller):
@@ -113,8 +120,14 @@ async def extremes(world: World) -> Seen:
         await _times(world, caller, checks)
         await _texts(world, caller, checks)
         await _sizes(caller, checks)
-        replies = [await caller.raw(method.path, _extreme(method, world).SerializeToString()) for method in unary() for _ in range(world.scaled(40))]
-        checks.expect(not {reply.code for reply in replies} & {"INTERNAL", "UNKNOWN", "UNAVAILABLE"}, f"extremes everywhere: {codes(replies)}")
+        replies = [
+            await caller.raw(method.path, _extreme(method, world).SerializeToString())
+            for method in unary()
+            for _ in range(world.scaled(40))
+        ]
+        checks.expect(
+            not {reply.code for reply in replies} & {"INTERNAL", "UNKNOWN", "UNAVAILABLE"}, f"extremes everywhere: {codes(replies)}"
+        )
         checks.tell(f"extremes in all fields at once: {codes(replies)}")
     return checks.seen()
 
@@ -151,7 +164,9 @@ async def _times(world: World, caller: Caller, checks: Checks) -> None:
         checks.expect(reply.ok and reply.answer.results[0].status == 3, f"time {seconds}.{nanos}: rejected ({reply.code})")
     reply = await caller.record(event(whom, item="epoch", occurred_at=Timestamp(seconds=0, nanos=123_456_000)))
     rows = world.postgres.execute(
-        "SELECT extract(epoch FROM occurred_at)::text FROM events WHERE item_id = 'epoch' AND user_id = %s", database="shop", parameters=[whom]
+        "SELECT extract(epoch FROM occurred_at)::text FROM events WHERE item_id = 'epoch' AND user_id = %s",
+        database="shop",
+        parameters=[whom],
     )
     checks.expect(reply.ok and rows == [("0.123456",)], f"1970: round-trip ({rows})")
     item = catalog_pb2.Item(item_id="late", title="late", listed_at=Timestamp(seconds=253_402_300_799))

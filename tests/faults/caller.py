@@ -62,9 +62,7 @@ async def timed(call: Awaitable[Any]) -> Reply:
     except grpc.aio.AioRpcError as error:
         trailing: Any = error.trailing_metadata() or ()
         pushback = next((int(value) for key, value in trailing if key == PUSHBACK), None)
-        return Reply(
-            error.code().name, time.perf_counter() - started, None, error.details() or "", error_details(error).reason, pushback
-        )
+        return Reply(error.code().name, time.perf_counter() - started, None, error.details() or "", error_details(error).reason, pushback)
     return Reply("OK", time.perf_counter() - started, answer)
 
 

@@ -64,7 +64,9 @@ async def postgres_killed(world: World) -> Seen:
         checks.expect({reply.code for reply in running.failures} <= _MAY_RETRY, f"callers saw {codes(running.failures)}")
         checks.expect(recovered < 10 and server.alive, f"recovered {recovered:.1f} s after the start, by itself")
     judge(history, settings, before=before, checks=checks)
-    checks.tell(f"callers saw {codes(running.failures)}, all UNAVAILABLE with pushback; started at attempt {attempts}, writes {recovered:.1f} s later")
+    checks.tell(
+        f"callers saw {codes(running.failures)}, all UNAVAILABLE with pushback; started at attempt {attempts}, writes {recovered:.1f} s later"
+    )
     return checks.seen()
 
 
@@ -94,7 +96,9 @@ async def acknowledgement_lost(world: World) -> Seen:
                 token = second.answer.tokens[0].consistency_token
                 seen = await caller.profile(whom, token=token)
                 checks.expect(seen.ok and seen.answer.recent_behaviours[0].item_id == item, "the token shows the event")
-    checks.tell(f"{turn + 1} commits lost: first answer {first.code} (pushback {first.pushback_ms} ms), retry DUPLICATE with the token, 1 row each")
+    checks.tell(
+        f"{turn + 1} commits lost: first answer {first.code} (pushback {first.pushback_ms} ms), retry DUPLICATE with the token, 1 row each"
+    )
     return checks.seen()
 
 
@@ -148,5 +152,7 @@ async def postgres_restarted(world: World) -> Seen:
         checks.expect({reply.code for reply in failures} <= _MAY_RETRY, f"callers saw {codes(failures)}")
         checks.expect(max(waits) < 5 and server.alive, f"healed after {max(waits):.1f} s")
     judge(history, settings, before=before, checks=checks)
-    checks.tell(f"{len(waits)} restarts; callers saw {codes(failures) or 'no failure'}; writes again at most {max(waits):.1f} s after a restart")
+    checks.tell(
+        f"{len(waits)} restarts; callers saw {codes(failures) or 'no failure'}; writes again at most {max(waits):.1f} s after a restart"
+    )
     return checks.seen()

@@ -79,7 +79,11 @@ async def _refused(world: World, damages: dict[str, Callable[[Path], None]], *, 
                 checks.expect(reply.code == "FAILED_PRECONDITION", f"{name}: {reply.code} {reply.reason}")
         replies = [reply for _, _, reply in load.replies]
         checks.expect(len(replies) > 20 and all(reply.ok for reply in replies), f"meanwhile: {codes(replies)}")
-        wrong = sum(reply.answer.items != before[whom].items or reply.answer.slate_id != before[whom].slate_id for _, whom, reply in load.replies if reply.ok)
+        wrong = sum(
+            reply.answer.items != before[whom].items or reply.answer.slate_id != before[whom].slate_id
+            for _, whom, reply in load.replies
+            if reply.ok
+        )
         checks.expect(wrong == 0, f"{wrong} answers differ from those before")
         if bit_equal:
             world.redis.client(int(settings.redis_url.rpartition("/")[2])).flushdb()  # computed again, by the old model
@@ -109,7 +113,12 @@ async def model_damaged(world: World) -> Seen:
     return await _refused(world, damages, bit_equal=False)
 
 
-@row(34, "one bit of the model flipped", "refused with FAILED_PRECONDITION (ONNX Runtime alone would load it); old answers bit-equal", fast=True)
+@row(
+    34,
+    "one bit of the model flipped",
+    "refused with FAILED_PRECONDITION (ONNX Runtime alone would load it); old answers bit-equal",
+    fast=True,
+)
 async def model_bit_flipped(world: World) -> Seen:
     def flip(content: bytes) -> bytes:
         place = world.rng.randrange(len(content) // 3, len(content) // 3 * 2)  # among the weights

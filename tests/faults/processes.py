@@ -228,7 +228,7 @@ def environment(settings: ServerSettings, more: dict[str, str]) -> dict[str, str
 
 
 @contextlib.asynccontextmanager
-async def serve(settings: ServerSettings, log: Path, **more: str):  # noqa: ANN201 - tests are not typed strictly
+async def serve(settings: ServerSettings, log: Path, **more: str):
     """Runs ``concord serve``; the process is killed at the end if it still runs."""
     with log.open("a") as errors:
         process = subprocess.Popen(

@@ -35,7 +35,9 @@ async def redis_killed(world: World) -> Seen:
         after = [await caller.recommend(whom, timeout=5) for whom in users]
         checks.expect(all(reply.ok and not reply.answer.degraded for reply in after), f"afterwards: {codes(after)}, not degraded")
         _versions_stored(settings, users, after, checks)
-    checks.tell(f"reads {codes(reads)}; writes {codes(writes)}; {waiting} customers waited in the outbox, none {seconds:.1f} s after the start")
+    checks.tell(
+        f"reads {codes(reads)}; writes {codes(writes)}; {waiting} customers waited in the outbox, none {seconds:.1f} s after the start"
+    )
     return checks.seen()
 
 
@@ -96,7 +98,11 @@ async def redis_full(world: World) -> Seen:
                 reads = [await caller.recommend(whom) for whom in users]
                 fresh = [await caller.recommend(whom, surface="cart") for whom in users]
                 writes = [await caller.record(event(whom, item="full")) for whom in users]
-                later = [await caller.recommend(reply.answer.tokens[0].user_id, token=reply.answer.tokens[0].consistency_token) for reply in writes if reply.ok]
+                later = [
+                    await caller.recommend(reply.answer.tokens[0].user_id, token=reply.answer.tokens[0].consistency_token)
+                    for reply in writes
+                    if reply.ok
+                ]
                 await asyncio.sleep(3)  # recovery must not give up the rows either
                 waiting = len(read_stored(settings.postgres_dsn).outbox)
             finally:
@@ -108,7 +114,14 @@ async def redis_full(world: World) -> Seen:
         checks.expect(waiting >= len(users), f"outbox rows pending: {waiting}")
         for name, replies in (("new slates", fresh), ("reads with the token of the write", later)):
             checks.expect({reply.code for reply in replies} <= {"OK", "UNAVAILABLE", "RESOURCE_EXHAUSTED"}, f"{name}: {codes(replies)}")
-        checks.expect(all(reply.answer.versions.user_version >= a.answer.tokens[0].user_version for reply, a in zip(later, writes, strict=False) if reply.ok), "tokens honoured")
+        checks.expect(
+            all(
+                reply.answer.versions.user_version >= a.answer.tokens[0].user_version
+                for reply, a in zip(later, writes, strict=False)
+                if reply.ok
+            ),
+            "tokens honoured",
+        )
         seconds = await _caught_up(settings, checks)
         after = [await caller.recommend(whom, timeout=5) for whom in users]
         _versions_stored(settings, users, after, checks)
@@ -127,29 +140,28 @@ async def any_order(world: World) -> Seen:
     rounds, wrong = world.scaled(1_000), 0
     users = world.several(50)
     newest = dict.fromkeys(users, start)
-    async with world.serve(settings) as one, world.serve(settings) as two:
-        async with Caller(one.address) as first, Caller(two.address) as second:
+    async with world.serve(settings) as one, world.serve(settings) as two, Caller(one.address) as first, Caller(two.address) as second:
 
-            async def interleaved(whom: str, dice: random.Random) -> bool:
-                older = newest[whom] + timedelta(seconds=dice.randint(1, 100))
-                newer = newest[whom] = older + timedelta(seconds=dice.randint(1, 100))
-                events = [(newer, first), (older, second)] if dice.random() < 0.5 else [(older, first), (newer, second)]
-                calls = []
-                for moment, caller in events:
-                    stamp = Timestamp()
-                    stamp.FromDatetime(moment)
-                    calls.append(asyncio.create_task(caller.record(event(whom, item=f"at-{moment:%j%H%M%S}", occurred_at=stamp))))
-                    await asyncio.sleep(dice.choice([0, 0, 0.001, 0.003]))
-                done = await asyncio.gather(*calls)
-                token = max(done, key=lambda reply: reply.answer.tokens[0].user_version).answer.tokens[0].consistency_token
-                seen = await dice.choice([first, second]).profile(whom, token=token)
-                recent = [behaviour.item_id for behaviour in seen.answer.recent_behaviours[:2]]
-                return recent == [f"at-{newer:%j%H%M%S}", f"at-{older:%j%H%M%S}"]
+        async def interleaved(whom: str, dice: random.Random) -> bool:
+            older = newest[whom] + timedelta(seconds=dice.randint(1, 100))
+            newer = newest[whom] = older + timedelta(seconds=dice.randint(1, 100))
+            events = [(newer, first), (older, second)] if dice.random() < 0.5 else [(older, first), (newer, second)]
+            calls = []
+            for moment, caller in events:
+                stamp = Timestamp()
+                stamp.FromDatetime(moment)
+                calls.append(asyncio.create_task(caller.record(event(whom, item=f"at-{moment:%j%H%M%S}", occurred_at=stamp))))
+                await asyncio.sleep(dice.choice([0, 0, 0.001, 0.003]))
+            done = await asyncio.gather(*calls)
+            token = max(done, key=lambda reply: reply.answer.tokens[0].user_version).answer.tokens[0].consistency_token
+            seen = await dice.choice([first, second]).profile(whom, token=token)
+            recent = [behaviour.item_id for behaviour in seen.answer.recent_behaviours[:2]]
+            return recent == [f"at-{newer:%j%H%M%S}", f"at-{older:%j%H%M%S}"]
 
-            for begin in range(0, rounds, 20):
-                batch = [users[(begin + k) % len(users)] for k in range(min(20, rounds - begin))]
-                kept = await asyncio.gather(*(interleaved(whom, random.Random(world.rng.random())) for whom in batch))
-                wrong += kept.count(False)
+        for begin in range(0, rounds, 20):
+            batch = [users[(begin + k) % len(users)] for k in range(min(20, rounds - begin))]
+            kept = await asyncio.gather(*(interleaved(whom, random.Random(world.rng.random())) for whom in batch))
+            wrong += kept.count(False)
     checks.expect(wrong == 0, f"{wrong} of {rounds} kept the older one")
     checks.tell(f"{rounds} interleavings of two writers on two replicas: the newest event was first in all, the older one second")
     return checks.seen()
@@ -175,7 +187,10 @@ async def redis_slow(world: World) -> Seen:
             answered = sum(reply.ok for reply in replies) / len(replies)
             checks.expect(answered > 0.8, f"+{delay} s: {answered:.0%} answered")
             checks.expect(late < _BUDGET + 0.2, f"+{delay} s: longest {late:.2f} s")
-            checks.expect(all(reply.ok for reply in others) and percentile(others, 0.95) < 100, f"others: {codes(others)}, p95 {percentile(others, 0.95):.0f} ms")
+            checks.expect(
+                all(reply.ok for reply in others) and percentile(others, 0.95) < 100,
+                f"others: {codes(others)}, p95 {percentile(others, 0.95):.0f} ms",
+            )
             told.append(
                 f"+{delay * 1000:.0f} ms: reads {codes(replies)}, p50 {percentile(replies, 0.5):.0f} ms, longest {late:.2f} s; "
                 f"catalogue calls {codes(others)}, p95 {percentile(others, 0.95):.0f} ms"

@@ -44,11 +44,18 @@ class _Certificates:
 
 
 def _question(whom: str, channel: str = "web") -> bytes:
-    request = recommendation_pb2.RecommendRequest(subject=Subject(user_id=whom), channel=channel, surface="home", skip_exposure_logging=True)
+    request = recommendation_pb2.RecommendRequest(
+        subject=Subject(user_id=whom), channel=channel, surface="home", skip_exposure_logging=True
+    )
     return request.SerializeToString()
 
 
-@row(29, "plaintext, no client certificate, another authority's, a key that does not match", "UNAVAILABLE (handshake); no handler call recorded", fast=True)
+@row(
+    29,
+    "plaintext, no client certificate, another authority's, a key that does not match",
+    "UNAVAILABLE (handshake); no handler call recorded",
+    fast=True,
+)
 async def wrong_certificates(world: World) -> Seen:
     checks = Checks()
     certificates = _Certificates(world.folder / "certificates-29")
@@ -74,11 +81,18 @@ async def wrong_certificates(world: World) -> Seen:
         checks.expect(reply.code == "UNAVAILABLE", f"{name}: {reply.code}")
     checks.expect(recorded == 0, f"{recorded:.0f} handler calls recorded")
     checks.expect(good.ok, f"the right certificate: {good.code} {good.details}")
-    checks.tell(f"{', '.join(f'{name} {reply.code}' for name, reply in replies.items())}; 0 handler calls; the right certificate {good.code}")
+    checks.tell(
+        f"{', '.join(f'{name} {reply.code}' for name, reply in replies.items())}; 0 handler calls; the right certificate {good.code}"
+    )
     return checks.seen()
 
 
-@row(30, "valid certificate with no, a wrong or an expired API key, or another channel's", "UNAUTHENTICATED; PERMISSION_DENIED; audit row written; constant-time compare", fast=True)
+@row(
+    30,
+    "valid certificate with no, a wrong or an expired API key, or another channel's",
+    "UNAUTHENTICATED; PERMISSION_DENIED; audit row written; constant-time compare",
+    fast=True,
+)
 async def wrong_keys(world: World) -> Seen:
     checks = Checks()
     settings = world.copy()
@@ -92,7 +106,9 @@ async def wrong_keys(world: World) -> Seen:
                 for name, bearer in bearers.items()
             }
             body = events_pb2.RecordEventsRequest(events=[event(whom, item="not-mine", channel="app")]).SerializeToString()
-            replies["another channel's event"] = await caller.raw(_RECORD, body, metadata=(("authorization", f"Bearer {bearers['right']}"),))
+            replies["another channel's event"] = await caller.raw(
+                _RECORD, body, metadata=(("authorization", f"Bearer {bearers['right']}"),)
+            )
         with psycopg.connect(settings.postgres_dsn) as connection:
             outcomes = [str(found[0]) for found in connection.execute("SELECT outcome FROM admin_audit ORDER BY audit_id").fetchall()]
             stored = connection.execute("SELECT count(*) FROM events WHERE item_id = 'not-mine'").fetchone()
@@ -127,4 +143,10 @@ def _keys(settings: ServerSettings) -> dict[str, str]:
         right, expired, other = make("web"), make("web"), make("app")
         past = datetime.now(UTC) - timedelta(minutes=1)
         connection.execute("UPDATE api_keys SET expires_at = %s WHERE key_id = %s", [past, key_store.parts_of(expired)[0]])
-    return {"none": "", "wrong": right[:-1] + ("a" if right[-1] != "a" else "b"), "expired": expired, "another channel's": other, "right": right}
+    return {
+        "none": "",
+        "wrong": right[:-1] + ("a" if right[-1] != "a" else "b"),
+        "expired": expired,
+        "another channel's": other,
+        "right": right,
+    }

@@ -142,7 +142,9 @@ async def connections_exhausted(world: World) -> Seen:
         checks.expect(all((reply.pushback_ms or 0) > 0 for reply in [*held, *beyond] if not reply.ok), "all with pushback")
         checks.expect(longest < 5, f"nobody waits longer than {longest:.1f} s")
         checks.expect(all(reply.ok for reply in [await caller.profile(whom) for _ in range(5)]), "afterwards OK")
-        checks.tell(f"40 calls on 4 blocked connections with 16 places to wait: {codes(held)}; 10 more: {codes(beyond)} within {slowest * 1000:.0f} ms")
+        checks.tell(
+            f"40 calls on 4 blocked connections with 16 places to wait: {codes(held)}; 10 more: {codes(beyond)} within {slowest * 1000:.0f} ms"
+        )
         await _without_slots(world, caller, whom, checks=checks)
     return checks.seen()
 
@@ -164,7 +166,9 @@ async def _without_slots(world: World, caller: Caller, whom: str, *, checks: Che
     later = [await caller.profile(whom) for _ in range(20)]
     world.postgres.execute("ALTER ROLE limited CONNECTION LIMIT -1")
     longest = max(reply.seconds for reply in calls)
-    checks.expect({reply.code for reply in [*calls, *later]} <= {"RESOURCE_EXHAUSTED", "UNAVAILABLE"}, f"no slots: {codes([*calls, *later])}")
+    checks.expect(
+        {reply.code for reply in [*calls, *later]} <= {"RESOURCE_EXHAUSTED", "UNAVAILABLE"}, f"no slots: {codes([*calls, *later])}"
+    )
     checks.expect(all(reply.pushback_ms is not None for reply in calls), "no slots: pushback")
     checks.expect(longest < 5, f"no slots: {longest:.1f} s")
     checks.expect(percentile(later, 0.5) < 50, f"no slots, later: {percentile(later, 0.5):.0f} ms")
@@ -209,5 +213,7 @@ async def deadlock(world: World) -> Seen:
     checks.expect(deadlocks >= len(replies), f"deadlocks happened: {deadlocks}")
     checks.expect(counted == [(sent,)], f"counters exact: {counted} of {sent}")
     checks.expect(not nothing_twice(stored).violations, f"versions: {nothing_twice(stored).excerpts[:1]}")
-    checks.tell(f"{len(replies)} deadlocks, the server's transaction broken off each time: {codes(replies)}; {sent} events stored once each")
+    checks.tell(
+        f"{len(replies)} deadlocks, the server's transaction broken off each time: {codes(replies)}; {sent} events stored once each"
+    )
     return checks.seen()

@@ -78,7 +78,9 @@ class World:
         return [self.customer() for _ in range(count)]
 
     @contextlib.asynccontextmanager
-    async def serve(self, settings: ServerSettings, *, postgres: Proxy | None = None, redis: Proxy | None = None, **more: str) -> AsyncIterator[Server]:
+    async def serve(
+        self, settings: ServerSettings, *, postgres: Proxy | None = None, redis: Proxy | None = None, **more: str
+    ) -> AsyncIterator[Server]:
         """Runs a server of a shop, through proxies where given; ``more`` are environment variables."""
         if postgres is not None:
             more["CONCORD_POSTGRES_DSN"] = settings.postgres_dsn.replace(f":{self.postgres.port}/", f":{postgres.port}/")
@@ -134,7 +136,9 @@ async def built(folder: Path, *, bundle: Path | None = None, scale: float = 1.0,
         say("filling the shop")
         await asyncio.to_thread(_fill, world, settings, bundle, say)
         postgres.execute(f"CREATE DATABASE {SHOP} TEMPLATE {TEMPLATE}")
-        world.customers = [str(row[0]) for row in postgres.execute("SELECT user_id FROM users WHERE version > 10 ORDER BY 1", database=SHOP)]
+        world.customers = [
+            str(row[0]) for row in postgres.execute("SELECT user_id FROM users WHERE version > 10 ORDER BY 1", database=SHOP)
+        ]
         yield world
     finally:
         await world.dismiss()

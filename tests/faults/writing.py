@@ -67,9 +67,7 @@ class Writing:
 
 
 @contextlib.asynccontextmanager
-async def writers(
-    address: str, users: Sequence[str], history: History, *, world: World, timeout: float = 2.0
-) -> AsyncIterator[Writing]:
+async def writers(address: str, users: Sequence[str], history: History, *, world: World, timeout: float = 2.0) -> AsyncIterator[Writing]:
     """Runs a writer per customer while the context is open; at its end each finishes its call."""
     writing = Writing(address, users, history, world=world, timeout=timeout)
     tasks = [asyncio.create_task(writing.write(user)) for user in users]
