@@ -40,7 +40,7 @@ class Shares:
 
 
 class Injector:
-    """A tap that throws a seeded die for each chunk towards a store; ``done`` counts what was injected.
+    """A tap that throws a seeded die for each chunk towards a store once it is ``armed``; ``done`` counts what was injected.
 
     A client writes an operation as one chunk, so a chunk is an operation. The first ones of a connection (greeting, login) are
     spared: a store that cannot be reached at all is another row of the table.
@@ -53,12 +53,13 @@ class Injector:
         self._shares = shares
         self._hanging: set[Link] = set()
         self.done: Counter[str] = Counter()
+        self.armed = False
 
     async def __call__(self, link: Link, direction: str, _data: bytes) -> bool:
         """Decides on a chunk; False drops it and ends the connection."""
         if direction == DOWN:
             return await self._answer(link)
-        if direction != UP or link.chunks_up <= self._SPARED or link.swallow:
+        if not self.armed or direction != UP or link.chunks_up <= self._SPARED or link.swallow:
             return True
         chance, shares = self._dice.random(), self._shares
         for kind, share in (("before", shares.before), ("after", shares.after), ("timeout", shares.timeout), ("slow", shares.slow)):
@@ -89,18 +90,33 @@ class Injector:
         return False
 
 
+@dataclass(frozen=True)
+class Faulty:
+    """Settings that reach both stores through the injectors; faults begin with ``arm``, when the server is up."""
+
+    settings: ServerSettings
+    injectors: tuple[Injector, ...]
+
+    def arm(self) -> None:
+        """Lets faults begin."""
+        for injector in self.injectors:
+            injector.armed = True
+
+    @property
+    def done(self) -> Counter[str]:
+        """What was injected so far, by kind."""
+        return sum((injector.done for injector in self.injectors), Counter())
+
+
 @contextlib.asynccontextmanager
-async def injected(
-    settings: ServerSettings, *, seed: str, shares: Shares | None = None
-) -> AsyncIterator[tuple[ServerSettings, Counter[str]]]:
-    """Yields settings that reach both stores through seeded faults, and the growing count of faults by kind."""
+async def injected(settings: ServerSettings, *, seed: str, shares: Shares | None = None) -> AsyncIterator[Faulty]:
+    """Puts seeded faults between whoever uses the yielded settings and the stores of ``settings``."""
     postgres, redis = (Injector(f"{seed}/{store}", shares or Shares()) for store in ("postgres", "redis"))
-    redis.done = postgres.done
     parts = conninfo_to_dict(settings.postgres_dsn)
     host, port = str(parts.get("host", "127.0.0.1")), str(parts.get("port", 5432))
     target: int | str = f"{host}/.s.PGSQL.{port}" if host.startswith("/") else int(port)
     url = urlsplit(settings.redis_url)
     async with Proxy(target, tap=postgres) as to_postgres, Proxy(url.port or 6379, tap=redis) as to_redis:
         dsn = make_conninfo(settings.postgres_dsn, host="127.0.0.1", port=to_postgres.port)
-        reached = settings.model_copy(update={"postgres_dsn": dsn, "redis_url": url._replace(netloc=f"127.0.0.1:{to_redis.port}").geturl()})
-        yield reached, postgres.done
+        reached = url._replace(netloc=f"127.0.0.1:{to_redis.port}").geturl()
+        yield Faulty(settings.model_copy(update={"postgres_dsn": dsn, "redis_url": reached}), (postgres, redis))

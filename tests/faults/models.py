@@ -174,7 +174,7 @@ async def reloaded(world: World) -> Seen:
     checks.expect(mixed == 0, f"{mixed} mixed answers")
     checks.expect(grown < 60, f"memory grew {grown:.0f} MB")
     checks.tell(
-        f"{moves} moves, {len(replies)} answers: {codes(replies)}, p99 {percentile(replies, 0.99):.0f} ms; {between} wholly between two moves, "
+        f"{moves} moves, {len(replies)} answers: {codes(replies)}, p99 {percentile(replies, 0.99):.0f} ms; {between} between two moves, "
         f"0 of the other model; 0 mixed; memory {grown:+.0f} MB over the last two thirds"
     )
     return checks.seen()

@@ -67,10 +67,11 @@ async def _measure(
 
 
 def _told(peak: dict[str, Any], under: dict[str, Any], asked: dict[str, list[Reply]]) -> str:
+    most = peak["answered_per_second"]
+    offered, answered, refused, late = (under[f"{name}_per_second"] for name in ("offered", "answered", "refused", "late"))
     return (
-        f"peak {peak['answered_per_second']:.0f}/s; offered {under['offered_per_second']:.0f}/s: answered {under['answered_per_second']:.0f}/s "
-        f"({under['answered_per_second'] / peak['answered_per_second']:.0%}), refused {under['refused_per_second']:.0f}/s, late "
-        f"{under['late_per_second']:.0f}/s; other callers saw {codes(asked['callers'])}; health {codes(asked['health'])}, admin "
+        f"peak {most:.0f}/s; offered {offered:.0f}/s: answered {answered:.0f}/s ({answered / most:.0%}), refused {refused:.0f}/s, "
+        f"late {late:.0f}/s; other callers saw {codes(asked['callers'])}; health {codes(asked['health'])}, admin "
         f"{codes(asked['admin'])} (p95 {percentile(asked['admin'], 0.95):.0f} ms)"
     )
 

@@ -227,21 +227,24 @@ def environment(settings: ServerSettings, more: dict[str, str]) -> dict[str, str
     }
 
 
+def _started(variables: dict[str, str], log: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "cli.main", "serve", "--ready"]
+    with log.open("a") as errors:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=variables, text=True)
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text()[-2_000:]
+
+
 @contextlib.asynccontextmanager
 async def serve(settings: ServerSettings, log: Path, **more: str):
     """Runs ``concord serve``; the process is killed at the end if it still runs."""
-    with log.open("a") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cli.main", "serve", "--ready"],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment(settings, more),
-            text=True,
-        )
+    process = _started(environment(settings, more), log)
     assert process.stdout is not None
     try:
         line = await asyncio.to_thread(process.stdout.readline)
-        assert line, log.read_text()[-2000:]
+        assert line, _end_of(log)
         yield Server(process, json.loads(line), log)
     finally:
         if process.poll() is None:

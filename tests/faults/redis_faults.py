@@ -126,8 +126,8 @@ async def redis_full(world: World) -> Seen:
         after = [await caller.recommend(whom, timeout=5) for whom in users]
         _versions_stored(settings, users, after, checks)
     checks.tell(
-        f"standing slates {codes(reads)}; new slates {codes(fresh)}; writes {codes(writes)}, {waiting} outbox rows pending; reads with their "
-        f"tokens {codes(later)}; caught up {seconds:.1f} s after there was memory again"
+        f"standing slates {codes(reads)}; new slates {codes(fresh)}; writes {codes(writes)}, {waiting} outbox rows pending; reads with "
+        f"their tokens {codes(later)}; caught up {seconds:.1f} s after there was memory again"
     )
     return checks.seen()
 

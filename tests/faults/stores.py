@@ -49,8 +49,8 @@ async def postgres_paused(world: World) -> Seen:
         checks.expect(recovered < 3, f"writes again {recovered:.1f} s after CONT")
         checks.expect(all(reply.ok for reply in again), f"after CONT: {codes(again)}")
     checks.tell(
-        f"{seconds} s: writes {codes(refused)}, none longer than {longest:.2f} s; reads {codes(reads)}, p99 {percentile(reads, 0.99):.0f} ms; "
-        f"{recovered:.1f} s after CONT: {codes(again)}"
+        f"{seconds} s: writes {codes(refused)}, none longer than {longest:.2f} s; reads {codes(reads)}, p99 "
+        f"{percentile(reads, 0.99):.0f} ms; {recovered:.1f} s after CONT: {codes(again)}"
     )
     return checks.seen()
 
@@ -143,7 +143,8 @@ async def connections_exhausted(world: World) -> Seen:
         checks.expect(longest < 5, f"nobody waits longer than {longest:.1f} s")
         checks.expect(all(reply.ok for reply in [await caller.profile(whom) for _ in range(5)]), "afterwards OK")
         checks.tell(
-            f"40 calls on 4 blocked connections with 16 places to wait: {codes(held)}; 10 more: {codes(beyond)} within {slowest * 1000:.0f} ms"
+            f"40 calls on 4 blocked connections with 16 places to wait: {codes(held)}; 10 more: {codes(beyond)} "
+            f"within {slowest * 1000:.0f} ms"
         )
         await _without_slots(world, caller, whom, checks=checks)
     return checks.seen()
@@ -176,8 +177,8 @@ async def _without_slots(world: World, caller: Caller, whom: str, *, checks: Che
     again = await asyncio.gather(*(caller.profile(whom) for _ in range(10)))
     checks.expect(all(reply.ok for reply in again), f"slots again: {codes(again)}")
     checks.tell(
-        f"no slot left in PostgreSQL: {codes(calls)}, longest {longest:.1f} s, then {codes(later)} in {percentile(later, 0.5):.0f} ms at the "
-        f"median; slots again: {codes(again)}"
+        f"no slot left in PostgreSQL: {codes(calls)}, longest {longest:.1f} s, then {codes(later)} in {percentile(later, 0.5):.0f} ms "
+        f"at the median; slots again: {codes(again)}"
     )
 
 

@@ -24,8 +24,8 @@ class Writing:
         most_attempts: the most calls that one acknowledged event needed.
     """
 
-    def __init__(self, address: str, users: Sequence[str], history: History, *, world: World, timeout: float) -> None:
-        self._address, self._users, self._history, self._world, self._timeout = address, users, history, world, timeout
+    def __init__(self, address: str, users: Sequence[str], history: History, *, world: World, within: float) -> None:
+        self._address, self._users, self._history, self._world, self._within = address, users, history, world, within
         self._acknowledged = asyncio.Event()
         self._over = False
         self.failures: list[Reply] = []
@@ -50,7 +50,7 @@ class Writing:
 
     async def write(self, user: str) -> None:
         """Sends events of one customer, each until it is acknowledged, as a channel's backend should."""
-        async with Caller(self._address, timeout=self._timeout) as caller:
+        async with Caller(self._address, timeout=self._within) as caller:
             while not self._over:
                 key = str(UUID(int=self._world.rng.getrandbits(128), version=4))
                 for attempt in range(1, 1_000):
@@ -67,9 +67,9 @@ class Writing:
 
 
 @contextlib.asynccontextmanager
-async def writers(address: str, users: Sequence[str], history: History, *, world: World, timeout: float = 2.0) -> AsyncIterator[Writing]:
+async def writers(address: str, users: Sequence[str], history: History, *, world: World, within: float = 2.0) -> AsyncIterator[Writing]:
     """Runs a writer per customer while the context is open; at its end each finishes its call."""
-    writing = Writing(address, users, history, world=world, timeout=timeout)
+    writing = Writing(address, users, history, world=world, within=within)
     tasks = [asyncio.create_task(writing.write(user)) for user in users]
     try:
         yield writing

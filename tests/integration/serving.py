@@ -51,16 +51,18 @@ def deploy(settings: ServerSettings, bundle: Path) -> Manifest:
 async def served(settings: ServerSettings) -> AsyncIterator[str]:
     """Serves a shop in this process and yields the address; with INJECT_FAULTS set, through seeded faults of its stores."""
     if not (seed := os.environ.get("INJECT_FAULTS", "")):
-        async with _served(settings) as address:
+        async with served_directly(settings) as address:
             yield address
         return
-    async with injected(settings, seed=seed) as (reached, done), _served(reached) as address:
+    async with injected(settings, seed=seed) as faulty, served_directly(faulty.settings) as address:
+        faulty.arm()
         yield address
-        assert sum(done.values()), "faults were to be injected and none was"
+        assert sum(faulty.done.values()), "faults were to be injected and none was"
 
 
 @contextlib.asynccontextmanager
-async def _served(settings: ServerSettings) -> AsyncIterator[str]:
+async def served_directly(settings: ServerSettings) -> AsyncIterator[str]:
+    """Serves a shop in this process and yields the address, whatever the environment says about faults."""
     metrics = Metrics(CollectorRegistry())
     async with open_rooms(settings, metrics) as rooms:
         server = build_server(rooms.services, settings, metrics, structlog.get_logger())
