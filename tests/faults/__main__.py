@@ -39,11 +39,21 @@ async def perform(row: Row, world: World, *, seed: int) -> Seen:
         world.heal()
 
 
-async def run(numbers: list[int], *, seed: int, keep: Path | None, bundle: Path | None) -> int:
+def markdown(lines: list[tuple[Row, Seen]]) -> str:
+    """Returns the table as docs/faults.md holds it."""
+    rows = [
+        f"| {row.number} | {row.injected} | {row.expected} | {'' if seen.ok else '**'}{seen.text}{'' if seen.ok else '**'} |"
+        for row, seen in lines
+    ]
+    return "\n".join(["| row | injected | expected | seen |", "|---|---|---|---|", *rows]) + "\n"
+
+
+async def run(numbers: list[int], *, seed: int, keep: Path | None, bundle: Path | None, out: Path | None) -> int:
     """Performs rows in order and prints them; returns the exit status."""
     console = Console(stderr=True)
     table = Table("row", "injected", "expected", "seen", "s", title=f"faults and bad input, seed {seed}", show_lines=True)
     expected = not_run = 0
+    lines: list[tuple[Row, Seen]] = []
     with tempfile.TemporaryDirectory(prefix="concord-chaos-", ignore_cleanup_errors=True) as folder:
         async with built(keep or Path(folder), bundle=bundle, say=console.print) as world:
             for position, number in enumerate(numbers, 1):
@@ -55,12 +65,15 @@ async def run(numbers: list[int], *, seed: int, keep: Path | None, bundle: Path 
                 except NotRunError as reason:
                     seen, not_run = Seen(False, f"not run: {reason}"), not_run + 1
                 expected += seen.ok
+                lines.append((row, seen))
                 style = "" if seen.ok else "red"
                 console.print(
                     f"    {'as expected' if seen.ok else 'NOT AS EXPECTED'}: {seen.text}", style=style, markup=False, highlight=False
                 )
                 table.add_row(str(number), row.injected, row.expected, seen.text, f"{time.monotonic() - started:.0f}", style=style)
     Console().print(table)
+    if out is not None:
+        await asyncio.to_thread(out.write_text, markdown(lines))
     print(json.dumps({"rows": len(numbers), "as_expected": expected, "not_run": not_run, "seed": seed}))
     return 0 if expected + not_run == len(numbers) else 1
 
@@ -72,12 +85,13 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="numbers, comma-separated; default all")
     parser.add_argument("--keep", type=Path, default=None, help="an empty folder for data and logs, kept afterwards")
     parser.add_argument("--bundle", type=Path, default=None, help="a bundle of the sample shop to serve instead of training one (20 s)")
+    parser.add_argument("--markdown", type=Path, default=None, help="also write the table to this file")
     options = parser.parse_args()
     for name in [name for name in os.environ if name.startswith("CONCORD_")]:
         del os.environ[name]
     warnings.simplefilter("ignore")
     numbers = [int(number) for number in options.rows.split(",") if number] or sorted(ROWS)
-    sys.exit(asyncio.run(run(numbers, seed=options.seed, keep=options.keep, bundle=options.bundle)))
+    sys.exit(asyncio.run(run(numbers, seed=options.seed, keep=options.keep, bundle=options.bundle, out=options.markdown)))
 
 
 if __name__ == "__main__":

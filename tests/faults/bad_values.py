@@ -34,7 +34,7 @@ async def metacharacters(world: World) -> Seen:
     world.postgres.execute(f"ALTER DATABASE {database} SET log_statement = 'all'")
     world.postgres.execute(f"ALTER DATABASE {database} SET log_parameter_max_length = 0")
     offset = world.postgres.log.stat().st_size
-    async with world.serve(settings) as server, Caller(server.address) as caller:
+    async with world.serve(settings, CONCORD_ADMIN_PORT="-1") as server, Caller(server.address) as caller:
         for text in TEXTS:
             await _stored_literally(caller, text, checks)
         replies = [await _every_string(caller, method, text) for method in unary() for text in TEXTS]

@@ -133,8 +133,8 @@ async def retry_storm(world: World) -> Seen:
         async with Concord(server.address, channel="web", timeout=10.0) as library:
             before = await server.metric("concord_rpc_total")
             replies = []
-            for start in range(0, calls, 200):
-                replies += await asyncio.gather(*(timed(library.resolve(f"storm-{start + k}")) for k in range(200)))
+            for start in range(0, calls, 40):
+                replies += await asyncio.gather(*(timed(library.resolve(f"storm-{start + k}")) for k in range(40)))
             attempts = await server.metric("concord_rpc_total") - before
     checks.expect({reply.code for reply in replies} == {"UNAVAILABLE"}, f"clients saw {codes(replies)}")
     checks.expect(attempts >= calls, f"the server saw only {attempts:.0f}")

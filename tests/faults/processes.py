@@ -90,7 +90,9 @@ class Postgres:
         for process in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(victims, timeout=10)
+        deadline = time.monotonic() + 10
+        while any(_runs(process) for process in victims) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -115,6 +117,14 @@ class Postgres:
         """Gives a folder to the user PostgreSQL runs as."""
         if self._server.system_user:
             shutil.chown(folder, self._server.system_user)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """A process that is dead but that nobody has waited for does not run."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 class RedisServer:

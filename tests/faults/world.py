@@ -90,11 +90,11 @@ class World:
             yield server
 
     async def server(self) -> Server:
-        """Returns the standing server of the shop, started when first asked for or after its end."""
+        """Returns the standing server of the shop, started when first asked for or after its end; one port serves every method."""
         if self._server is None or not self._server.alive:
             await self.dismiss()
             self._standing = contextlib.AsyncExitStack()
-            self._server = await self._standing.enter_async_context(self.serve(self.settings()))
+            self._server = await self._standing.enter_async_context(self.serve(self.settings(), CONCORD_ADMIN_PORT="-1"))
         return self._server
 
     async def dismiss(self) -> None:
