@@ -1,9 +1,11 @@
 """What every command shares: settings, the stack it runs on, progress on the terminal, and errors without tracebacks."""
 
+import getpass
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import psycopg
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -11,6 +13,7 @@ import cli.credentials  # noqa: F401 - as below
 import server.settings  # noqa: F401 - one environment serves every command, so each must know the server's settings too
 from cli.stack import running_stack
 from features.settings import Settings, load_settings
+from server.security.audit import AuditEntry, note_command
 
 S = TypeVar("S", bound=Settings)
 
@@ -27,6 +30,15 @@ def shop(kind: type[S]) -> Iterator[S]:
     """
     with running_stack(load_settings(Settings).data_dir):
         yield load_settings(kind)
+
+
+def note(connection: psycopg.Connection, command: str, *, target: str) -> None:
+    """Notes in the audit log that whoever runs this command has done it, in the transaction that does it."""
+    try:
+        who = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        who = "unknown"
+    note_command(connection, AuditEntry(f"command:{who}", command, "OK", target=target))
 
 
 @contextmanager

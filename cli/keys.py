@@ -1,6 +1,5 @@
 """Commands on API keys: create, rotate, list, revoke. A secret is shown once, by the command that made it."""
 
-import getpass
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -9,10 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli.context import console, shop
+from cli.context import console, note, shop
 from features.settings import Settings
 from server.security import key_store
-from server.security.audit import AuditEntry, note_command
 from server.security.key_store import ApiKey
 from server.security.principals import EVERY_CHANNEL
 from server.security.scopes import ALL_SCOPES, CHANNEL_SCOPES, Scope
@@ -46,7 +44,7 @@ def create(
         if unknown := sorted(set(channels) - {EVERY_CHANNEL, *settings.channels}):
             raise typer.BadParameter(f"{unknown[0]!r} is no channel of CONCORD_CHANNELS", param_hint="--channel")
         key, bearer = key_store.create(connection, holder, channels=channels, scopes=scopes, lifetime_days=days)
-        _note(connection, "keys create", key.key_id)
+        note(connection, "keys create", target=f"key:{key.key_id}")
     _show(key, bearer)
 
 
@@ -57,7 +55,7 @@ def rotate(
     """Makes a key like the holder's newest and prints it, once; that one expires after the overlap, any older one is revoked."""
     with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection, connection.transaction():
         key, bearer = key_store.rotate(connection, holder, overlap_hours=overlap_hours)
-        _note(connection, "keys rotate", key.key_id)
+        note(connection, "keys rotate", target=f"key:{key.key_id}")
     _show(key, bearer)
 
 
@@ -77,19 +75,8 @@ def revoke(key_id: Annotated[str, typer.Argument(help="The key's id; see `concor
     """Revokes a key; servers refuse it within CONCORD_KEY_REFRESH_SECONDS."""
     with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection, connection.transaction():
         key_store.revoke(connection, key_id)
-        _note(connection, "keys revoke", key_id)
+        note(connection, "keys revoke", target=f"key:{key_id}")
     _out.print(f"revoked {key_id}")
-
-
-def _note(connection: psycopg.Connection, command: str, key_id: str) -> None:
-    note_command(connection, AuditEntry(f"command:{_who()}", command, "OK", target=f"key:{key_id}"))
-
-
-def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return "unknown"
 
 
 def _show(key: ApiKey, bearer: str) -> None:

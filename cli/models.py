@@ -12,7 +12,7 @@ from psycopg.rows import TupleRow
 from rich.console import Console
 from rich.table import Table
 
-from cli.context import console, shop
+from cli.context import console, note, shop
 from features.models import Activation, OnUnready
 from features.settings import Settings
 
@@ -119,6 +119,7 @@ def activate(
         fetch(find_model(connection, model_version).uri, settings.data_dir / "bundles" / model_version)
         with console.status(f"preparing the replicas for {model_version}"):
             activation = run(connection, model_version, on_unready=on_unready, wait_seconds=wait)
+        note(connection, "activate", target=f"model:{activation.model_version}")
         followed = _followed(connection, activation)
     _out.print(f"active: {activation.model_version} (before: {activation.previous or 'none'}, move {activation.activation})")
     if not followed:

@@ -25,6 +25,7 @@ from server.health import HealthWatch, PostgresProbe, Probe, probes
 from server.ingest.forget import Erasure
 from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities
+from server.ingest.oblivion import Oblivion
 from server.ingest.recorder import EventRecorder
 from server.ingest.recovery import Recovery
 from server.ingest.writer import EventWriter
@@ -36,13 +37,14 @@ from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.online.store import OnlineStore
 from server.recommend.compute import policy_fingerprint, rehearse
+from server.recommend.known import KnownSlates
 from server.recommend.profiles import Profiles
 from server.recommend.rooms import policy_of, recommender_of
 from server.recommend.snapshot import SnapshotBuilder
 from server.rpc.ports import Services
 from server.rpc.server import build_server
 from server.security.audit import AdminAudit
-from server.security.gate import open_gate
+from server.security.gate import check_exposure, open_gate
 from server.settings import ServerSettings
 from server.tracing import tracing
 from server.vitals import Vitals
@@ -107,8 +109,10 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         catalog = Catalog(pool, fleet, dsn=settings.postgres_dsn, epoch_seconds=settings.epoch_seconds)
         recovery = Recovery(pool, states, online, erasure, metrics, after_seconds=settings.recovery_seconds)
         online_breaker.catch_up = partial(_caught_up, recovery, fleet)
+        known_slates = KnownSlates(settings.known_slates)
         recommender = recommender_of(
             settings,
+            known=known_slates,
             identities=identities,
             states=states,
             online=online,
@@ -125,6 +129,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             recorder.run(),
             writer.run(),
             recovery.run(),
+            Oblivion(pool, (identities.clear, known_slates.clear), pause_seconds=settings.recovery_seconds / 2).run(),
             fleet.run(settings.refresh_seconds),
             journal.run(),
             catalog.run(),
@@ -185,7 +190,11 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int],
         settings: everything the server can be told.
         announce: called once with the gRPC port, the admin port (the same where there is one) and the metrics port (-1 when off)
             when the server answers.
+
+    Raises:
+        SettingsError: the address is public and nothing was said about authentication.
     """
+    check_exposure(settings, settings.host)
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     stop = asyncio.Event()

@@ -14,6 +14,8 @@ _SECRET_KEY = re.compile(r"password|passwd|secret|authorization|api_key|dsn|redi
 _URL_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+(?=@)")
 _CONNINFO_PASSWORD = re.compile(r"(password\s*=\s*)('[^']*'|\S+)", re.IGNORECASE)
 _API_KEY = re.compile(r"(concord_[0-9a-f]{12}_)[\w-]+")
+# PostgreSQL quotes rows in these lines of an error: ids of customers, what they wrote. A forgotten customer must not stay in a log.
+_QUOTED_ROWS = re.compile(r"^((?:DETAIL|CONTEXT):).*$", re.MULTILINE)
 _HIDDEN = "***"
 
 
@@ -59,13 +61,13 @@ def _final(as_json: bool, colours: bool) -> list[Processor]:
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Hides values under secret-sounding keys, passwords in URLs and connection strings, API keys, and whole protobuf messages."""
+    """Hides values under secret-sounding keys, passwords in URLs and connection strings, API keys, quoted rows, whole messages."""
     return {key: _HIDDEN if _SECRET_KEY.search(key) else _clean(value) for key, value in event.items()}
 
 
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        for secret in (_URL_PASSWORD, _CONNINFO_PASSWORD, _API_KEY):
+        for secret in (_URL_PASSWORD, _CONNINFO_PASSWORD, _API_KEY, _QUOTED_ROWS):
             value = secret.sub(rf"\1{_HIDDEN}", value)
         return value
     if isinstance(value, Message):

@@ -84,6 +84,10 @@ class Identities:
                 self._cache.popitem(last=False)
         return known
 
+    def clear(self) -> None:
+        """Forgets all resolutions; the next calls resolve again."""
+        self._cache.clear()
+
     async def look_up(self, subject: Subject) -> Known:
         """Asks PostgreSQL who an identity is."""
         async with self._pool.connection() as connection:

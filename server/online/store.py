@@ -178,19 +178,18 @@ class OnlineStore:
 
     async def write_users(self, states: Sequence[UserState]) -> None:
         """Writes recomputed customers, each if it is newer than what stands; merged personas keep a marker and no slates."""
-        pipeline = self._client.pipeline(transaction=False)
-        for state in states:
-            await self._write(keys=[state.key], args=list(state.arguments), client=pipeline)
-            if state.merged_into:
-                pipeline.delete(self.slates_key(state.user_id))
-        async with self._breaker.call():
+        # Closed by hand: redis-py 7.4 keeps a pipeline's connection when asking for its scripts fails, and 64 of those are all.
+        async with self._breaker.call(), self._client.pipeline(transaction=False) as pipeline:
+            for state in states:
+                await self._write(keys=[state.key], args=list(state.arguments), client=pipeline)
+                if state.merged_into:
+                    pipeline.delete(self.slates_key(state.user_id))
             await pipeline.execute()
 
     async def erase_users(self, user_ids: Sequence[str]) -> None:
         """Erases state and slates of customers that no longer exist, and keeps work in flight from writing them again."""
-        pipeline = self._client.pipeline(transaction=False)
-        for user_id in user_ids:
-            for key in (self._codec.key(user_id), self.slates_key(user_id)):
-                await self._erase(keys=[key], args=[self._forgotten_ms], client=pipeline)
-        async with self._breaker.call():
+        async with self._breaker.call(), self._client.pipeline(transaction=False) as pipeline:
+            for user_id in user_ids:
+                for key in (self._codec.key(user_id), self.slates_key(user_id)):
+                    await self._erase(keys=[key], args=[self._forgotten_ms], client=pipeline)
             await pipeline.execute()

@@ -52,3 +52,7 @@ class KnownSlates:
     def get(self, user_id: str, place: Place) -> KnownSlate | None:
         """Returns the newest slate known, None when there is none."""
         return self._slates.get((user_id, place))
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._slates.clear()

@@ -28,6 +28,7 @@ def policy_of(settings: ServerSettings) -> Policy:
 def recommender_of(
     settings: ServerSettings,
     *,
+    known: KnownSlates,
     identities: Identities,
     states: UserStates,
     online: OnlineStore,
@@ -48,7 +49,7 @@ def recommender_of(
         metrics=metrics,
         computing=computing,
         apart=Gate(slots=settings.degraded_reads, waiting=settings.degraded_waiting, reason="DEGRADED_QUEUE_FULL"),
-        known=KnownSlates(settings.known_slates),
+        known=known,
         policy=policy_of(settings),
         ttl_seconds=settings.slate_ttl_seconds,
     )

@@ -29,6 +29,7 @@ from concord.v1 import (
     recommendation_pb2,
     recommendation_pb2_grpc,
 )
+from features.settings import SettingsError
 from server.health import Health
 from server.metrics import Metrics
 from server.rpc.accept import patient_server
@@ -46,7 +47,6 @@ from server.rpc.profile import ProfileServicer
 from server.rpc.recommendation import RecommendationServicer
 from server.rpc.validation import Validator
 from server.security.certificates import server_credentials
-from server.security.gate import check_exposure
 from server.security.limits import ChannelLimits
 from server.settings import ServerSettings
 from server.tracing import Tracing
@@ -126,10 +126,8 @@ def build_server(
     """Builds a server over ``services`` and binds it to the main and the admin address of ``settings``.
 
     Raises:
-        RuntimeError: an address cannot be bound.
-        SettingsError: certificates cannot be used, or the address is public and nothing was said about authentication.
+        SettingsError: an address cannot be bound, or certificates cannot be used.
     """
-    check_exposure(settings, settings.host)
     validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
     events = EventServicer(
         services.recorder,
@@ -164,8 +162,11 @@ def build_server(
         if settings.reflection:
             reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = f"{host}:{port}"
-        credentials = server_credentials(settings)  # of this port alone: gRPC binds credentials that can be renewed only once
-        number = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        credentials = server_credentials(settings)  # one for each port: gRPC gives its first certificate to one server alone
+        try:
+            number = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        except RuntimeError:  # gRPC's own words for any reason; nearly always another process has the port
+            raise SettingsError(f"CONCORD_{'ADMIN_' if admin else ''}PORT: cannot listen on {address}; is the port taken?") from None
         return _Port(server, edge, number)
 
     one_port = settings.admin_port < 0

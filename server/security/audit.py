@@ -1,5 +1,6 @@
 """The append-only log of admin calls, merges and refusals: what is noted, when, and what happens when it cannot be."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ _log = structlog.get_logger(__name__)
 REQUESTED = "REQUESTED"
 # Refusals a second that are noted; whoever tries keys by the thousand must not fill the store. Beyond it they are only counted.
 _REFUSALS_PER_SECOND = 20.0
+# A refusal must not take longer because PostgreSQL does.
+_SECONDS = 1.0
 
 _INSERT = """
 INSERT INTO admin_audit (principal, method, target, outcome, request_id)
@@ -66,7 +69,7 @@ class AdminAudit:
         """
         try:
             await self._write(entry)
-        except psycopg.Error as error:
+        except (psycopg.Error, TimeoutError) as error:
             _log.error("admin call not noted, so refused", method=entry.method, error=type(error).__name__)
             raise UnavailableError("the audit log cannot be written, so nothing was done", reason="AUDIT_UNAVAILABLE") from None
 
@@ -74,7 +77,7 @@ class AdminAudit:
         """Notes what was done or refused already; when that fails, the log holds it instead."""
         try:
             await self._write(entry)
-        except psycopg.Error as error:
+        except (psycopg.Error, TimeoutError) as error:
             _log.error(
                 "audit entry not stored",
                 principal=entry.principal,
@@ -90,7 +93,7 @@ class AdminAudit:
             await self.note(entry)
 
     async def _write(self, entry: AuditEntry) -> None:
-        async with self._pool.connection() as connection:
+        async with asyncio.timeout(_SECONDS), self._pool.connection() as connection:
             await connection.execute(_INSERT, entry.values)
 
 

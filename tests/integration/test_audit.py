@@ -55,14 +55,11 @@ class Shop:
     async def ask(self, customer: str, *, channel: str = "web", surface: str = "home", limit: int = 10, **arguments: Any) -> Any:
         return await self[channel].recommend(user(customer), surface=surface, limit=limit, **arguments)
 
-    async def logged(self, slate_id: str, count: int = 1) -> None:
-        """Waits until exposures of a slate are in PostgreSQL."""
+    async def logged(self, slate_id: str, channel: str = "") -> None:
+        """Waits until an exposure of a slate (in a channel) is in PostgreSQL."""
+        query = "SELECT 1 FROM exposures WHERE slate_id = %s AND %s IN ('', channel)"
         async with asyncio.timeout(10):
-            while True:
-                with psycopg.connect(self.settings.postgres_dsn) as connection:
-                    row = connection.execute("SELECT count(*) FROM exposures WHERE slate_id = %s", [slate_id]).fetchone()
-                if row and row[0] >= count:
-                    return
+            while not self.execute(query, slate_id, channel):
                 await asyncio.sleep(0.05)
 
     async def audit(self, *, last: int = 2000, customers: int = 3, servers: list[str] | None = None, since: float = 3600.0) -> AuditReport:
@@ -186,7 +183,7 @@ async def test_a_tampered_slate_is_found_whether_it_was_shown_or_not(shop: Shop)
         shop.redis().hset(shop.slates_key(customer), slot, swapped(raw, *places))
     tampered = await shop.ask(shown, channel="app")
     assert [item.item_id for item in tampered.items] != [item.item_id for item in honest.items]
-    await shop.logged(tampered.slate_id)
+    await shop.logged(tampered.slate_id, "app")
     report = await shop.audit(servers=[])
     assert kinds(report) == {"tampered_slate"}
     assert report.replays["journal"] == {"equal": 2, "differs": 1}
@@ -211,6 +208,54 @@ async def test_scores_that_no_input_explains_are_tampered_with(shop: Shop) -> No
     assert kinds(await shop.audit(servers=[])) == {"tampered_slate"}
 
 
+async def test_what_an_older_state_or_epoch_gives_is_called_by_its_name(shop: Shop) -> None:
+    late, old = shop.fresh(), shop.fresh()
+    stands: dict[str, tuple[bytes, bytes]] = {}
+    for customer in (late, old):
+        answer = await shop.ask(customer)
+        ((slot, raw),) = shop.redis().hgetall(shop.slates_key(customer)).items()
+        stands[customer] = (slot, raw)
+    version = answer.versions.user_version
+    # The customer bought something, but the slate of before is committed for the new version.
+    bought = await shop["web"].record(shop["web"].event(user(late), "purchase", item_id="KIT-1", quantity=1, value=3.0))
+    slot, raw = stands[late]
+    token = bought.tokens[0]
+    shop.redis().hset(shop.slates_key(late), slot, b"%d:%s" % (token.user_version, raw.split(b":", 1)[1]))
+    # The catalogue moved on, but the slate of the epoch before is committed for the new one.
+    with psycopg.connect(shop.settings.postgres_dsn) as connection:
+        rows = connection.execute("SELECT item_id, price_micros FROM items ORDER BY item_id").fetchall()
+        upsert_items(
+            connection, [Item(item, f"all new {item}", category="one", price_micros=price, currency="USD") for item, price in rows]
+        )
+        publish_epoch(connection)
+    stale = await shop.ask(late)
+    assert stale.versions.user_version == token.user_version
+    async with asyncio.timeout(20):
+        while (await shop.ask(shop.customers[0])).versions.index_version < 2:
+            await asyncio.sleep(0.1)
+    slot, raw = stands[old]
+    shop.redis().hset(shop.slates_key(old), slot.replace(b"|1", b"|2"), b"%d:%s" % (version, raw.split(b":", 1)[1]))
+    outdated = await shop.ask(old)
+    assert outdated.versions.index_version == 2
+    for answer in (stale, outdated):
+        await shop.logged(answer.slate_id)
+    report = await shop.audit(servers=[])
+    named = {(v.customer, v.kind, v.seen) for v in report.violations if v.check == "replay"}
+    assert named == {
+        (late, "other_state", f"exactly what user_version {token.user_version - 1} gives"),
+        (old, "other_catalogue", "exactly what index epoch 1 gives"),
+    }
+
+
+async def test_forged_pointers_are_found(shop: Shop) -> None:
+    assert (await shop.audit(servers=[])).violations == []
+    shop.redis().hset(f"concord:{shop.settings.project}:fleet", mapping={"offer": 1_000_000, "model": "another"})
+    report = await shop.audit(servers=[])
+    assert {(v.kind, v.check) for v in report.violations} == {("forged_pointer", "pointers"), ("second_model", "pointers")}
+    assert the(report, "forged_pointer").seen == "offer_version 1000000"
+    assert the(report, "second_model").seen == "model another in Redis"
+
+
 async def test_prices_changed_behind_the_version_counter_are_found(shop: Shop) -> None:
     customer = shop.fresh()
     before = await shop.ask(customer)
@@ -232,7 +277,7 @@ async def test_prices_changed_behind_the_version_counter_are_found(shop: Shop) -
     # A replica that starts now reads the forged row: it disagrees with the others, and with the history of that very version.
     async with served(shop.settings) as address, Concord(address, channel="app", timeout=10.0) as late:
         answer = await late.recommend(user(customer), surface="home", limit=10)
-        await shop.logged(answer.slate_id, 3)
+        await shop.logged(answer.slate_id, "app")
         report = await shop.audit(customers=1, servers=[shop.address, address])
     assert kinds(report) == {"unversioned_offer", "stale_price", "price_differs"}
     logged = next(v for v in report.violations if v.kind == "stale_price" and v.channel == "app" and not v.replica)
@@ -378,13 +423,18 @@ async def test_staleness_is_measured_from_the_log_and_from_the_stores(shop: Shop
     await shop["web"].record(shop["web"].event(user(customer), "view", item_id="KIT-1"))
     # As if the answer had been given 3 s after the event it does not reflect.
     shop.execute("UPDATE exposures SET answered_at = now() + interval '3 seconds' WHERE user_id = %s", customer)
-    shop.execute("INSERT INTO online_outbox (user_id, version, enqueued_at) VALUES ('x', 1, now() - interval '1 minute')")
     shop.execute("UPDATE users SET version = version + 2 WHERE user_id = %s", customer)
-    report = await shop.audit(servers=[], customers=2)
+    waiting = shop.fresh()
+    shop.execute("INSERT INTO online_outbox (user_id, version) VALUES (%s, 1)", waiting)
+    with psycopg.connect(shop.settings.postgres_dsn) as connection:
+        # Held, so that recovery passes it over until the audit has seen it.
+        connection.execute("SELECT 1 FROM online_outbox WHERE user_id = %s FOR UPDATE", [waiting])
+        report = await shop.audit(servers=[], customers=2)
     stale = report.staleness
     assert stale.quantile(1) == pytest.approx(3.0, abs=1.0)
     assert (stale.customers_checked, stale.customers_lagging, stale.versions_behind) == (2, 1, 2)
     assert stale.outbox_size >= 1
+    assert 0 < stale.outbox_seconds < 60
 
 
 async def test_the_command_writes_table_json_page_and_metrics(shop: Shop, tmp_path: Path) -> None:

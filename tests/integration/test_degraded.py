@@ -19,10 +19,14 @@ from psycopg import sql
 
 from cli.stack import embedded_redis
 from concord import Concord, user
-from concord.v1 import common_pb2, features_pb2, features_pb2_grpc
-from concord.v1.recommendation_pb2 import RecommendResponse
+from concord.v1 import common_pb2, features_pb2, features_pb2_grpc, recommendation_pb2_grpc
+from concord.v1.recommendation_pb2 import RecommendRequest, RecommendResponse
+from features.activity import UserState, UserStateCodec
+from features.layout import load_layouts
 from features.materialize import free_time, materialize, take_snapshot
 from features.store import feature_store
+from server.database import redis_breaker, redis_client
+from server.online.store import OnlineStore
 from server.settings import ServerSettings
 from tests.integration.serving import served
 
@@ -239,14 +243,15 @@ async def test_a_hanging_postgres_does_not_hold_up_what_redis_can_answer(fleet: 
         for _ in range(20):
             assert (await fleet.ask(known)).slate_id == before.slate_id
         assert time.monotonic() - started < 1.0
-        waits = []
-        for _ in range(12):
-            started = time.monotonic()
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await fleet.clients[0].recommend(user(unknown), surface="home", timeout=0.6)
-            assert refused.value.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
-            waits.append(refused.value.code())
-        assert waits[-1] is grpc.StatusCode.UNAVAILABLE  # the breaker is open: no need to wait for the deadline
+        codes = []
+        async with grpc.aio.insecure_channel(fleet.addresses[0]) as channel:  # bare, because the client would try again
+            stub = recommendation_pb2_grpc.RecommendationServiceStub(channel)
+            for _ in range(12):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await stub.Recommend(RecommendRequest(subject=user(unknown), channel="web", surface="home"), timeout=0.6)
+                codes.append(refused.value.code())
+        assert set(codes) <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert codes[-1] is grpc.StatusCode.UNAVAILABLE  # the breaker is open: no need to wait for the deadline
     after = await eventually(lambda _: True, lambda: fleet.ask(unknown))
     assert after.items
 
@@ -295,3 +300,35 @@ def test_no_two_materializations_share_a_time_and_a_snapshot_in_use_stays_as_it_
         connection.rollback()
         epochs = connection.execute("SELECT features_as_of FROM index_epochs ORDER BY index_version DESC LIMIT 2").fetchall()
     assert [row[0] for row in epochs] == [reports[1].snapshot.as_of, reports[0].snapshot.as_of]
+
+
+async def test_a_redis_at_its_memory_limit_costs_the_commit_not_the_answer(fleet: Fleet) -> None:
+    known = fleet.customers[13]
+    before = await fleet.ask(known)
+    with closing(redis.Redis.from_url(fleet.settings.redis_url)) as client:
+        client.config_set("maxmemory", "1")
+        recorded = await fleet.clients[0].record(fleet.clients[0].event(user(known), "view", item_id="x"))
+        answers = [await fleet.ask(known, replica=k, consistency_token=recorded.tokens[0].consistency_token) for k in (0, 1)]
+        assert {answer.versions.user_version for answer in answers} == {before.versions.user_version + 1}
+        assert {(answer.degraded, answer.stale) for answer in answers} == {(True, False)}
+        first, second = only_common(*answers)
+        assert first == second
+        assert (await fleet.ask(known, replica=1)).versions.user_version == recorded.tokens[0].user_version
+        client.config_set("maxmemory", "0")
+    after = await eventually(lambda answer: not answer.degraded, lambda: fleet.ask(known))
+    assert shown(after) == shown(answers[0])
+
+
+async def test_writes_that_redis_does_not_answer_give_their_connections_back(live: ServerSettings, tmp_path: Path) -> None:
+    store = feature_store(live)
+    with embedded_redis(tmp_path) as url:
+        settings = live.model_copy(update={"redis_url": url, "redis_timeout_seconds": 0.05, "breaker_failures": 1_000})
+        client = redis_client(settings)
+        breaker = redis_breaker(settings, client, lambda _: None)
+        online = OnlineStore(client, UserStateCodec(load_layouts(store), settings.project), breaker)
+        state = UserState("u", 1, b"u", (1, b"v", b"0", b"", 0, 0))
+        with stopped([redis_pid(settings)]):
+            for _ in range(3):
+                outcomes = await asyncio.gather(*(online.write_users([state]) for _ in range(40)), return_exceptions=True)
+                assert {type(outcome) for outcome in outcomes} == {redis.exceptions.TimeoutError}  # and not: no connection left
+        await client.aclose()

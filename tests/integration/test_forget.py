@@ -14,6 +14,9 @@ import redis
 from features.importers import import_events, import_identities, load_mapping
 from server.domain import Stored, Subject
 from server.errors import NotFoundError, PreconditionError
+from server.ingest.oblivion import Oblivion
+from server.recommend.known import KnownSlate, KnownSlates
+from server.recommend.slate import Place
 from server.settings import ServerSettings
 from tests.integration.replicas import Names, Pair, app, assert_whole, web
 
@@ -131,3 +134,22 @@ def traces(settings: ServerSettings, name: str) -> list[str]:
                 found.append(table)
     client = redis.Redis.from_url(settings.redis_url)
     return found + [repr(key) for key in client.keys("*") if name.encode() in key or name.encode() in client.dump(key)]
+
+
+async def test_replicas_drop_what_they_remember_when_a_customer_is_forgotten(two: Pair, names: Names) -> None:
+    customer, slates = app(names("phone")), KnownSlates(10)
+    token = await two[0].record(customer, "seen")
+    await two[1].read(customer)
+    slates.put(token.user_id, Place("home"), KnownSlate(1, "m", 1, b"1:2:x"))
+    oblivion = Oblivion(two[1].pool, (two[1].identities.clear, slates.clear), pause_seconds=0.05)
+    await oblivion.look()
+    slates.put(token.user_id, Place("home"), KnownSlate(1, "m", 1, b"1:2:x"))
+    await oblivion.look()  # nobody was forgotten since
+    assert slates.get(token.user_id, Place("home")) is not None
+    await two[1].read(customer)
+    running = asyncio.create_task(oblivion.run())
+    await two[0].erasure.forget(customer)
+    async with asyncio.timeout(5):
+        while slates.get(token.user_id, Place("home")) is not None or two[1].identities._cache:
+            await asyncio.sleep(0.01)
+    running.cancel()

@@ -25,7 +25,10 @@ async def test_a_merge_shows_in_the_next_call_of_every_replica(two: Pair, names:
     before = [await first.record(phone, "a", "b"), await second.record(card, "c")]
     for one, subject in itertools.product(two, (phone, card)):
         await one.read(subject)  # cached everywhere
+    late = await second.states_of(before[1].user_id)
     linked = await first.graph.link(card, phone)
+    await second.online.write_users(late)  # read before the merge, written after it
+    assert (await second.online.read(before[1].user_id, "")).merged_into == before[0].user_id
     assert linked == Linked(Token(before[0].user_id, 4), (before[1].user_id,))
     for one, subject in itertools.product(two, (phone, card, Subject(user_id=before[1].user_id))):
         assert await one.read(subject) == (linked.token.user_id, 4, ["a", "b", "c"])
@@ -54,6 +57,24 @@ async def test_an_unlink_gives_every_side_back_what_it_had(two: Pair, names: Nam
             assert seen[1] > max(token.version for token in (*before, linked.token, *during))
     again = await first.graph.unlink(card, phone)
     assert (again.removed_links, again.still_linked, again.separated, again.token) == (0, False, (), unlinked.token)
+
+
+async def test_of_copies_of_an_event_the_one_received_first_is_seen(two: Pair, settings: ServerSettings, names: Names) -> None:
+    phone, card, late = app(names("phone")), web(names("card")), web(names("late"))
+    older = await two[0].identities.resolve(phone, create=True)
+    token = await two[0].record(card, "same")
+    await two[1].record(phone, "same")
+    await two[1].record(late, "same")
+    await two[0].graph.link(late, phone)
+    await two[0].graph.link(phone, card)
+    seen = "SELECT coalesce(origin_id, user_id) AS origin FROM events WHERE user_id = %s"
+    hidden = "SELECT origin_id FROM events_shadowed WHERE user_id = %s"
+    assert query(settings, seen, older.user_id) == [{"origin": token.user_id}]  # the younger customer's, received first
+    assert len(query(settings, hidden, older.user_id)) == 2
+    await two[1].graph.unlink(card, None)
+    assert query(settings, seen, older.user_id) == [{"origin": older.user_id}]
+    assert query(settings, seen, token.user_id) == [{"origin": token.user_id}]
+    assert len(query(settings, hidden, older.user_id)) == 1
 
 
 async def test_linking_and_unlinking_for_ever_does_not_let_versions_run_away(two: Pair, names: Names) -> None:

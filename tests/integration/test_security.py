@@ -17,9 +17,10 @@ from structlog.testing import capture_logs
 
 from concord import Concord, error_details, tls
 from concord.v1 import models_pb2, models_pb2_grpc
-from server.database import postgres_pool
+from server.database import postgres_breaker, postgres_pool
 from server.errors import UnauthenticatedError, UnavailableError
 from server.security import key_store
+from server.security.audit import REQUESTED, AdminAudit, AuditEntry
 from server.security.keys import ApiKeys
 from server.security.scopes import CHANNEL_SCOPES
 from server.settings import ServerSettings
@@ -62,7 +63,7 @@ class Clock:
 
 @contextlib.asynccontextmanager
 async def keyring(settings: ServerSettings, clock: Clock, **more: float) -> AsyncIterator[ApiKeys]:
-    async with postgres_pool(settings) as pool:
+    async with postgres_pool(settings, postgres_breaker(settings, lambda _: None)) as pool:
         yield ApiKeys(pool, now=clock, **{"refresh_seconds": 5.0, "stale_seconds": 60.0} | more)
 
 
@@ -165,6 +166,29 @@ async def test_without_postgresql_known_keys_stay_good_for_a_while_only(shop: Se
             await keys.authenticate(bearer)
 
 
+async def test_a_log_that_cannot_be_written_stops_admin_calls_and_nothing_else(shop: ServerSettings) -> None:
+    entry = AuditEntry("key:operator/1", "ModelService/ActivateModel", REQUESTED, target="model:m")
+    async with postgres_pool(shop, postgres_breaker(shop, lambda _: None)) as pool:
+        log = AdminAudit(pool)
+        await log.require(entry)
+        await pool.close()
+        with pytest.raises(UnavailableError) as refused, capture_logs() as lines:
+            await log.require(entry)
+        assert refused.value.reason == "AUDIT_UNAVAILABLE"
+        with capture_logs() as lines:
+            await log.note(entry)
+        assert (lines[0]["event"], lines[0]["target"]) == ("audit entry not stored", "model:m")
+    assert audit(shop).count(("key:operator/1", "ModelService/ActivateModel", "model:m", "REQUESTED")) == 1
+
+
+async def test_refusals_noted_are_bounded(shop: ServerSettings) -> None:
+    async with postgres_pool(shop, postgres_breaker(shop, lambda _: None)) as pool:
+        log = AdminAudit(pool)
+        for _ in range(60):
+            await log.note_refusal(AuditEntry("", "EventService/RecordEvents", "UNAUTHENTICATED bounded"), at=1000.0)
+    assert 0 < sum(row[3] == "UNAUTHENTICATED bounded" for row in audit(shop)) <= 40
+
+
 def test_the_audit_log_is_append_only(shop: ServerSettings) -> None:
     with psycopg.connect(shop.postgres_dsn, autocommit=True) as connection:
         connection.execute("INSERT INTO admin_audit (principal, method, target, outcome, request_id) VALUES ('p', 'm', 't', 'OK', 'r')")
@@ -263,6 +287,14 @@ async def test_a_rotated_certificate_is_taken_up_without_a_restart(pki: Path, tm
         async with backend(edge.server.port, pki) as late:
             assert (await code_of(late.recommend("anna", surface="home")))[0] is Code.UNAVAILABLE
         await client.recommend("anna", surface="home")  # an open connection goes on
+
+
+async def test_both_ports_have_the_certificate(pki: Path) -> None:
+    async with serving(Fakes(), admin_port=0, **tls_settings(pki, mutual=False)) as edge:
+        credentials = tls(pki / "ca.pem")
+        for port in (edge.server.port, edge.server.admin_port):
+            async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
+                await models_pb2_grpc.ModelServiceStub(channel).ListModels(models_pb2.ListModelsRequest(), timeout=10)
 
 
 def test_a_server_does_not_start_on_certificates_that_do_not_fit(pki: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from server.ingest.identities import Identities, Known
 from server.metrics import Metrics
 from server.online.states import MergedError, Recorded
 from server.online.store import Fleet, Standing
-from server.recommend.compute import Policy
+from server.recommend.known import KnownSlates
 from server.recommend.recommender import Recommender
 from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import Snapshot
@@ -329,6 +329,7 @@ class Shop:
         configured = ServerSettings(slate_size=40, slate_ttl_seconds=ttl_seconds, **settings)
         recommender = recommender_of(
             configured,
+            known=KnownSlates(configured.known_slates),
             identities=identities,
             states=cast("Any", states),
             online=cast("Any", self.online),
@@ -336,7 +337,6 @@ class Shop:
             offers=cast("Any", offers),
             journal=cast("Any", journal),
             metrics=Metrics(registry),
-            policy=Policy(configured.slate_size, configured.exclude_purchased, configured.max_per_category),
             now=lambda: self.online.now,
         )
         return Replica(recommender, fleet, states, offers, journal, identities, registry)

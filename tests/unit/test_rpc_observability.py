@@ -57,7 +57,9 @@ def test_secrets_and_messages_are_not_written() -> None:
         request=common_pb2.Subject(user_id="hunter2"),
     )
     try:
-        raise RuntimeError("cannot reach postgresql://u:hunter2@h/d or password='hunter2'")
+        raise RuntimeError(
+            "cannot reach postgresql://u:hunter2@h/d or password='hunter2'\nDETAIL:  Key (user_id)=(hunter2) already exists."
+        )
     except RuntimeError:
         logger.exception("failed")
     assert "hunter2" not in stream.getvalue()

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 import concord.v1
 from concord.v1 import common_pb2, recommendation_pb2
+from features.settings import SettingsError
 from server.logs import configure
 from server.metrics import Metrics
 from server.rpc.server import SERVICE_NAMES, build_server
@@ -120,7 +121,7 @@ async def test_a_taken_port_is_an_error_not_a_silent_second_server() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         settings = ServerSettings(port=taken.getsockname()[1])
-        with pytest.raises(RuntimeError):
+        with pytest.raises(SettingsError, match=f"CONCORD_PORT.*{settings.port}"):
             build_server(Fakes().services(), settings, Metrics(CollectorRegistry()), configure())
 
 
