@@ -40,6 +40,7 @@ async def server_killed(world: World) -> Seen:
     async with world.serve(settings, CONCORD_PORT=port) as server, Caller(server.address) as caller:
         again = [await send(caller, write.user, write.event_id, history) for write in unfinished]
     checks.expect(len(again) > 0 and all(reply.ok for reply in again), f"retry of the same key: {codes(again)}")
+    world.postgres.await_ready()
     judge(history, settings, before=before, checks=checks)
     checks.tell(f"{rounds} kills; clients saw {codes(failures)}; {len(again)} unanswered keys sent again: {codes(again)}")
     return checks.seen()
@@ -63,6 +64,7 @@ async def postgres_killed(world: World) -> Seen:
         checks.expect(bool(told) and all(reply.pushback_ms is not None for reply in told), "UNAVAILABLE with pushback")
         checks.expect({reply.code for reply in running.failures} <= _MAY_RETRY, f"callers saw {codes(running.failures)}")
         checks.expect(recovered < 10 and server.alive, f"recovered {recovered:.1f} s after the start, by itself")
+    world.postgres.await_ready()
     judge(history, settings, before=before, checks=checks)
     checks.tell(
         f"callers saw {codes(running.failures)}, UNAVAILABLE with pushback; started at attempt {attempts}, writes {recovered:.1f} s later"
@@ -112,6 +114,7 @@ async def backend_killed(world: World) -> Seen:
     seen: list[Reply] = []
     async with world.serve(settings) as server:
         for turn in range(world.scaled(3)):
+            world.postgres.await_ready()
             with contextlib.closing(psycopg.connect(settings.postgres_dsn)) as own:
                 own.execute("INSERT INTO users (user_id) VALUES (%s)", [f"in-progress-{turn}"])
                 async with writers(server.address, world.several(_WRITERS), history, world=world, within=5) as running:
@@ -121,6 +124,7 @@ async def backend_killed(world: World) -> Seen:
                         parameters=[database, own.info.backend_pid],
                     )
                     os.kill(int(str(world.rng.choice(pids)[0])), signal.SIGKILL)
+                    await asyncio.to_thread(world.postgres.await_ready)
                     await running.next_acknowledged(20)
                     await asyncio.sleep(1.5)
                 retries.append(running.most_attempts - 1)
@@ -129,6 +133,7 @@ async def backend_killed(world: World) -> Seen:
         checks.expect(left == [(0,)], f"in progress: gone ({left})")
         checks.expect(server.alive, "no restart of the server")
     checks.expect(max(retries) == 1, f"at most 1 retry, and one at least: {retries}")
+    world.postgres.await_ready()
     judge(history, settings, before=before, checks=checks)
     checks.tell(f"most retries of one event, per kill: {retries} ({codes(seen)}); the open transaction is gone")
     return checks.seen()
@@ -151,6 +156,7 @@ async def postgres_restarted(world: World) -> Seen:
             failures += running.failures
         checks.expect({reply.code for reply in failures} <= _MAY_RETRY, f"callers saw {codes(failures)}")
         checks.expect(max(waits) < 5 and server.alive, f"healed after {max(waits):.1f} s")
+    world.postgres.await_ready()
     judge(history, settings, before=before, checks=checks)
     checks.tell(
         f"{len(waits)} restarts; callers saw {codes(failures) or 'no failure'}; writes again at most {max(waits):.1f} s after a restart"

@@ -111,8 +111,22 @@ class Postgres:
         finally:
             self.signal_all(signal.SIGCONT)
 
+    def await_ready(self, seconds: float = 20) -> None:
+        """Waits until it takes connections: after the death of a backend it recovers first."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                psycopg.connect(self.dsn(), connect_timeout=5).close()
+            except psycopg.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
+
     def execute(self, statement: str, *, database: str = "postgres", parameters: Sequence[object] = ()) -> list[tuple[object, ...]]:
         """Runs one statement outside a transaction; returns its rows."""
+        self.await_ready()
         with psycopg.connect(self.dsn(database), autocommit=True) as connection:
             cursor = connection.execute(statement.encode(), parameters or None)
             return cursor.fetchall() if cursor.description else []

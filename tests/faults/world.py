@@ -114,6 +114,7 @@ class World:
         """Makes sure that both stores run, whatever the row before did to them."""
         if not self.postgres.processes():
             self.postgres.start()
+        self.postgres.await_ready()
         try:
             self.redis.client().ping()
         except Exception:  # noqa: BLE001 - whatever is wrong with it, a new one is right
