@@ -126,7 +126,7 @@ async def no_deadline(world: World) -> Seen:
 @row(20, "retry storm: every client tries again", "retries throttled (retryThrottling in the service config): load ≤ 1.1x", fast=True)
 async def retry_storm(world: World) -> Seen:
     checks = Checks()
-    calls = 2_000
+    calls = max(800, world.scaled(2_000))  # the first 50 failures may be retried, whatever the number of calls
     async with Proxy(world.postgres.port) as proxy, world.serve(world.settings(), postgres=proxy) as server:
         proxy.accepting = False  # PostgreSQL is gone: everything that needs it is UNAVAILABLE
         proxy.cut()
