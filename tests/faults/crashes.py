@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 
 import psycopg
 
@@ -17,6 +18,7 @@ from tests.guarantees.history import History
 from tests.guarantees.stored import read_stored
 
 _WRITERS = 4
+_PUSHBACK = 0.5  # seconds the server asks a caller to wait while a store is away
 _MAY_RETRY = {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
 
 
@@ -111,6 +113,7 @@ async def backend_killed(world: World) -> Seen:
     database = settings.postgres_dsn.rpartition("/")[2]
     before = event_ids(read_stored(settings.postgres_dsn))
     retries: list[int] = []
+    allowed: list[int] = []
     seen: list[Reply] = []
     async with world.serve(settings) as server:
         for turn in range(world.scaled(3)):
@@ -124,7 +127,9 @@ async def backend_killed(world: World) -> Seen:
                         parameters=[database, own.info.backend_pid],
                     )
                     os.kill(int(str(world.rng.choice(pids)[0])), signal.SIGKILL)
+                    killed = time.monotonic()
                     await asyncio.to_thread(world.postgres.await_ready)
+                    allowed.append(1 + int((time.monotonic() - killed) / _PUSHBACK))  # one more for each pause it recovers through
                     await running.next_acknowledged(20)
                     await asyncio.sleep(1.5)
                 retries.append(running.most_attempts - 1)
@@ -132,7 +137,8 @@ async def backend_killed(world: World) -> Seen:
         left = world.postgres.execute("SELECT count(*) FROM users WHERE user_id LIKE 'in-progress-%'", database=database)
         checks.expect(left == [(0,)], f"in progress: gone ({left})")
         checks.expect(server.alive, "no restart of the server")
-    checks.expect(max(retries) == 1, f"at most 1 retry, and one at least: {retries}")
+    within = all(count <= most for count, most in zip(retries, allowed, strict=True))
+    checks.expect(within and max(retries) > 0, f"retries {retries}, allowed {allowed}")
     world.postgres.await_ready()
     judge(history, settings, before=before, checks=checks)
     checks.tell(f"most retries of one event, per kill: {retries} ({codes(seen)}); the open transaction is gone")
