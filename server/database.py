@@ -25,6 +25,7 @@ Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]
 _REDIS_CONNECTIONS = 64
 # A caller who gave up after this long speaks against PostgreSQL; waiting for a busy pool is usually shorter.
 _HANG_SECONDS = 0.4
+_RECONNECT_SECONDS = 1.0
 
 # What the stores raise when they cannot answer now. A call refused by its breaker raises one of them too.
 ONLINE_AWAY = (redis.exceptions.RedisError,)
@@ -34,14 +35,26 @@ RECORD_AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
 
 
 class GuardedPool(TracedPool):
-    """A pool whose connections are refused at once while PostgreSQL is away."""
+    """A pool whose connections are refused at once while PostgreSQL is away, or while too many calls wait for one.
+
+    The waiting are counted here: psycopg's own ``max_waiting`` also counts those whose time has run out until the next connection
+    is free, and refuses before it would open one, so that after a longer outage it could refuse for good.
+    """
 
     breaker: CircuitBreaker
+    most_asking: int
+    _asking = 0
 
     async def getconn(self, timeout: float | None = None) -> AsyncConnection[TupleRow]:  # noqa: ASYNC109 - as in the base class
         """Returns a connection that was just checked; raises OperationalError when PostgreSQL gives none."""
-        async with self.breaker.call():
-            return await super().getconn(timeout)
+        if self._asking >= self.most_asking:
+            raise TooManyRequests("too many calls wait for a connection")
+        self._asking += 1
+        try:
+            async with self.breaker.call():
+                return await super().getconn(timeout)
+        finally:
+            self._asking -= 1
 
 
 def postgres_breaker(settings: ServerSettings, on_change: Callable[[bool], None]) -> CircuitBreaker:
@@ -100,7 +113,8 @@ def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
         min_size=2,
         max_size=settings.postgres_pool_size,
         timeout=settings.postgres_timeout_seconds,
-        max_waiting=settings.postgres_waiting,
+        # Attempts to connect again double their pauses up to this many seconds; given up, the next call to come tries at once.
+        reconnect_timeout=_RECONNECT_SECONDS,
         open=False,
         check=_checked,
         kwargs={
@@ -110,7 +124,7 @@ def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
         },
         name="concord",
     )
-    pool.breaker = breaker
+    pool.breaker, pool.most_asking = breaker, settings.postgres_waiting
     return pool
 
 
