@@ -9,12 +9,14 @@ so health and operators' calls are accepted at once whatever customers' calls pi
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any, Protocol
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-# While there is no room, one call in this many seconds is accepted all the same, and refused with a word on when to come back.
+# While there is no room, one call in this many seconds is accepted all the same, and refused with a word on when to come back:
+# 250 refusals a second, 4 % of a core.
 REFUSAL_PAUSE = 0.004
 
 
@@ -30,13 +32,17 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
     """Overrides how grpcio asks its core for the next call of one method; it keeps one such request open per method."""
 
     room: Room
+    _refused_at = -REFUSAL_PAUSE
 
     async def _request_registered_call(self, method: bytes) -> Any:
         room = self.room.for_method(method.decode())
         if room is not None and not room.is_set():
+            # Room comes and goes every millisecond under load, so the pause counts from the last refusal and not from now.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REFUSAL_PAUSE):
+                async with asyncio.timeout(max(0.0, self._refused_at + REFUSAL_PAUSE - perf_counter())):
                     await room.wait()
+            if not room.is_set():
+                self._refused_at = perf_counter()
         return await super()._request_registered_call(method)
 
 
