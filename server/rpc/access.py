@@ -119,9 +119,14 @@ class Access:
         finally:
             self._limits.leave(channel, rule.service)
 
-    async def checked_stream(self, rule: Rule, caller: Principal, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Passes on a stream's messages that keep to the caller's channels, as fast as the channel's rate allows."""
+    async def checked_stream(self, rule: Rule, context: Context, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Passes on a stream's messages that keep to the caller's channels, as fast as the channel's rate allows.
+
+        Each message is asked who sends it: a stream may outlive the key or token that it was opened with.
+        """
         async for request in requests:
+            caller = await self.authenticate(context)
+            self.permit(rule, caller)
             await self._limits.events_in_turn(self._checked(rule, caller, request), len(getattr(request, "events", ())))
             yield request
 
@@ -167,7 +172,7 @@ class Access:
             caller.require(rule.flag[1])
         if caller.channels is not None:
             caller.require_channels(_channels_of(request))
-        channel = next(filter(None, _channels_of(request)), "")
+        channel = next(filter(None, _channels_of(request)), "") or caller.only_channel
         return channel if channel in self._channels else ""
 
 
