@@ -300,6 +300,16 @@ async def test_operators_are_not_counted_among_customers_calls() -> None:
         await asyncio.gather(*(edge.raw("/concord.v1.ModelService/ListModels") for _ in range(6)))
 
 
+async def test_operators_calls_are_not_counted_against_the_rate_of_calls_without_a_channel() -> None:
+    profile = profile_pb2.GetProfileRequest(subject={"user_id": "u"}).SerializeToString()
+    async with serving(channel_calls_per_second=1) as edge:
+        for _ in range(2):
+            await edge.raw("/concord.v1.ProfileService/GetProfile", profile)
+        assert (await refused(edge, "/concord.v1.ProfileService/GetProfile", profile)).reason == "RATE_LIMITED"
+        for _ in range(5):
+            await edge.raw("/concord.v1.ModelService/ListModels")
+
+
 async def test_a_full_service_accepts_late() -> None:
     """What keeps overload out of Python: while two calls are worked on, most of the others wait unaccepted."""
     async with serving(Fakes(recommender=FakeRecommender(delay=0.3)), max_in_flight=2, max_streams_per_connection=500) as edge:
