@@ -4,10 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
+from feast import Entity, FeatureView, Field, FileSource, ValueType
+from feast.types import String
 
 from features.activity import ACTIVITY_VIEW
 from features.layout import Status, load_layouts
@@ -97,3 +100,22 @@ async def test_what_was_read_around_redis_is_the_least_that_is_read_from_it_afte
         after = await reader.read(service="", refs=[VERSION], entities=[EntityKey(user_id=token.user_id)])
     assert [rows[0].values[VERSION].value for rows in (around, after)] == [2, 2]
     assert (await profiles.read(web(names("ann")), token=None)).user_version == 2
+
+
+async def test_a_view_that_cannot_be_laid_out_does_not_end_the_looks_at_the_registry(two: Pair, settings: ServerSettings) -> None:
+    keys = [Entity(name=name, join_keys=[f"{name}_id"], value_type=ValueType.STRING) for name in ("user", "item")]
+    schema = [Field(name=name, dtype=String) for name in ("user_id", "item_id", "v")]
+    source = FileSource(path="nowhere.parquet", timestamp_field="t")
+    pair = FeatureView(name="pair", entities=keys, schema=schema, source=source)
+    store: Any = SimpleNamespace(refresh_registry=lambda: None, list_feature_views=lambda: [pair])
+    async with reading(settings, two[0], two[0].states) as (reader, _):
+        known, reader._store = reader._store, store
+        looking = asyncio.create_task(reader.run(0.01))
+        await asyncio.sleep(0.2)
+        assert not looking.done()
+        reader._store, reader._layouts = known, {}
+        async with asyncio.timeout(5):
+            while not reader._layouts:
+                await asyncio.sleep(0.01)
+        looking.cancel()
+        await asyncio.wait([looking])
