@@ -259,6 +259,7 @@ async def test_a_channel_that_calls_too_often_is_told_when_to_come_back() -> Non
     async with serving(channel_events_per_second=1) as edge:
         await edge.raw(RECORD, many)
         assert (await refused(edge, RECORD, many)).reason == "RATE_LIMITED"
+        await edge.raw(RECOMMEND, ask())  # which records no events
 
 
 async def test_a_call_that_names_no_channel_counts_for_that_of_its_caller() -> None:
