@@ -90,8 +90,8 @@ WITH state AS (
         image_ref = excluded.image_ref, attributes = excluded.attributes, content_hash = excluded.content_hash,
         content_version = CASE WHEN i.content_hash <> excluded.content_hash OR i.removed
                                THEN excluded.content_version ELSE i.content_version END,
-        offer_version = CASE WHEN (i.price_micros, i.currency, i.stock, i.channels, i.removed)
-                                  IS DISTINCT FROM (excluded.price_micros, excluded.currency, excluded.stock, excluded.channels, false)
+        offer_version = CASE WHEN (i.price_micros, i.currency, i.stock, i.channels, i.image_ref, i.removed) IS DISTINCT FROM
+                                  (excluded.price_micros, excluded.currency, excluded.stock, excluded.channels, excluded.image_ref, false)
                              THEN excluded.offer_version ELSE i.offer_version END,
         updated_at = now(), removed = false
     RETURNING item_id, offer_version, price_micros, currency, stock, channels, removed
@@ -104,8 +104,8 @@ SELECT content_version, offer_version FROM state
 
 _CHANGES = """
 SELECT count(*) FILTER (WHERE i.item_id IS NULL OR i.removed OR i.content_hash <> s.content_hash),
-       count(*) FILTER (WHERE i.item_id IS NULL OR (i.price_micros, i.currency, i.stock, i.channels, i.removed)
-                              IS DISTINCT FROM (s.price_micros, s.currency, s.stock, s.channels, false))
+       count(*) FILTER (WHERE i.item_id IS NULL OR (i.price_micros, i.currency, i.stock, i.channels, i.image_ref, i.removed)
+                              IS DISTINCT FROM (s.price_micros, s.currency, s.stock, s.channels, s.image_ref, false))
 FROM staged_items s LEFT JOIN items i USING (item_id)
 """
 
@@ -113,7 +113,8 @@ FROM staged_items s LEFT JOIN items i USING (item_id)
 def upsert_items(connection: Connection[TupleRow], items: Sequence[Item]) -> UpsertResult:
     """Stores ``items`` in the caller's transaction; a later item with the same id in the same call wins.
 
-    ``content_version`` moves only when a description changed, ``offer_version`` only when a price, stock or channel list did.
+    ``content_version`` moves only when a description changed, ``offer_version`` only when a price, stock, channel list or image
+    did: whatever an answer shows of an item hangs on one of the two.
     """
     unique = {item.item_id: item for item in items}
     with connection.cursor() as cursor:

@@ -48,7 +48,7 @@ class BundleLoader:
         return await asyncio.to_thread(self._load, model_version)
 
     def _load(self, model_version: str) -> LoadedModel:
-        with psycopg.connect(self._settings.postgres_dsn) as connection:
+        with psycopg.connect(self._settings.postgres_dsn, connect_timeout=3) as connection:
             try:
                 published = models.find_model(connection, model_version)
             except UnknownModelError as error:

@@ -48,7 +48,7 @@ class Catalog:
         return result
 
     def _in_transaction(self, items: Sequence[Item], relations: Sequence[Relation]) -> UpsertResult:
-        with psycopg.connect(self._dsn) as connection:
+        with psycopg.connect(self._dsn, connect_timeout=3) as connection:
             result = upsert_items(connection, items)
             if relations:
                 upsert_relations(connection, relations)

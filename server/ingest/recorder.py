@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import psycopg
-import redis.exceptions
 import structlog
 
 from server.domain import IncomingEvent, RecordOutcome
@@ -121,7 +120,7 @@ class EventRecorder:
         try:
             with span("online_write"):
                 await self._online.write_users(states)
-        except redis.exceptions.RedisError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the events are committed, and later calls wait for this loop
             _log.warning("online store missed a write; the outbox holds it", error=type(error).__name__, users=len(states))
             return False
         self._metrics.observe_ingest_stage("online_write", perf_counter() - started)

@@ -27,12 +27,16 @@ _STAGE = "CREATE TEMP TABLE IF NOT EXISTS staged_exposures (LIKE exposures INCLU
 _COPY = f"COPY staged_exposures ({_COLUMNS}) FROM STDIN"
 # The customers' rows are held, in the order every writer takes them, while their exposures are stored: a customer forgotten
 # before is not stored, one being forgotten waits and then finds these rows too. A customer without an identity has no row.
+# Rows that are there already were committed by an attempt whose answer was lost.
 _STORE = f"""
 WITH known AS MATERIALIZED (
     SELECT user_id FROM users WHERE user_id IN (SELECT user_id FROM staged_exposures) ORDER BY user_id FOR KEY SHARE
+), kept AS MATERIALIZED (
+    SELECT {_COLUMNS} FROM staged_exposures s WHERE s.user_id = '' OR s.user_id IN (SELECT k.user_id FROM known k)
+), stored AS (
+    INSERT INTO exposures ({_COLUMNS}) SELECT {_COLUMNS} FROM kept ON CONFLICT DO NOTHING
 )
-INSERT INTO exposures ({_COLUMNS})
-SELECT {_COLUMNS} FROM staged_exposures s WHERE s.user_id = '' OR s.user_id IN (SELECT k.user_id FROM known k)
+SELECT count(*) FROM kept
 """  # noqa: S608 - constant columns
 
 
@@ -100,7 +104,9 @@ class Journal:
             async with cursor.copy(_COPY) as copy:
                 for exposure in batch:
                     await copy.write_row(_row(exposure))
-            return (await cursor.execute(_STORE)).rowcount
+            kept = await (await cursor.execute(_STORE)).fetchone()
+        assert kept is not None
+        return int(kept[0])
 
 
 def _row(exposure: _Exposure) -> tuple[object, ...]:

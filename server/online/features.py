@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from sqlalchemy.exc import SQLAlchemyError
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
-from features.layout import FeatureValue, Status, ViewLayout, entity_key, load_layouts
+from features.layout import FeatureValue, LayoutError, Status, ViewLayout, decode_value, entity_key, load_layouts
 from server.database import ONLINE_AWAY
 from server.domain import EntityKey, Subject
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
@@ -21,6 +21,8 @@ from server.online.breaker import CircuitBreaker
 from server.online.states import MergedError, UserStates
 
 _log = structlog.get_logger(__name__)
+# A state that is lost between two reads is looked for again; more than a few times means that Redis keeps nothing.
+_LOOKS = 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class FeatureReader:
         self._identities = identities
         self._store = store
         self._layouts = dict(layouts)
+        activity = layouts[ACTIVITY_VIEW]
+        self._version_field = activity.fields[activity.features.index("version")]
         self._services: dict[str, tuple[str, ...]] = {}
         self._project = project
         self._now = now
@@ -74,22 +78,38 @@ class FeatureReader:
         """
         names = tuple(refs) or self._services.get(service) or await self._service_refs(service)
         plan = self._plan(names)
+        for position, entity in enumerate(entities):
+            _require_ids(plan, position, entity)
         try:
             return await self._online(plan, entities)
         except ONLINE_AWAY:
             return [await self._recorded(plan, entity) for entity in entities]
 
     async def _online(self, plan: _Plan, entities: Sequence[EntityKey]) -> list[FeatureRow]:
-        users = [await self._user(entity) if "user_id" in plan.views else "" for entity in entities]
-        keys = [self._keys(plan, k, user, entity.item_id) for k, (user, entity) in enumerate(zip(users, entities, strict=True))]
+        for _ in range(_LOOKS):
+            if (rows := await self._look(plan, entities)) is not None:
+                return rows
+        raise UnavailableError("the online store does not keep what is written", reason="ONLINE_STORE_UNAVAILABLE")
+
+    async def _look(self, plan: _Plan, entities: Sequence[EntityKey]) -> list[FeatureRow] | None:
+        """Returns the rows; None where a customer's state was lost, or merged away, after it was found to be new enough."""
+        users = [await self._user(entity) if "user_id" in plan.views else ("", 0) for entity in entities]
         pipeline = self._client.pipeline(transaction=False)
-        for row in keys:
-            for key, views in zip(row, plan.views.values(), strict=True):
-                pipeline.hmget(key, [field for view in views for field in view.hash_fields])  # type: ignore[arg-type]
+        for (user_id, _), entity in zip(users, entities, strict=True):
+            ids = {"user_id": user_id, "item_id": entity.item_id}
+            for join_key, views in plan.views.items():
+                fields = [self._version_field, *(field for view in views for field in view.hash_fields)]
+                pipeline.hmget(entity_key(join_key, ids[join_key], self._project), fields)  # type: ignore[arg-type]
         async with self._breaker.call():
             replies = await pipeline.execute()
         width = len(plan.views)
-        return [_row(plan, replies[k : k + width], self._now()) for k in range(0, len(replies), width)]
+        rows = []
+        for k, (_, version) in enumerate(users):
+            found = dict(zip(plan.views, replies[k * width : (k + 1) * width], strict=True))
+            if version and _version_of(found["user_id"]) < version:
+                return None
+            rows.append(_row(plan, [reply[1:] for reply in found.values()], self._now()))
+        return rows
 
     async def _recorded(self, plan: _Plan, entity: EntityKey) -> FeatureRow:
         """Recomputes the views of a customer that the server itself writes; others exist online only."""
@@ -113,8 +133,8 @@ class FeatureReader:
             try:
                 await asyncio.to_thread(self._store.refresh_registry)
                 self._layouts = await asyncio.to_thread(load_layouts, self._store)
-            except SQLAlchemyError as error:
-                _log.warning("the Feast registry cannot be read; serving what it said last", error=type(error).__name__)
+            except (SQLAlchemyError, LayoutError) as error:
+                _log.warning("the Feast registry cannot be followed; serving what it said last", error=type(error).__name__)
             self._services = {}
 
     async def _service_refs(self, service: str) -> tuple[str, ...]:
@@ -138,27 +158,30 @@ class FeatureReader:
             views.setdefault(layout.join_key, {})[name] = layout
         return _Plan(refs, {join_key: tuple(found.values()) for join_key, found in views.items()})
 
-    def _keys(self, plan: _Plan, position: int, user_id: str, item_id: str) -> list[bytes]:
-        ids = {"user_id": user_id, "item_id": item_id}
-        for join_key in plan.views:
-            if not ids.get(join_key):
-                raise InvalidRequestError(f"entities[{position}].{join_key}", "is required by the features asked for")
-        return [entity_key(join_key, ids[join_key], self._project) for join_key in plan.views]
+    async def _user(self, entity: EntityKey) -> tuple[str, int]:
+        """Makes sure Redis holds the customer as new as the token; returns who they are after merges, and the version it holds."""
 
-    async def _user(self, entity: EntityKey) -> str:
-        """Makes sure Redis holds the customer as PostgreSQL does, as new as the token; returns who they are after merges."""
-        if not entity.user_id:
-            return ""
-
-        async def act(known: Known) -> str:
+        async def act(known: Known) -> tuple[str, int]:
             minimum = await self._identities.minimum_version(known.user_id, entity.token)
-            await self._states.at_least(known.user_id, minimum, now=self._now())
-            return known.user_id
+            features = await self._states.at_least(known.user_id, minimum, now=self._now())
+            return known.user_id, features[ACTIVITY_VIEW]["version"].value
 
         try:
             return await self._identities.following(Subject(user_id=entity.user_id), Known(entity.user_id), act)
         except NotFoundError:
-            return entity.user_id  # nobody of that id: MISSING is the answer
+            return entity.user_id, 0  # nobody of that id: MISSING is the answer
+
+
+def _require_ids(plan: _Plan, position: int, entity: EntityKey) -> None:
+    ids = {"user_id": entity.user_id, "item_id": entity.item_id}
+    for join_key in plan.views:
+        if not ids.get(join_key):
+            raise InvalidRequestError(f"entities[{position}].{join_key}", "is required by the features asked for")
+
+
+def _version_of(reply: Sequence[bytes | None]) -> int:
+    version = None if reply[0] is None else decode_value(reply[0])
+    return -1 if version is None else int(version)
 
 
 def _row(plan: _Plan, replies: Sequence[Sequence[bytes | None]], now: datetime) -> FeatureRow:

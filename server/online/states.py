@@ -14,6 +14,7 @@ from features.activity import READ_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, ViewLayout
 from server.database import ONLINE_AWAY, Pool
 from server.errors import NotFoundError, StaleStateError, UnavailableError
+from server.online.shown import Shown
 from server.online.store import OnlineStore
 
 _log = structlog.get_logger(__name__)
@@ -49,9 +50,14 @@ class Recorded:
 
 
 class UserStates:
-    """The one place that knows both stores of a customer's state."""
+    """The one place that knows both stores of a customer's state.
+
+    Attributes:
+        shown: versions answered from PostgreSQL alone.
+    """
 
     def __init__(self, pool: Pool, online: OnlineStore, codec: UserStateCodec) -> None:
+        self.shown = Shown()
         self._pool = pool
         self._online = online
         self._codec = codec
@@ -139,8 +145,10 @@ class UserStates:
             NotFoundError, MergedError: as ``rebuild``.
         """
         features = await self.recorded_features(user_id, now=now)
-        if features[self._codec.activity.name]["version"].value < minimum:
+        version = features[self._codec.activity.name]["version"].value
+        if version < minimum:
             raise ahead()
+        self.shown.note(user_id, version)
         return features
 
     async def profile_at(self, user_id: str, at: datetime, *, now: datetime) -> dict[str, FeatureValue]:
@@ -166,14 +174,14 @@ class UserStates:
         raise UnavailableError("the online store does not keep what is written", reason="ONLINE_STORE_UNAVAILABLE")
 
     async def at_least(self, user_id: str, minimum: int, *, now: datetime) -> Features:
-        """Reads all views of a customer at ``minimum`` or a later version.
+        """Reads all views of a customer at ``minimum`` or a later version, and none older than was ``shown``.
 
         Raises:
             StaleStateError: PostgreSQL itself does not hold that version.
             NotFoundError, MergedError, UnavailableError: as ``features``.
         """
         features = await self.features(user_id, now=now)
-        if features[self._codec.activity.name]["version"].value < minimum:
+        if features[self._codec.activity.name]["version"].value < max(minimum, self.shown.of(user_id)):
             if await self.rebuild(user_id) < minimum:
                 raise ahead()
             features = await self.features(user_id, now=now)

@@ -17,7 +17,7 @@ from server.metrics import Metrics
 from server.recommend.clock import StageClock
 from server.recommend.compute import score_items
 from server.recommend.computing import Computing
-from server.recommend.shelf import RankedItems, Shelf, page_token, read_page_token
+from server.recommend.shelf import RankedItems, Shelf, page_token, page_token_refused, read_page_token
 from server.recommend.slate import Place, Slate, SlateFlag
 from server.recommend.slates import Found, Met, Slates
 from server.recommend.snapshot import Snapshot
@@ -175,6 +175,8 @@ class Recommender:
         slate_id, position = read_page_token(token)
         if slate_id != slate.slate_id:
             raise ConflictError("the slate has changed; start again without a page token", reason="SLATE_EXPIRED", field="page_token")
+        if position >= len(slate.rows):
+            raise page_token_refused()
         return position
 
     def _observe(self, answer: Answer) -> None:

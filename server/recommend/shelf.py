@@ -106,5 +106,10 @@ def read_page_token(token: str) -> tuple[str, int]:
         slate_id, position = "", -1
     # A position below zero would count from the end of the slate, and show its last items first.
     if position < 0 or page_token(slate_id, position) != token:
-        raise InvalidRequestError("page_token", "must be a token returned by this service, unchanged", reason="INVALID_TOKEN")
+        raise page_token_refused()
     return slate_id, position
+
+
+def page_token_refused() -> InvalidRequestError:
+    """Returns the error for a text that this service has not returned as a page token."""
+    return InvalidRequestError("page_token", "must be a token returned by this service, unchanged", reason="INVALID_TOKEN")

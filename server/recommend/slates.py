@@ -119,10 +119,12 @@ class Slates:
     async def meet(self, user_id: str, place: Place, minimum: int, clock: StageClock) -> Met:
         """Returns the customer's features and where everything stands, for answers that need no slate; errors as ``find``."""
         try:
+            lagging = self._lagging
             stand = await self._standings.online(user_id, place, minimum, clock)
             with clock("features"):
                 customer = await self._customers.online(user_id, stand.snapshot, as_of=stand.as_of)
-            return Met(stand, customer, self._online.behind, self._lagging)
+            lagging = lagging or self._lagging
+            return Met(stand, customer, bool(lagging), lagging)
         except ONLINE_AWAY:
             async with self._apart.passing():
                 stand = await self._standings.recorded(user_id, minimum, clock)
@@ -133,11 +135,13 @@ class Slates:
 
     @property
     def _lagging(self) -> tuple[str, ...]:
+        """Asked before a look too: what was read while Redis lagged is no newer when it has caught up since."""
         return (ONLINE_STORE_LAGGING,) if self._online.behind else ()
 
     async def _together(self, user_id: str, place: Place, minimum: int, clock: StageClock, seen: Callable[[Stand], None]) -> Found:
         """Returns the slate that stands in Redis for all replicas, committing one if none does."""
         for _ in range(TURNS):
+            lagging = self._lagging
             stand = await self._standings.online(user_id, place, minimum, clock, seen=seen)
             snapshot, version = stand.snapshot, stand.user_version
             slot = place.slot(snapshot.model_version, snapshot.index_version)
@@ -152,7 +156,8 @@ class Slates:
                 slate = decode_slate(standing, user_id, slot)
             if slate is not None and slate.user_version >= version and standing is not None:
                 self._remember(user_id, place, snapshot, slate.user_version, standing)
-                return Found(user_id, slate, snapshot, stand.offer_version, self._online.behind, self._lagging, stand.membership)
+                lagging = lagging or self._lagging
+                return Found(user_id, slate, snapshot, stand.offer_version, bool(lagging), lagging, stand.membership)
         raise moving()
 
     async def _by_itself(self, user_id: str, place: Place, minimum: int, clock: StageClock) -> Found:

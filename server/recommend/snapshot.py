@@ -79,7 +79,7 @@ class SnapshotBuilder:
             return self._tables[index_version]
 
     def _read_table(self, index_version: int) -> ItemTable:
-        with psycopg.connect(self._dsn) as connection:
+        with psycopg.connect(self._dsn, connect_timeout=3) as connection:
             return load_item_table(connection, index_version)
 
     async def _fill_encoded(self, vectors: FloatArray, model: LoadedModel, table: ItemTable, rows: Sequence[int]) -> None:

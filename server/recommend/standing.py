@@ -1,6 +1,5 @@
 """Where a customer and the fleet stand: read from Redis in one round trip, or from PostgreSQL while Redis is away."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +14,6 @@ from server.recommend.snapshot import Snapshot
 
 # Each turn follows a pointer or a version that moved while we looked; more than a few in one call means the stores disagree.
 TURNS = 12
-_SHOWN_SIZE = 100_000
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,6 @@ class Standings:
         self._online = online
         self._fleet = fleet
         self._now = now
-        # Versions shown from PostgreSQL while Redis may have lagged: this replica shows nobody an older one afterwards.
-        self._shown: OrderedDict[str, int] = OrderedDict()
 
     async def online(
         self, user_id: str, place: Place, minimum: int, clock: StageClock, *, seen: Callable[[Stand], None] = lambda _: None
@@ -67,7 +63,7 @@ class Standings:
             NotFoundError, MergedError: the customer does not exist (any more).
             UnavailableError: the versions do not come to rest, or the snapshot cannot be loaded.
         """
-        shown = self._shown.get(user_id, 0) if self._shown else 0
+        shown = self._states.shown.of(user_id)
         snapshot = self._fleet.current
         for _ in range(TURNS):
             with clock("online_read"):
@@ -101,12 +97,7 @@ class Standings:
 
     def show(self, user_id: str, version: int) -> None:
         """Notes that a version PostgreSQL holds was answered, which Redis may not hold yet."""
-        if not user_id:
-            return
-        self._shown[user_id] = max(version, self._shown.get(user_id, 0))
-        self._shown.move_to_end(user_id)
-        if len(self._shown) > _SHOWN_SIZE:
-            self._shown.popitem(last=False)
+        self._states.shown.note(user_id, version)
 
 
 def moving() -> UnavailableError:

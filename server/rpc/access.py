@@ -105,13 +105,16 @@ class Access:
 
     @contextmanager
     def entered(self, rule: Rule, caller: Principal, request: Any) -> Iterator[None]:
-        """Holds a unary call to its channels, and counts it among its channel's while it lasts.
+        """Holds a unary call to its channels, and counts it among its channel's while it lasts; operators' calls are not counted.
 
         Raises:
             ForbiddenError: it speaks for a channel that is not the caller's.
             OverloadedError: its channel has had its share.
         """
         channel = self._checked(rule, caller, request)
+        if rule.operational:
+            yield
+            return
         self._limits.enter(channel, rule.service)
         try:
             self._limits.events(channel, len(getattr(request, "events", ())))
@@ -119,9 +122,14 @@ class Access:
         finally:
             self._limits.leave(channel, rule.service)
 
-    async def checked_stream(self, rule: Rule, caller: Principal, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Passes on a stream's messages that keep to the caller's channels, as fast as the channel's rate allows."""
+    async def checked_stream(self, rule: Rule, context: Context, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Passes on a stream's messages that keep to the caller's channels, as fast as the channel's rate allows.
+
+        Each message is asked who sends it: a stream may outlive the key or token that it was opened with.
+        """
         async for request in requests:
+            caller = await self.authenticate(context)
+            self.permit(rule, caller)
             await self._limits.events_in_turn(self._checked(rule, caller, request), len(getattr(request, "events", ())))
             yield request
 
@@ -167,7 +175,7 @@ class Access:
             caller.require(rule.flag[1])
         if caller.channels is not None:
             caller.require_channels(_channels_of(request))
-        channel = next(filter(None, _channels_of(request)), "")
+        channel = next(filter(None, _channels_of(request)), "") or caller.only_channel
         return channel if channel in self._channels else ""
 
 

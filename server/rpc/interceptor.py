@@ -184,7 +184,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     self._admit()
                     call.caller = await access.authenticate(context)
                     access.permit(rule, call.caller)
-                    requests = access.checked_stream(rule, call.caller, parsed(raw_messages))
+                    requests = access.checked_stream(rule, context, parsed(raw_messages))
                     async with aclosing(behaviour(requests, context)) as responses:
                         async for response in responses:
                             yield response

@@ -21,8 +21,11 @@ class TokenBucket:
     def take(self, count: float, *, at: float) -> float:
         """Takes ``count`` tokens and returns 0, or takes none and returns how many seconds to wait for them.
 
-        A batch larger than the bucket is let in when the bucket is full and leaves it in debt, or it could never pass.
+        A batch larger than the bucket is let in when the bucket is full and leaves it in debt, or it could never pass. Nothing
+        costs nothing, in debt too.
         """
+        if not count:
+            return 0.0
         self._held = min(self._most, self._held + (at - self._at) * self._rate)
         self._at = at
         lacking = min(count, self._most) - self._held

@@ -24,6 +24,11 @@ class Principal:
     channels: frozenset[str] | None
     scopes: frozenset[Scope]
 
+    @property
+    def only_channel(self) -> str:
+        """The channel that all its calls are of, empty when it speaks for several."""
+        return next(iter(self.channels)) if self.channels is not None and len(self.channels) == 1 else ""
+
     def require(self, scope: Scope) -> None:
         """Checks a right.
 

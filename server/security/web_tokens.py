@@ -33,7 +33,11 @@ class WebTokens:
         self._known: OrderedDict[bytes, tuple[float, Principal]] = OrderedDict()
         self._changed_at = 0
         self._keys: dict[str, Any] = {}
-        if not self._load():
+        try:
+            loaded = self._load()
+        except OSError as error:
+            raise SettingsError(f"CONCORD_JWT_KEYS: {self._path} cannot be read: {error.strerror}") from None
+        if not loaded:
             raise SettingsError(f"CONCORD_JWT_KEYS: {self._path} holds no public key")
 
     async def authenticate(self, bearer: str) -> Principal:

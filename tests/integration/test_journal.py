@@ -111,3 +111,16 @@ async def test_what_cannot_be_written_stays_queued(desk: Desk) -> None:
         connection.execute("ALTER TABLE away RENAME TO exposures")
     await desk.journal.flush()
     assert desk.rows() == [("u1",)]
+
+
+async def test_what_an_attempt_whose_answer_was_lost_has_stored_is_not_stored_twice(desk: Desk) -> None:
+    """After such an attempt everything stays queued; rows that stand already must neither double nor hold up the others."""
+    same = uuid.uuid4()
+    desk.journal._new_id = lambda: same
+    desk.journal.log(ANSWER, QUERY, answered_at=NOW)
+    await desk.journal.flush()
+    desk.journal.log(ANSWER, QUERY, answered_at=NOW)
+    desk.journal.log(replace(ANSWER, user_id="u2"), QUERY, answered_at=NOW)
+    await desk.journal.flush()
+    assert desk.rows() == [("u1",), ("u2",)]
+    assert (desk.count("written"), desk.count("forgotten"), desk.journal.queued) == (3, 0, 0)

@@ -170,6 +170,24 @@ async def test_prices_follow_at_once_and_never_split(fleet: Fleet) -> None:
         assert (answer.items[0].price.units, answer.items[0].price.nanos) == (1, 230_000_000)
 
 
+async def test_a_new_picture_shows_at_once_and_everywhere(fleet: Fleet) -> None:
+    customer = fleet.customers[7]
+    item_id = (await fleet["web"].recommend(user(customer), surface="home", limit=1)).items[0].item_id
+    await everywhere(fleet, customer, limit=1)  # every replica has its offers
+    with psycopg.connect(fleet.settings.postgres_dsn) as connection:
+        query = "SELECT title, text, category, brand, price_micros, currency, stock, channels FROM items WHERE item_id = %s"
+        row = connection.execute(query, [item_id]).fetchone()
+        assert row is not None
+        changed = upsert_items(connection, [Item(item_id, *row[:7], channels=tuple(row[7]), image_ref="new.jpg")])
+        again = upsert_items(connection, [Item(item_id, *row[:7], channels=tuple(row[7]), image_ref="new.jpg")])
+    assert (changed.offer_changed_count, changed.redescribed_count, again.offer_changed_count) == (1, 0, 0)
+    async with asyncio.timeout(5):
+        while (await fleet["web"].recommend(user(customer), surface="home", limit=5)).versions.offer_version < changed.offer_version:
+            await asyncio.sleep(0.02)
+    answers = await everywhere(fleet, customer, limit=1)
+    assert {(answer.items[0].item_id, answer.items[0].image_ref) for answer in answers} == {(item_id, "new.jpg")}
+
+
 async def test_redis_wiped_is_rebuilt_to_the_same_answer(fleet: Fleet) -> None:
     customer = fleet.customers[8]
     before = await fleet["web"].recommend(user(customer), surface="home", limit=50)

@@ -22,6 +22,7 @@ from server.domain import Answer, RecommendQuery, Subject
 from server.errors import NotFoundError
 from server.ingest.identities import Identities, Known
 from server.metrics import Metrics
+from server.online.shown import Shown
 from server.online.states import MergedError, Recorded
 from server.online.store import Fleet, Standing
 from server.recommend.known import KnownSlates
@@ -127,6 +128,7 @@ class MemoryStates:
 
     truth: Truth
     online: MemoryOnline
+    shown: Shown = field(default_factory=Shown)
     rebuilds: int = 0
     stale: bool = False
 

@@ -321,6 +321,20 @@ async def test_an_answer_from_a_redis_that_may_lag_is_flagged(shop: Shop) -> Non
     assert not (await ask(replica)).stale
 
 
+async def test_what_was_read_while_redis_lagged_is_flagged_although_it_has_caught_up_since(shop: Shop) -> None:
+    replica = shop.replica()
+
+    def caught_up() -> None:
+        shop.online.behind = False
+
+    shop.online.on_read = caught_up
+    for act in (ask, rank):
+        shop.online.behind = True
+        answer = await act(replica)
+        assert (answer.stale, answer.degraded_reasons) == (True, ("ONLINE_STORE_LAGGING",))
+        assert not (await act(replica)).stale
+
+
 async def test_a_redis_error_that_is_none_of_being_away_is_survived_too(shop: Shop) -> None:
     replica = shop.replica()
 

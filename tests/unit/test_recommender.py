@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from server.domain import Answer, ItemFilter, RecommendQuery, Subject, Token
-from server.errors import ConflictError, NotFoundError, PreconditionError, StaleStateError, UnavailableError
+from server.errors import ConflictError, InvalidRequestError, NotFoundError, PreconditionError, StaleStateError, UnavailableError
 from server.online.store import Fleet
+from server.recommend.shelf import page_token
 from tests.unit.memory import Replica, Shop
 
 
@@ -265,6 +266,18 @@ async def test_a_page_token_of_a_slate_that_is_gone_is_a_conflict(shop: Shop) ->
     with pytest.raises(ConflictError) as caught:
         await ask(replica, page_token=token)
     assert (caught.value.reason, caught.value.field) == ("SLATE_EXPIRED", "page_token")
+
+
+async def test_a_page_token_beyond_the_slate_is_none_of_ours(shop: Shop) -> None:
+    """Its position would be written to the journal, where one that no column holds would keep all later exposures waiting."""
+    replica = shop.replica()
+    slate_id = (await ask(replica)).slate_id
+    for position in (40, 3_000_000_000):
+        with pytest.raises(InvalidRequestError) as caught:
+            await ask(replica, page_token=page_token(slate_id, position))
+        assert (caught.value.reason, caught.value.field) == ("INVALID_TOKEN", "page_token")
+    assert len((await ask(replica, page_token=page_token(slate_id, 39))).items) == 1
+    assert len(replica.journal.logged) == 2
 
 
 async def test_prices_are_live_and_the_slate_stays(shop: Shop) -> None:

@@ -47,10 +47,11 @@ class FakeWriter:
 class FakeOnline:
     def __init__(self) -> None:
         self.down = False
+        self.error: Exception = redis.exceptions.ConnectionError()
 
     async def write_users(self, states: Any) -> None:
         if self.down:
-            raise redis.exceptions.ConnectionError
+            raise self.error
 
 
 def event(number: int, text: str = "") -> IncomingEvent:
@@ -179,3 +180,12 @@ async def test_each_call_gets_the_outcomes_of_its_own_events() -> None:
         await asyncio.sleep(0.02)
         writer.gate.set()
         assert [len((await call).outcomes) for call in calls] == [1, 2, 3, 4, 5]
+
+
+async def test_whatever_the_online_store_fails_with_committed_events_are_acknowledged_and_later_ones_too() -> None:
+    async with recording() as (recorder, _, online):
+        online.down, online.error = True, RuntimeError("a defect")
+        async with asyncio.timeout(2):
+            assert not (await recorder.record([event(0)])).online
+            online.down = False
+            assert (await recorder.record([event(1)])).online

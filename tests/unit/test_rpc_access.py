@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from concord.v1 import catalog_pb2, common_pb2, events_pb2, identity_pb2, models_pb2, recommendation_pb2
+from concord.v1 import catalog_pb2, common_pb2, events_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2
 from server.errors import UnauthenticatedError, UnavailableError
 from server.security.gate import Gate
 from server.security.principals import Principal, principal
@@ -168,6 +168,27 @@ async def test_a_stream_is_held_to_the_same() -> None:
     assert len(edge.fakes.recorder.calls) == 1
 
 
+async def test_a_stream_does_not_outlive_the_key_it_was_opened_with() -> None:
+    keyring = Keyring()
+    async with serving(Fakes(gate=Gate(keyring, open_to_all=False))) as edge, asyncio.timeout(5):
+        method: Any = edge.channel.stream_stream("/concord.v1.EventService/StreamEvents")
+        call = method(**bearer("web-key"))
+        message = events_pb2.StreamEventsRequest(events=[event("web")]).SerializeToString()
+        await call.write(message)
+        await call.read()
+        holder = keyring.holders.pop("web-key")
+        await call.write(message)
+        assert await call.code() is Code.UNAUTHENTICATED
+        keyring.holders["web-key"] = holder
+        call = method(**bearer("web-key"))
+        await call.write(message)
+        await call.read()
+        keyring.holders["web-key"] = principal(holder.name, ["web"], [Scope.RECOMMENDATIONS_READ])
+        await call.write(message)
+        assert await call.code() is Code.PERMISSION_DENIED
+    assert len(edge.fakes.recorder.calls) == 2
+
+
 async def test_admin_methods_have_a_port_of_their_own() -> None:
     activate = models_pb2.ActivateModelRequest(model_version="m2").SerializeToString()
     async with serving(guarded(), admin_port=0) as edge:
@@ -238,6 +259,19 @@ async def test_a_channel_that_calls_too_often_is_told_when_to_come_back() -> Non
     async with serving(channel_events_per_second=1) as edge:
         await edge.raw(RECORD, many)
         assert (await refused(edge, RECORD, many)).reason == "RATE_LIMITED"
+        await edge.raw(RECOMMEND, ask())  # which records no events
+
+
+async def test_a_call_that_names_no_channel_counts_for_that_of_its_caller() -> None:
+    keyring = Keyring()
+    keyring.holders["app-key"] = principal("key:app/1", ["app"], CHANNEL_SCOPES)
+    profile = profile_pb2.GetProfileRequest(subject={"user_id": "u"}).SerializeToString()
+    method = "/concord.v1.ProfileService/GetProfile"
+    async with serving(Fakes(gate=Gate(keyring, open_to_all=False)), channel_calls_per_second=1) as edge:
+        for _ in range(2):
+            await edge.raw(method, profile, **bearer("web-key"))
+        assert (await refused(edge, method, profile, **bearer("web-key"))).reason == "RATE_LIMITED"
+        await edge.raw(method, profile, **bearer("app-key"))
 
 
 async def test_health_operators_and_other_services_answer_while_one_service_is_full() -> None:
@@ -265,6 +299,16 @@ async def test_operators_are_not_counted_among_customers_calls() -> None:
     async with serving(fakes, max_in_flight=1) as edge:
         await edge.raw("/concord.v1.ModelService/ListModels")
         await asyncio.gather(*(edge.raw("/concord.v1.ModelService/ListModels") for _ in range(6)))
+
+
+async def test_operators_calls_are_not_counted_against_the_rate_of_calls_without_a_channel() -> None:
+    profile = profile_pb2.GetProfileRequest(subject={"user_id": "u"}).SerializeToString()
+    async with serving(channel_calls_per_second=1) as edge:
+        for _ in range(2):
+            await edge.raw("/concord.v1.ProfileService/GetProfile", profile)
+        assert (await refused(edge, "/concord.v1.ProfileService/GetProfile", profile)).reason == "RATE_LIMITED"
+        for _ in range(5):
+            await edge.raw("/concord.v1.ModelService/ListModels")
 
 
 async def test_a_full_service_accepts_late() -> None:

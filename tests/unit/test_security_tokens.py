@@ -148,6 +148,9 @@ def test_a_file_without_a_key_stops_the_start(tmp_path: Path) -> None:
     for content in (b"", b"hello", b'{"keys": []}'):
         with pytest.raises(SettingsError, match="CONCORD_JWT_KEYS"):
             tokens(tmp_path / "keys", content)
+    settings = SecuritySettings(auth="jwt", jwt_issuer="i", jwt_audience="a", jwt_keys=tmp_path / "missing")
+    with pytest.raises(SettingsError, match=r"CONCORD_JWT_KEYS: .*missing cannot be read"):
+        WebTokens(settings, now=lambda: NOW)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])

@@ -1,0 +1,121 @@
+"""Reads of customers' features on real stores: none older than was shown, none emptied by what happens between two looks."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+from feast import Entity, FeatureView, Field, FileSource, ValueType
+from feast.types import String
+
+from features.activity import ACTIVITY_VIEW
+from features.layout import Status, load_layouts
+from features.store import feature_store
+from server.database import redis_breaker, redis_client
+from server.domain import EntityKey
+from server.errors import InvalidRequestError, UnavailableError
+from server.online.breaker import CircuitBreaker
+from server.online.features import FeatureReader
+from server.online.states import UserStates
+from server.recommend.profiles import Profiles
+from server.settings import ServerSettings
+from tests.integration.replicas import Names, Pair, Replica, view, web
+
+VERSION = f"{ACTIVITY_VIEW}:version"
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+@asynccontextmanager
+async def reading(settings: ServerSettings, of: Replica, states: UserStates) -> AsyncIterator[tuple[FeatureReader, CircuitBreaker]]:
+    store = await asyncio.to_thread(feature_store, settings)
+    client = redis_client(settings)
+    breaker = redis_breaker(settings, client, lambda _: None)
+    layouts = load_layouts(store)
+    yield FeatureReader(client, breaker, states, of.identities, store=store, layouts=layouts, project=settings.project, now=now), breaker
+    await client.aclose()
+
+
+class Wiped(UserStates):
+    """Redis loses everything right after a state was found to be new enough, ``times`` times."""
+
+    def __init__(self, of: Replica, settings: ServerSettings, times: int) -> None:
+        super().__init__(of.pool, of.online, of.states._codec)
+        self._redis = redis.Redis.from_url(settings.redis_url)
+        self._left = times
+
+    async def at_least(self, user_id: str, minimum: int, *, now: datetime) -> Any:
+        features = await super().at_least(user_id, minimum, now=now)
+        if self._left:
+            self._left -= 1
+            self._redis.flushdb()
+        return features
+
+
+async def test_a_state_lost_between_the_look_and_the_read_is_not_answered_as_missing(
+    two: Pair, settings: ServerSettings, names: Names
+) -> None:
+    token = await two[0].record(web(names("ann")), "a", "b")
+    asked = [EntityKey(user_id="nobody"), EntityKey(user_id=token.user_id, token=token)]
+    async with reading(settings, two[0], Wiped(two[0], settings, times=1)) as (reader, _):
+        rows = await reader.read(service="", refs=[VERSION], entities=asked)
+    assert [(row.values[VERSION].value, row.values[VERSION].status) for row in rows] == [(None, Status.MISSING), (2, Status.PRESENT)]
+    async with reading(settings, two[0], Wiped(two[0], settings, times=9)) as (reader, _):
+        with pytest.raises(UnavailableError):
+            await reader.read(service="", refs=[VERSION], entities=asked)
+
+
+async def test_without_redis_an_entity_that_lacks_its_id_is_refused_as_ever(two: Pair, settings: ServerSettings, names: Names) -> None:
+    token = await two[0].record(web(names("ann")), "a")
+    asked = [EntityKey(user_id=token.user_id), EntityKey(item_id="i1")]
+    breaker = two[0].online._breaker
+    async with reading(settings, two[0], two[0].states) as (reader, _):
+        for breaker.is_open in (True, False):
+            with pytest.raises(InvalidRequestError) as refused:
+                async with asyncio.timeout(2):
+                    await reader.read(service="", refs=[VERSION], entities=asked)
+            assert refused.value.field == "entities[1].user_id"
+
+
+async def test_what_was_read_around_redis_is_the_least_that_is_read_from_it_after(
+    two: Pair, settings: ServerSettings, names: Names
+) -> None:
+    """An event is committed and not yet in Redis: whoever was shown it by one call must not miss it in the next."""
+    ann = two[0]
+    token = await ann.record(web(names("ann")), "a")
+    states = UserStates(ann.pool, ann.online, ann.states._codec)
+    profiles = Profiles(ann.pool, ann.identities, states, now=now)
+    await ann.writer.write([[view(web(names("ann")), "b")]])  # and not published
+    assert (await profiles.read(web(names("ann")), token=token)).user_version == 1
+    async with reading(settings, ann, states) as (reader, breaker):
+        breaker.is_open = True
+        around = await reader.read(service="", refs=[VERSION], entities=[EntityKey(user_id=token.user_id)])
+        breaker.is_open = False
+        after = await reader.read(service="", refs=[VERSION], entities=[EntityKey(user_id=token.user_id)])
+    assert [rows[0].values[VERSION].value for rows in (around, after)] == [2, 2]
+    assert (await profiles.read(web(names("ann")), token=None)).user_version == 2
+
+
+async def test_a_view_that_cannot_be_laid_out_does_not_end_the_looks_at_the_registry(two: Pair, settings: ServerSettings) -> None:
+    keys = [Entity(name=name, join_keys=[f"{name}_id"], value_type=ValueType.STRING) for name in ("user", "item")]
+    schema = [Field(name=name, dtype=String) for name in ("user_id", "item_id", "v")]
+    source = FileSource(path="nowhere.parquet", timestamp_field="t")
+    pair = FeatureView(name="pair", entities=keys, schema=schema, source=source)
+    store: Any = SimpleNamespace(refresh_registry=lambda: None, list_feature_views=lambda: [pair])
+    async with reading(settings, two[0], two[0].states) as (reader, _):
+        known, reader._store = reader._store, store
+        looking = asyncio.create_task(reader.run(0.01))
+        await asyncio.sleep(0.2)
+        assert not looking.done()
+        reader._store, reader._layouts = known, {}
+        async with asyncio.timeout(5):
+            while not reader._layouts:
+                await asyncio.sleep(0.01)
+        looking.cancel()
+        await asyncio.wait([looking])
