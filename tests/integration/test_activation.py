@@ -229,6 +229,14 @@ async def test_only_the_model_that_answers_and_the_one_before_stay_in_memory(rep
     assert [tuple(ref() is None for ref in pair) for pair in sessions] == [(True, True), (True, True), (False, False), (False, False)]
 
 
+async def test_an_activation_is_acknowledged_when_every_call_follows_it(replica: Replica) -> None:
+    pointed = []
+    for version in ("y", "z", "x"):
+        await replica.activate(version)
+        pointed.append(replica.pointed()[0])
+    assert pointed == ["y", "z", "x"]
+
+
 async def test_an_epoch_answers_once_every_replica_has_built_it(replica: Replica, other: None) -> None:
     before = replica.pointed()[1]
     published = replica.publish_epoch()
