@@ -41,6 +41,7 @@ LEFT JOIN LATERAL (
 # number of profile pairs, profile pairs (time field first), or without a profile the names of its fields.
 # Within a membership the profile is only filled in when the hash has none: a materialization may have written a newer one
 # meanwhile. With another membership it is that of other events, and is replaced.
+# HSET comes first: Redis looks at its memory limit before a script's first write only, and a full Redis must refuse whole states.
 WRITE_STATE = f"""
 local function version_of(raw)
     if not raw or #raw < 2 or raw:byte(1) ~= 0x20 then return -1 end
@@ -65,9 +66,9 @@ if current < offered then
         redis.call('HSET', KEYS[1], '{MERGED_FIELD}', merged, '{MARKER_VERSION_FIELD}', ARGV[1], '{MEMBERSHIP_FIELD}', membership)
         return offered
     end
+    redis.call('HSET', KEYS[1], '{MEMBERSHIP_FIELD}', membership, unpack(ARGV, 6, 5 + 2 * pairs))
     redis.call('HDEL', KEYS[1], '{MERGED_FIELD}', '{MARKER_VERSION_FIELD}')
     if regrouped and seen[5] and ARGV[6 + 2 * pairs] == '0' then redis.call('HDEL', KEYS[1], unpack(ARGV, 7 + 2 * pairs, #ARGV)) end
-    redis.call('HSET', KEYS[1], '{MEMBERSHIP_FIELD}', membership, unpack(ARGV, 6, 5 + 2 * pairs))
     current = offered
 elseif regrouped or merged ~= '' then
     return current

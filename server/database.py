@@ -1,7 +1,7 @@
 """Connections: one PostgreSQL pool and one Redis client per process, with explicit timeouts, breakers and no hidden retries."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 
 import psycopg
@@ -10,6 +10,7 @@ import redis.exceptions
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, TooManyRequests
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -24,6 +25,7 @@ Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]
 _REDIS_CONNECTIONS = 64
 # A caller who gave up after this long speaks against PostgreSQL; waiting for a busy pool is usually shorter.
 _HANG_SECONDS = 0.4
+_RECONNECT_SECONDS = 1.0
 
 # What the stores raise when they cannot answer now. A call refused by its breaker raises one of them too.
 ONLINE_AWAY = (redis.exceptions.RedisError,)
@@ -33,14 +35,26 @@ RECORD_AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
 
 
 class GuardedPool(TracedPool):
-    """A pool whose connections are refused at once while PostgreSQL is away."""
+    """A pool whose connections are refused at once while PostgreSQL is away, or while too many calls wait for one.
+
+    The waiting are counted here: psycopg's own ``max_waiting`` also counts those whose time has run out until the next connection
+    is free, and refuses before it would open one, so that after a longer outage it could refuse for good.
+    """
 
     breaker: CircuitBreaker
+    most_asking: int
+    _asking = 0
 
     async def getconn(self, timeout: float | None = None) -> AsyncConnection[TupleRow]:  # noqa: ASYNC109 - as in the base class
         """Returns a connection that was just checked; raises OperationalError when PostgreSQL gives none."""
-        async with self.breaker.call():
-            return await super().getconn(timeout)
+        if self._asking >= self.most_asking:
+            raise TooManyRequests("too many calls wait for a connection")
+        self._asking += 1
+        try:
+            async with self.breaker.call():
+                return await super().getconn(timeout)
+        finally:
+            self._asking -= 1
 
 
 def postgres_breaker(settings: ServerSettings, on_change: Callable[[bool], None]) -> CircuitBreaker:
@@ -99,7 +113,8 @@ def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
         min_size=2,
         max_size=settings.postgres_pool_size,
         timeout=settings.postgres_timeout_seconds,
-        max_waiting=settings.postgres_waiting,
+        # Attempts to connect again double their pauses up to this many seconds; given up, the next call to come tries at once.
+        reconnect_timeout=_RECONNECT_SECONDS,
         open=False,
         check=_checked,
         kwargs={
@@ -109,8 +124,23 @@ def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
         },
         name="concord",
     )
-    pool.breaker = breaker
+    pool.breaker, pool.most_asking = breaker, settings.postgres_waiting
     return pool
+
+
+class _Plainspoken(AbstractConnection):
+    """A connection that says it was lost as redis-py expects it.
+
+    A Redis that dies while a connection is being made closes its transport before the first write. asyncio's own transports
+    ignore such a write; uvloop's raise RuntimeError, which redis-py passes on and callers would take for a bug.
+    """
+
+    async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
+        """Writes a command; raises ConnectionError when the transport is closed already."""
+        try:
+            await super().send_packed_command(command, check_health)
+        except RuntimeError as error:
+            raise redis.exceptions.ConnectionError("the connection was closed before it was written to") from error
 
 
 def redis_client(settings: ServerSettings) -> "redis.asyncio.Redis":
@@ -122,4 +152,6 @@ def redis_client(settings: ServerSettings) -> "redis.asyncio.Redis":
         retry=Retry(NoBackoff(), 0),
         max_connections=_REDIS_CONNECTIONS,
     )
+    pool = client.connection_pool  # its class depends on the URL: plain, TLS or a socket
+    pool.connection_class = type("Connection", (_Plainspoken, pool.connection_class), {})
     return client

@@ -22,6 +22,11 @@ class ServerSettings(SecuritySettings):
     health_seconds: float = Field(1.0, gt=0, description="Pause between looks at the dependencies, in seconds; two failures count.")
     reflection: bool = Field(True, description="Serve gRPC reflection (for grpcurl); switch off in production.")
     default_deadline_seconds: float = Field(5.0, gt=0, description="Deadline imposed on a call whose client set none, in seconds.")
+    stream_idle_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="How long the client of a StreamEvents call may send nothing, or take no answer, in seconds; then it is ended.",
+    )
     drain_seconds: float = Field(10.0, ge=0, description="How long calls in flight may finish after SIGTERM, in seconds.")
     max_message_bytes: int = Field(4 * 1024 * 1024, gt=0, description="Largest message accepted, in bytes.")
     max_in_flight: int = Field(

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 # Real servers and shops, for every folder of tests that runs against them.
@@ -21,6 +22,12 @@ def _clean_environment() -> Iterator[None]:
     removed = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("CONCORD_") and name not in kept}
     yield
     os.environ.update(removed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+async def _grpc_stays() -> None:
+    """gRPC ends its poller with the last channel and starts it with the next: after cancelled calls that end can wait for ever."""
+    grpc.aio.init_grpc_aio()
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import grpc
 
-# Every call of Concord is safe to retry, recording included, since this client gives each event an id. Only UNAVAILABLE is
-# retried: 4 attempts, and a bucket that stops retries once they exceed a tenth of the successes, so that a fleet of clients
-# adds at most about 10 % load to a server in trouble. round_robin spreads calls over the replicas a DNS name stands for.
+# Every call of Concord is safe to retry, recording included, since this client gives each event an id. Retried are UNAVAILABLE, and
+# CANCELLED: with that gRPC's core ends calls that an overloaded or stopping server has received but not looked at. 4 attempts,
+# and a bucket that stops retries once they exceed a tenth of the successes, so that a fleet of clients adds at most about 10 %
+# load to a server in trouble. round_robin spreads calls over the replicas a DNS name stands for.
 SERVICE_CONFIG = json.dumps(
     {
         "loadBalancingConfig": [{"round_robin": {}}],
@@ -19,7 +20,7 @@ SERVICE_CONFIG = json.dumps(
                     "initialBackoff": "0.05s",
                     "maxBackoff": "1s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             }
         ],

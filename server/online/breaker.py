@@ -80,9 +80,13 @@ class CircuitBreaker:
         self.behind = False
         self.catch_up: Callable[[], Awaitable[bool]] = _certain
 
-    def call(self) -> "_Call":
-        """Returns an async context for one call to the store; entering it raises the rules' refusal while the breaker is open."""
-        return _Call(self)
+    def call(self, *, in_time: bool = False) -> "_Call":
+        """Returns an async context for one call to the store; entering it raises the rules' refusal while the breaker is open.
+
+        With ``in_time``, leaving it raises the refusal too when the call succeeded but was slow, or the breaker opened meanwhile:
+        what a store says after it hung may be older than what was answered without it in that time.
+        """
+        return _Call(self, in_time=in_time)
 
     async def run(self) -> None:
         """Probes a store that is away, and measures how late the event loop is, until cancelled."""
@@ -115,10 +119,11 @@ class CircuitBreaker:
         if self.is_open and not _probing.get():
             raise self._rules.refusal()
 
-    def _ended(self, seconds: float, error: BaseException | None) -> None:
+    def _ended(self, seconds: float, error: BaseException | None) -> bool:
+        """Takes note of a call's end; says whether it speaks against the store."""
         if isinstance(error, asyncio.CancelledError):
             if seconds < self._rules.hang_seconds:
-                return  # a caller who leaves early says nothing of the store
+                return False  # a caller who leaves early says nothing of the store
             failed = True
         else:
             # A late loop makes every call look slow twice: when it is sent and when its answer is read.
@@ -126,6 +131,7 @@ class CircuitBreaker:
         self._streak = self._streak + 1 if failed else 0
         if self._streak >= self._rules.failures and not self.is_open:
             self._open(error)
+        return failed
 
     def _open(self, error: BaseException | None) -> None:
         self.is_open = True
@@ -142,10 +148,11 @@ class CircuitBreaker:
 class _Call:
     """One call on its way through the breaker."""
 
-    __slots__ = ("_breaker", "_started")
+    __slots__ = ("_breaker", "_in_time", "_started")
 
-    def __init__(self, breaker: CircuitBreaker) -> None:
+    def __init__(self, breaker: CircuitBreaker, *, in_time: bool) -> None:
         self._breaker = breaker
+        self._in_time = in_time
         self._started = 0.0
 
     async def __aenter__(self) -> None:
@@ -162,4 +169,6 @@ class _Call:
     async def __aexit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         breaker = self._breaker
         breaker._slots.release()
-        breaker._ended(breaker._clock() - self._started, error)
+        failed = breaker._ended(breaker._clock() - self._started, error)
+        if self._in_time and error is None and not _probing.get() and (failed or breaker.is_open):
+            raise breaker._rules.refusal()

@@ -135,7 +135,7 @@ class OnlineStore:
         pipeline.hget(self.slates_key(user_id), slot)
         pipeline.hmget(self._fleet_key, ["model", "activation", "index", "offer"])
         pipeline.time()
-        async with self._breaker.call():
+        async with self._breaker.call(in_time=True):
             (version, merged_into, membership), slate, fleet, (seconds, micros) = await pipeline.execute()
         return Standing(
             user_version=None if version is None else decode_value(version),
@@ -172,7 +172,7 @@ class OnlineStore:
 
     async def user_features(self, user_id: str, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         """Reads all views of a customer with one command, so that no read mixes two writes."""
-        async with self._breaker.call():
+        async with self._breaker.call(in_time=True):
             replies = await self._client.hmget(self._codec.key(user_id), list(self._codec.hash_fields))  # type: ignore[misc, arg-type]
         return self._codec.decode(replies, now)
 

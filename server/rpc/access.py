@@ -146,7 +146,7 @@ class Access:
             await self._audit.note_refusal(entry, at=self._clock())
 
     async def _noted(self, rule: Rule, caller: Principal, request_id: str, request: Any, answer: Callable[[], Awaitable[Any]]) -> Any:
-        target = f"model:{version}" if (version := getattr(request, "model_version", "")) else ""
+        target = f"model:{version}" if (version := getattr(request, "model_version", "").replace("\0", "")) else ""
         await self._audit.require(AuditEntry(caller.name, rule.method, REQUESTED, request_id, target))
         outcome, customer = "FAILED", ""
         try:

@@ -1,7 +1,7 @@
 """EventService: telling Concord what customers did."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from concord.v1 import events_pb2, events_pb2_grpc
@@ -15,6 +15,8 @@ from server.rpc.ports import Recorder
 
 # Batches of one stream being recorded at a time; a faster sender is slowed by flow control.
 READ_AHEAD = 8
+# How long a stream that has been idle for too long may take to send its last answers before it is broken off.
+_PARTING_SECONDS = 1.0
 
 _STATUS = {
     Stored.STORED: events_pb2.EVENT_STATUS_STORED,
@@ -24,13 +26,20 @@ _STATUS = {
 
 
 class EventServicer(events_pb2_grpc.EventServiceServicer):
-    """Records batches, one per call or many over a stream; each batch of a stream has ``deadline_seconds``."""
+    """Records batches, one per call or many over a stream.
 
-    def __init__(self, recorder: Recorder, validator: EventValidator, metrics: Metrics, *, deadline_seconds: float) -> None:
+    Each batch of a stream has ``deadline_seconds``; a stream whose client sends nothing, or takes no answer, for ``idle_seconds``
+    is ended, so that stalled clients do not hold the places of others.
+    """
+
+    def __init__(
+        self, recorder: Recorder, validator: EventValidator, metrics: Metrics, *, deadline_seconds: float, idle_seconds: float
+    ) -> None:
         self._recorder = recorder
         self._validator = validator
         self._metrics = metrics
         self._deadline_seconds = deadline_seconds
+        self._idle_seconds = idle_seconds
         self._readers: set[asyncio.Task[None]] = set()
         self._draining = False
 
@@ -44,13 +53,15 @@ class EventServicer(events_pb2_grpc.EventServiceServicer):
     ) -> AsyncIterator[events_pb2.StreamEventsResponse]:
         """Records up to READ_AHEAD batches at a time and answers them in the order sent.
 
-        What ends the reading (a malformed message, the client's end) is told only after all batches before it are answered.
+        What ends the reading (a malformed message, the client's end, idleness) is told only after all batches before it are
+        answered. A client that does not take these answers would keep us at the `yield` for ever: then the call is broken off.
         """
         answers: asyncio.Queue[asyncio.Task[events_pb2.StreamEventsResponse] | None] = asyncio.Queue()
         free = asyncio.Semaphore(READ_AHEAD)
         reader = asyncio.create_task(self._read(requests, answers, free))
         self._readers.add(reader)
         reader.add_done_callback(lambda _: answers.put_nowait(None))
+        reader.add_done_callback(_break_off(asyncio.current_task()))
         if self._draining:
             reader.cancel()
         try:
@@ -76,8 +87,12 @@ class EventServicer(events_pb2_grpc.EventServiceServicer):
         answers: "asyncio.Queue[asyncio.Task[events_pb2.StreamEventsResponse] | None]",
         free: asyncio.Semaphore,
     ) -> None:
-        async for request in requests:
-            await free.acquire()
+        while True:
+            async with asyncio.timeout(self._idle_seconds):
+                request = await anext(requests, None)
+                if request is None:
+                    return
+                await free.acquire()
             answers.put_nowait(asyncio.create_task(self._answer(request)))
 
     async def _answer(self, request: events_pb2.StreamEventsRequest) -> events_pb2.StreamEventsResponse:
@@ -102,6 +117,16 @@ class EventServicer(events_pb2_grpc.EventServiceServicer):
             else:
                 results.append(_result(canonical_id(event.event_id), checked))
         return results, outcome
+
+
+def _break_off(call: "asyncio.Task[object] | None") -> Callable[["asyncio.Task[None]"], None]:
+    """Returns what cancels the call a while after its reader timed out; a call that has ended by then is not touched."""
+
+    def after(reader: "asyncio.Task[None]") -> None:
+        if call is not None and not reader.cancelled() and isinstance(reader.exception(), TimeoutError):
+            asyncio.get_running_loop().call_later(_PARTING_SECONDS, call.cancel)
+
+    return after
 
 
 async def _end(reader: "asyncio.Task[None]", answers: "asyncio.Queue[asyncio.Task[events_pb2.StreamEventsResponse] | None]") -> None:

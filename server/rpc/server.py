@@ -130,7 +130,11 @@ def build_server(
     """
     validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
     events = EventServicer(
-        services.recorder, EventValidator(validator, now, new_uuid), metrics, deadline_seconds=settings.default_deadline_seconds
+        services.recorder,
+        EventValidator(validator, now, new_uuid),
+        metrics,
+        deadline_seconds=settings.default_deadline_seconds,
+        idle_seconds=settings.stream_idle_seconds,
     )
     health_servicer = DrainingHealth(SERVICE_NAMES)
     limits = ChannelLimits(
@@ -186,6 +190,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # otherwise a second server takes the same port without a word
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.absolute_max_metadata_size", 16 * 1024),  # left to itself gRPC lets up to a quarter more pass
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
         ("grpc.server.max_pending_requests", _WAITING),
         ("grpc.server.max_pending_requests_hard_limit", _MOST_WAITING),

@@ -1,6 +1,7 @@
 """A served shop for tests: generated, imported, trained with the tiny preset, published, activated and materialized."""
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from server.app import open_rooms
 from server.metrics import Metrics
 from server.rpc.server import build_server
 from server.settings import ServerSettings
+from tests.faults.injection import injected
 from tests.integration.times import NOW
 
 
@@ -47,7 +49,20 @@ def deploy(settings: ServerSettings, bundle: Path) -> Manifest:
 
 @contextlib.asynccontextmanager
 async def served(settings: ServerSettings) -> AsyncIterator[str]:
-    """Serves a shop in this process and yields the address."""
+    """Serves a shop in this process and yields the address; with INJECT_FAULTS set, through seeded faults of its stores."""
+    if not (seed := os.environ.get("INJECT_FAULTS", "")):
+        async with served_directly(settings) as address:
+            yield address
+        return
+    async with injected(settings, seed=seed) as faulty, served_directly(faulty.settings) as address:
+        faulty.arm()
+        yield address
+        assert sum(faulty.done.values()), "faults were to be injected and none was"
+
+
+@contextlib.asynccontextmanager
+async def served_directly(settings: ServerSettings) -> AsyncIterator[str]:
+    """Serves a shop in this process and yields the address, whatever the environment says about faults."""
     metrics = Metrics(CollectorRegistry())
     async with open_rooms(settings, metrics) as rooms:
         server = build_server(rooms.services, settings, metrics, structlog.get_logger())

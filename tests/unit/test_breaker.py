@@ -214,3 +214,16 @@ async def test_run_probes_every_pause() -> None:
             store.time += 0.6
             await asyncio.sleep(0.02)
     loop.cancel()
+
+
+async def test_a_read_that_hung_is_not_believed() -> None:
+    store = Store()
+    breaker = store.breaker()
+    with pytest.raises(RefusedError):
+        async with breaker.call(in_time=True):
+            store.time += 0.2  # the store was frozen; what it says now may be older than what others answered meanwhile
+    async with breaker.call(in_time=True):
+        store.time += 0.05
+    with pytest.raises(RefusedError):
+        async with breaker.call(in_time=True):
+            await fail(store, breaker, 3)  # others found it away while this one waited

@@ -47,6 +47,7 @@ class Shop(
         self.seconds = seconds
         self.error = error
         self.fails_with_token = False
+        self.refusal = grpc.StatusCode.UNAVAILABLE
         self.received = []
         self.deadlines = []
         self.bearers = []
@@ -60,7 +61,7 @@ class Shop(
         await asyncio.sleep(self.seconds)
         if self.unavailable:
             self.unavailable -= 1
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
+            await context.abort(self.refusal, "away")
         if self.error is not None and (not self.fails_with_token or request.consistency_token):
             context.set_trailing_metadata((("grpc-status-details-bin", self.error),))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "bad request")
@@ -168,11 +169,11 @@ async def connected(shop, **options):
             yield concord
 
 
-def test_service_config_retries_unavailable_only_and_throttles():
+def test_service_config_retries_what_was_not_done_and_throttles():
     config = json.loads(SERVICE_CONFIG)
     (method,) = config["methodConfig"]
     assert method["name"] == [{}]  # every method
-    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert method["retryPolicy"]["maxAttempts"] == 4
     assert config["retryThrottling"] == {"maxTokens": 100, "tokenRatio": 0.1}
 
@@ -265,8 +266,10 @@ async def test_tokens_part_with_the_customers_and_go_with_the_forgotten():
     assert tokens == ["u-guest@4", "u-anna@4", "u-guest@4", "u-anna@4", "", "u-anna@4"]
 
 
-async def test_retries_on_unavailable_send_the_same_event_ids():
+@pytest.mark.parametrize("refusal", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+async def test_retries_send_the_same_event_ids(refusal):
     shop = Shop(unavailable=2)
+    shop.refusal = refusal
     async with connected(shop) as concord:
         unnamed = events_pb2.Event(subject=subject_of("anna", "web"), action=ACTION_PURCHASE, item_id="A")
         answer = await concord.record(unnamed, concord.event("anna", "view", item_id="B"))

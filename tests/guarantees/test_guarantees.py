@@ -1,0 +1,91 @@
+"""The guarantees on real processes and stores, with small numbers; `make audit` does the same with large ones."""
+
+import asyncio
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from tests.guarantees import profiles
+from tests.guarantees.audit import Plan, honoured_tokens, nothing_lost, same_answers
+from tests.guarantees.ground import Ground, open_ground
+from tests.guarantees.losses import FAULTS, rebuild_twice
+from tests.guarantees.report import Report
+from tests.guarantees.switches import SWITCHES, Switch, tried
+
+SMALL = Plan(answers=2_000, writes=250, reads=2_000, feast_reads=200, interleavings=100, seconds=25.0)
+
+
+@pytest.fixture(scope="module")
+def ground(bundle: Path) -> Iterator[Ground]:
+    """A shop on stores of its own: these tests kill them."""
+    with (
+        tempfile.TemporaryDirectory(prefix="concord-test-", ignore_cleanup_errors=True) as folder,
+        open_ground(Path(folder), bundle=bundle) as found,
+    ):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def replicas(ground: Ground) -> Iterator[Ground]:
+    """Three replicas as processes."""
+    with ground.serving(3):
+        yield ground
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """No progress to show."""
+
+
+def assert_kept(report: Report) -> None:
+    broken = {rule: finding.excerpts for rule, finding in report.findings.items() if finding.violations}
+    assert not broken, "\n".join(f"{rule}: {excerpt}" for rule, excerpts in broken.items() for excerpt in excerpts)
+
+
+async def test_c1_all_channels_and_replicas_agree_while_everything_moves(replicas: Ground, tmp_path: Path) -> None:
+    report = Report()
+    await same_answers(replicas, SMALL, report, folder=tmp_path, progress=silent)
+    assert_kept(report)
+    assert report.answers > 500
+    assert report.findings["C2 tokens honoured or refused"].checked > 20
+    assert report.findings["C1 prices are the catalogue's"].checked > 1_000
+
+
+async def test_c2_and_c3_hold_while_redis_fails(replicas: Ground, tmp_path: Path) -> None:
+    report = Report()
+    await honoured_tokens(replicas, SMALL, report, folder=tmp_path, progress=silent)
+    assert_kept(report)
+    assert report.findings["C2 tokens honoured or refused"].checked > 100
+    assert "0 faults" not in report.notes[0]
+
+
+async def test_c6_nothing_is_lost_or_doubled_whatever_is_killed(replicas: Ground, tmp_path: Path) -> None:
+    report = Report()
+    await nothing_lost(replicas, report, folder=tmp_path, seed=1, progress=silent, faults=FAULTS, pause=0.5)
+    report.add(await rebuild_twice(replicas, folder=tmp_path))
+    assert_kept(report)
+    done = report.notes[0]
+    assert all(fault in done for fault in FAULTS if fault != "disk full")
+    assert "disk full" in done or "root" in report.notes[1] or "mounted" in report.notes[1]
+
+
+async def test_profiles_are_whole_and_the_newest_event_wins(ground: Ground) -> None:
+    pairs = await profiles.push_and_read(ground.settings, reads=SMALL.reads)
+    assert profiles.whole(pairs).violations == 0
+    assert len({pair.activity for pair in pairs}) > 20
+    assert (await profiles.interleave(ground.settings, rounds=SMALL.interleavings, seed=1)).violations == 0
+    feast = await asyncio.to_thread(profiles.feast_push_and_read, ground.settings, reads=SMALL.feast_reads)
+    print(f"plain Feast tore {profiles.whole(feast).violations} of {len(feast)} reads")
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.name)
+async def test_a_mechanism_switched_off_is_noticed(ground: Ground, switch: Switch) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        found = await tried(switch, ground.settings, off=True)  # `make audit` runs the control, with the mechanism on, as well
+    finally:
+        structlog.reset_defaults()
+    assert found.violations > 0
