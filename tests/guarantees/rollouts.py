@@ -35,7 +35,10 @@ class Switch:
 
 @dataclass(frozen=True)
 class Seen:
-    """One answer; ``key`` is everything that decides it, ``digest`` its ranked items with scores and prices."""
+    """One answer; ``key`` is everything that decides it, ``digest`` its ranked items with scores and prices.
+
+    ``computed`` says that no slate stood for it: the first call of a customer after a switch pays for one, whatever was prepared.
+    """
 
     started: float
     ended: float
@@ -43,6 +46,7 @@ class Seen:
     model_version: str
     key: tuple[Any, ...]
     digest: str
+    computed: bool = False
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Verdict:
         mixed: keys (customer, surface, versions) answered with different bytes.
         late: answers by the old model to calls that began after an answer by the new one had ended, or after the acknowledgement.
         usual_p99, switching_p99: seconds, of calls apart from any switch and of calls during one or just after.
+        hits_p99, misses_p99: the same two, of answers whose slate stood and of those whose slate had to be computed.
         by_model: answers of each model.
         rss: resident memory of each process after each switch, in bytes.
     """
@@ -74,6 +79,8 @@ class Verdict:
     late: int
     usual_p99: float
     switching_p99: float
+    hits_p99: tuple[float, float]
+    misses_p99: tuple[float, float]
     by_model: dict[str, int]
     rss: list[list[int]]
     first_failures: list[str]
@@ -154,7 +161,8 @@ async def _read(
             history.failures.append(f"{address}: {error.code().name} {error.details()}")
         else:
             key = (customer, channel, surface, answer.versions.SerializeToString(deterministic=True))
-            history.answers.append(Seen(started, monotonic(), address, answer.versions.model_version, key, digest(answer)))
+            computed = any(timing.stage == "commit" for timing in answer.stage_timings)
+            history.answers.append(Seen(started, monotonic(), address, answer.versions.model_version, key, digest(answer), computed))
         await asyncio.sleep(pause_seconds)
 
 
@@ -189,8 +197,7 @@ def check(history: History, rss: list[list[int]]) -> Verdict:
     for seen in history.answers:
         digests[seen.key].add(seen.digest)
     spans = [(switch.called, switch.acknowledged + SETTLE_SECONDS) for switch in history.switches]
-    during = [s for s in history.answers if any(s.ended >= start and s.started <= end for start, end in spans)]
-    usual = [s for s in history.answers if not any(s.ended >= start and s.started <= end for start, end in spans)]
+    usual, during = _apart_and_during(history.answers, spans)
     counts: dict[str, int] = defaultdict(int)
     for seen in history.answers:
         counts[seen.model_version] += 1
@@ -200,12 +207,24 @@ def check(history: History, rss: list[list[int]]) -> Verdict:
         failures=len(history.failures),
         mixed=sum(len(found) > 1 for found in digests.values()),
         late=len(late_answers(history)),
-        usual_p99=percentile([s.ended - s.started for s in usual], 0.99),
-        switching_p99=percentile([s.ended - s.started for s in during], 0.99),
+        usual_p99=_p99(usual),
+        switching_p99=_p99(during),
+        hits_p99=(_p99([s for s in usual if not s.computed]), _p99([s for s in during if not s.computed])),
+        misses_p99=(_p99([s for s in usual if s.computed]), _p99([s for s in during if s.computed])),
         by_model=dict(counts),
         rss=rss,
         first_failures=history.failures[:5],
     )
+
+
+def _apart_and_during(answers: Sequence[Seen], spans: Sequence[tuple[float, float]]) -> tuple[list[Seen], list[Seen]]:
+    """Parts the answers into those that no span touches and the rest."""
+    during = [any(s.ended >= start and s.started <= end for start, end in spans) for s in answers]
+    return [s for s, within in zip(answers, during, strict=True) if not within], list(itertools.compress(answers, during))
+
+
+def _p99(answers: Sequence[Seen]) -> float:
+    return percentile([s.ended - s.started for s in answers], 0.99)
 
 
 def late_answers(history: History) -> list[Seen]:
