@@ -11,7 +11,7 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from features.catalogue import Item, Relation, UpsertResult, publish_epoch, upsert_items, upsert_relations
-from server.database import Pool
+from server.database import ONLINE_AWAY, Pool
 from server.fleet import FleetWatch
 
 _log = structlog.get_logger(__name__)
@@ -42,9 +42,16 @@ class Catalog:
         return self._fleet.newest.offer_version
 
     async def upsert(self, items: Sequence[Item], relations: Sequence[Relation]) -> UpsertResult:
-        """Stores items and relations; prices, stock and channels hold from the next answer on, descriptions from the next epoch."""
+        """Stores items and relations; prices, stock and channels hold from the next answer on, descriptions from the next epoch.
+
+        While Redis is away from here the change is stored all the same: answers made without Redis show it at once, and a
+        replica that still reaches Redis within its ``refresh_seconds``.
+        """
         result = await asyncio.to_thread(self._in_transaction, items, relations)
-        await self._fleet.sync()
+        try:
+            await self._fleet.sync()
+        except ONLINE_AWAY as error:
+            _log.warning("the fleet's pointers wait for Redis", error=type(error).__name__)
         return result
 
     def _in_transaction(self, items: Sequence[Item], relations: Sequence[Relation]) -> UpsertResult:
