@@ -28,7 +28,7 @@ async def cancelled(world: World) -> Seen:
         Proxy(world.redis.port) as proxy,
         world.serve(world.settings(), redis=proxy) as server,
         # A connection of its own: gRPC refuses streams (REFUSED_STREAM, nothing was done) of one that resets so many.
-        Caller(server.address, options=[("grpc.use_local_subchannel_pool", 1)]) as hasty,
+        Caller(server.address) as hasty,
         Caller(server.address) as caller,
     ):
         whose = {whom: (await caller.recommend(whom, timeout=10)).answer for whom in users}
