@@ -16,43 +16,57 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 # While there is no room, one call in this many seconds is accepted all the same, and refused with a word on when to come back:
-# 250 refusals a second, 4 % of a core.
-REFUSAL_PAUSE = 0.004
+# 100 refusals a second, 1.6 % of a core.
+REFUSAL_PAUSE = 0.01
 
 
-class Room(Protocol):
-    """Says whether one more call of a method can be taken on."""
+class Lane(Protocol):
+    """Where the calls of a kind find room."""
 
-    def for_method(self, method: str) -> asyncio.Event | None:
-        """Returns what is set while there is room for the method, None where there always is."""
+    @property
+    def room(self) -> asyncio.Event:
+        """Set while one more call can be taken on."""
+        ...
+
+    def refuse_next(self) -> None:
+        """Has the next call refused."""
+        ...
+
+
+class Lanes(Protocol):
+    """Knows the lane of each method."""
+
+    def for_method(self, method: str) -> Lane | None:
+        """Returns the method's lane, None where there is room always."""
         ...
 
 
 class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
     """Overrides how grpcio asks its core for the next call of one method; it keeps one such request open per method."""
 
-    room: Room
+    lanes: Lanes
     _refused_at = -REFUSAL_PAUSE
 
     async def _request_registered_call(self, method: bytes) -> Any:
-        room = self.room.for_method(method.decode())
-        if room is not None and not room.is_set():
+        lane = self.lanes.for_method(method.decode())
+        if lane is not None and not lane.room.is_set():
             # Room comes and goes every millisecond under load, so the pause counts from the last refusal and not from now.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, self._refused_at + REFUSAL_PAUSE - perf_counter())):
-                    await room.wait()
-            if not room.is_set():
+                    await lane.room.wait()
+            if not lane.room.is_set():
                 self._refused_at = perf_counter()
+                lane.refuse_next()
         return await super()._request_registered_call(method)
 
 
-def patient_server(room: Room, *, interceptors: Sequence[Any], options: Sequence[tuple[str, int]]) -> grpc.aio.Server:
-    """Returns a server like that of ``grpc.aio.server`` whose core asks ``room`` before it takes on a call.
+def patient_server(lanes: Lanes, *, interceptors: Sequence[Any], options: Sequence[tuple[str, int]]) -> grpc.aio.Server:
+    """Returns a server like that of ``grpc.aio.server`` whose core asks ``lanes`` before it takes on a call.
 
     grpcio has no setting for this; a test fails if a release of it goes about accepting in another way, and then this server is
     no worse than the plain one.
     """
     server: Any = grpc.aio.server(interceptors=interceptors, options=options)
     server._server = _PatientServer(asyncio.get_running_loop(), None, (), tuple(interceptors), tuple(options), None)
-    server._server.room = room
+    server._server.lanes = lanes
     return server  # type: ignore[no-any-return]
