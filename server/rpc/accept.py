@@ -9,64 +9,44 @@ so health and operators' calls are accepted at once whatever customers' calls pi
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from time import perf_counter
 from typing import Any, Protocol
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-# While there is no room, one call in this many seconds is accepted all the same, and refused with a word on when to come back:
-# 100 refusals a second, 1.6 % of a core.
-REFUSAL_PAUSE = 0.01
+# While there is no room, one call in this many seconds is accepted all the same, and refused with a word on when to come back.
+REFUSAL_PAUSE = 0.004
 
 
-class Lane(Protocol):
-    """Where the calls of a kind find room."""
+class Room(Protocol):
+    """Says whether one more call of a method can be taken on."""
 
-    @property
-    def room(self) -> asyncio.Event:
-        """Set while one more call can be taken on."""
-        ...
-
-    def refuse_next(self) -> None:
-        """Has the next call refused."""
-        ...
-
-
-class Lanes(Protocol):
-    """Knows the lane of each method."""
-
-    def for_method(self, method: str) -> Lane | None:
-        """Returns the method's lane, None where there is room always."""
+    def for_method(self, method: str) -> asyncio.Event | None:
+        """Returns what is set while there is room for the method, None where there always is."""
         ...
 
 
 class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
     """Overrides how grpcio asks its core for the next call of one method; it keeps one such request open per method."""
 
-    lanes: Lanes
-    _refused_at = -REFUSAL_PAUSE
+    room: Room
 
     async def _request_registered_call(self, method: bytes) -> Any:
-        lane = self.lanes.for_method(method.decode())
-        if lane is not None and not lane.room.is_set():
-            # Room comes and goes every millisecond under load, so the pause counts from the last refusal and not from now.
+        room = self.room.for_method(method.decode())
+        if room is not None and not room.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, self._refused_at + REFUSAL_PAUSE - perf_counter())):
-                    await lane.room.wait()
-            if not lane.room.is_set():
-                self._refused_at = perf_counter()
-                lane.refuse_next()
+                async with asyncio.timeout(REFUSAL_PAUSE):
+                    await room.wait()
         return await super()._request_registered_call(method)
 
 
-def patient_server(lanes: Lanes, *, interceptors: Sequence[Any], options: Sequence[tuple[str, int]]) -> grpc.aio.Server:
-    """Returns a server like that of ``grpc.aio.server`` whose core asks ``lanes`` before it takes on a call.
+def patient_server(room: Room, *, interceptors: Sequence[Any], options: Sequence[tuple[str, int]]) -> grpc.aio.Server:
+    """Returns a server like that of ``grpc.aio.server`` whose core asks ``room`` before it takes on a call.
 
     grpcio has no setting for this; a test fails if a release of it goes about accepting in another way, and then this server is
     no worse than the plain one.
     """
     server: Any = grpc.aio.server(interceptors=interceptors, options=options)
     server._server = _PatientServer(asyncio.get_running_loop(), None, (), tuple(interceptors), tuple(options), None)
-    server._server.lanes = lanes
+    server._server.room = room
     return server  # type: ignore[no-any-return]

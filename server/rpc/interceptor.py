@@ -55,22 +55,12 @@ class _Lane:
     def __init__(self, most: int) -> None:
         self._most = most
         self._in_flight = 0
-        self._refuses_next = False
         self.room = asyncio.Event()
         self.room.set()
 
     @property
     def full(self) -> bool:
         return self._in_flight >= self._most
-
-    def refuse_next(self) -> None:
-        """Has the next call refused, whether there is room by then or not."""
-        self._refuses_next = True
-
-    def refuses(self) -> bool:
-        """Says whether the call at hand is to be refused."""
-        told, self._refuses_next = self._refuses_next, False
-        return told or self.full
 
     def enter(self) -> None:
         self._in_flight += 1
@@ -116,10 +106,10 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._wrapped: dict[str, tuple[_Lane, Any]] = {}
         self._shed = grpc.stream_stream_rpc_method_handler(self._refuse, request_deserializer=None, response_serializer=None)
 
-    def for_method(self, method: str) -> _Lane | None:
-        """Returns where the calls of a method find room; see server.rpc.accept."""
+    def for_method(self, method: str) -> asyncio.Event | None:
+        """Returns what is set while one more call of a method can be taken on; see server.rpc.accept."""
         known = self._wrapped.get(method)
-        return known[0] if known is not None else None
+        return known[0].room if known is not None else None
 
     async def intercept_service(
         self,
@@ -129,7 +119,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Returns the wrapped handler of the method called; unknown methods stay unknown."""
         method = handler_call_details.method
         known = self._wrapped.get(method)
-        if known is not None and known[0].refuses():
+        if known is not None and known[0].full:
             return self._shed
         handler = await continuation(handler_call_details)
         if handler is None or not method.startswith(_OURS):

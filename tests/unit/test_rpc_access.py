@@ -289,8 +289,9 @@ async def test_health_operators_and_other_services_answer_while_one_service_is_f
             await edge.raw(RECORD, events(event("web")))
         results = await asyncio.gather(*held, return_exceptions=True)
     reasons = [refusal(result).reason for result in results if isinstance(result, grpc.aio.AioRpcError)]
-    assert reasons == ["SERVER_OVERLOADED"] * 6
-    assert edge.registry.get_sample_value("concord_rpc_shed_total") == 6
+    assert set(reasons) == {"SERVER_OVERLOADED"}
+    assert len(reasons) in {5, 6}  # a call on its way in is not counted yet, and so one more may be let in
+    assert edge.registry.get_sample_value("concord_rpc_shed_total") == len(reasons)
 
 
 async def test_operators_are_not_counted_among_customers_calls() -> None:
