@@ -33,7 +33,7 @@ class ServerSettings(SecuritySettings):
         128, gt=0, description="Calls of one service worked on at a time, streams apart; more wait a moment and are then refused."
     )
     max_streams_per_connection: int = Field(
-        32, gt=0, description="Calls and streams one client connection may have open; more wait in the client."
+        128, gt=0, description="Calls and streams one client connection may have open; more wait in the client."
     )
     redis_timeout_seconds: float = Field(0.5, gt=0, description="Timeout of one Redis round trip, in seconds; no retries inside.")
     postgres_timeout_seconds: float = Field(
