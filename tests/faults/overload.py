@@ -89,7 +89,21 @@ def _message(whom: str) -> str:
 async def _load(address: str, messages: Sequence[str], *, seconds: float, rate: float = 0.0, outstanding: int = 0) -> dict[str, Any]:
     """Runs the load of bench/http2_load.py in a process of its own; returns its figures."""
     # At a lower priority than the server: what the load costs would be another machine's, and must not be taken from the server.
-    command = ["nice", "-n", "10", sys.executable, str(_LOAD), "--address", address, "--path", _PATH, "--rate", str(rate), "--outstanding", str(outstanding)]
+    command = [
+        "nice",
+        "-n",
+        "10",
+        sys.executable,
+        str(_LOAD),
+        "--address",
+        address,
+        "--path",
+        _PATH,
+        "--rate",
+        str(rate),
+        "--outstanding",
+        str(outstanding),
+    ]
     command += ["--seconds", str(seconds), "--warm-up", "1"]
     done = await asyncio.to_thread(subprocess.run, command, input="\n".join(messages), capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr[-500:]
