@@ -111,6 +111,8 @@ async def test_links_end_as_if_nothing_had_failed(faulty: tuple[Faulty, Concord,
         other = Subject(identity=ChannelIdentity(channel="web", channel_user_id=cookie))
         linked = await until_done(lambda account=account, other=other: app.link(account, other))
         for client, name in ((web, cookie), (app, account)):
-            profile = await until_done(lambda client=client, name=name: client.profile(name))
+            # With the link's token: where Redis missed the link, a reader without it may see the state before for a moment.
+            token = linked.consistency_token
+            profile = await until_done(lambda client=client, name=name, token=token: client.profile(name, consistency_token=token))
             assert profile.user_id == linked.user_id
             assert {behaviour.item_id for behaviour in profile.recent_behaviours} == {"a", "b"}
