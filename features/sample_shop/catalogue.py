@@ -54,11 +54,6 @@ def _shelves() -> list[tuple[Department, Shelf]]:
     return [(department, shelf) for department in DEPARTMENTS for shelf in department.shelves]
 
 
-def shelf_count() -> int:
-    """Returns the number of sub-categories."""
-    return len(_shelves())
-
-
 def _stock(
     rng: np.random.Generator, where: tuple[int, int, int, tuple[int, Department, Shelf]], *, start: datetime, language: str
 ) -> ShelfItem:
