@@ -16,7 +16,7 @@ install: $(INSTALLED) stubs ## Install everything, pinned, into .venv and genera
 $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Concord needs Python 3.11 or newer; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e ./client -e '.[training,embedded,reports,dev]'
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e ./client -e '.[training,tracking,embedded,reports,dev]'
 	@touch $@
 
 stubs: $(STUBS) ## Generate the gRPC stubs from protos/.
