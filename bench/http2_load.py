@@ -1,9 +1,9 @@
 """An open-loop load of unary gRPC calls over plain sockets: it offers a rate whatever the server does, at a few µs a call.
 
 A gRPC client in Python takes as much CPU as the server it calls, so it cannot offer ten times what the server can do. This one
-writes prepared HTTP/2 frames and looks only at frame headers: a DATA frame is an answer, anything else that ends a stream is not.
-Like a gRPC client it keeps to the server's limit of streams and to its windows, and gives up at the deadline; calls that find no
-stream wait in the client. It runs as a process of its own:
+writes prepared HTTP/2 frames every 2 ms and tells how each call ended: by its grpc-status, by the code of an RST_STREAM, late, or
+lost with its connection. Like a gRPC client it keeps to the server's limit of streams and to its windows, and gives up at the
+deadline; calls that find no stream wait in the client. ``cpu_share`` is what it took of one core. It runs as a process of its own:
 
     python bench/http2_load.py --address 127.0.0.1:50051 --path /concord.v1.RecommendationService/Recommend --rate 1000 < messages
 
@@ -17,18 +17,28 @@ import socket
 import struct
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
+
+import grpc
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
-MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 3, 4
+HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1, 3, 4
 _TICK = 0.002
+_FRAME = struct.Struct(">HBBBI")  # length (16 and 8 bits), kind, flags, stream
+_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     """Returns one HTTP/2 frame."""
-    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
+    return _FRAME.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream) + payload
+
+
+def status_of(trailers: bytes) -> str:
+    """Returns the name of the grpc-status in a block of trailers, which gRPC writes as plain text where no table is allowed."""
+    _, name, after = trailers.partition(b"\x0bgrpc-status")
+    return _CODES[int(after[1 : 1 + after[0]])] if name else "NO_STATUS"
 
 
 def _literal(name: str, value: str) -> bytes:
@@ -38,21 +48,29 @@ def _literal(name: str, value: str) -> bytes:
 
 @dataclass
 class Figures:
-    """What became of the calls that were due in the measured time; ``seconds`` are those of the answers."""
+    """What became of the calls that were due in the measured time.
+
+    Attributes:
+        ended: how many ended how: a gRPC code, ``RST_STREAM 8`` (cancelled by the server), ``LATE`` or ``LOST``.
+        pushed_back: how many were told when to come back (grpc-retry-pushback-ms).
+        seconds: what the answers took.
+        cpu_share: of one core, 0 to 1.
+    """
 
     offered: int = 0
-    answered: int = 0
-    refused: int = 0
-    late: int = 0
+    ended: Counter[str] = field(default_factory=Counter)
+    pushed_back: int = 0
     seconds: list[float] = field(default_factory=list)
+    lost_connections: int = 0
+    cpu_share: float = 0.0
 
 
 @dataclass
 class Connection:
-    """One client: its socket, open streams in the order they were opened, and calls waiting for a stream."""
+    """One client: its socket, since when each of its streams is open (oldest first), and calls waiting for a stream."""
 
     sock: socket.socket
-    streams: "OrderedDict[int, tuple[float, bool]]" = field(default_factory=OrderedDict)
+    streams: "OrderedDict[int, float]" = field(default_factory=OrderedDict)
     waiting: "deque[float]" = field(default_factory=deque)
     unread: bytes = b""
     unsent: bytes = b""
@@ -68,19 +86,23 @@ class Load:
         self, address: str, path: str, messages: list[bytes], *, connections: int, deadline: float, metadata: dict[str, str]
     ) -> None:
         host, _, port = address.rpartition(":")
+        self._peer = (host, int(port))
         fields = {"content-type": "application/grpc", "te": "trailers", "grpc-timeout": f"{int(deadline * 1000)}m", **metadata}
         block = b"\x83\x86" + _literal(":path", path) + _literal(":authority", address)
-        self._headers = block + b"".join(_literal(name, value) for name, value in fields.items())
-        self._bodies = [b"\x00" + struct.pack(">I", len(message)) + message for message in messages]
+        block += b"".join(_literal(name, value) for name, value in fields.items())
+        bodies = [b"\x00" + struct.pack(">I", len(message)) + message for message in messages]
+        # A call is these three with its stream's number after the first and the second.
+        self._head = frame(HEADERS, END_HEADERS, 0, block)[:5]
+        self._calls = [(block + frame(DATA, END_STREAM, 0, body)[:5], body) for body in bodies]
         self._deadline = deadline
         self._sent = 0
         self._selector = selectors.DefaultSelector()
-        self._connections = [self._connect(host, int(port)) for _ in range(connections)]
+        self._connections = [self._connect(Connection(self._socket())) for _ in range(connections)]
         self.figures = Figures()
 
     def run(self, *, rate: float, outstanding: int, warm_up: float, seconds: float) -> Figures:
         """Loads the server for ``warm_up`` and ``seconds``, of which only the latter count."""
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         self._counted_from, ends = started + warm_up, started + warm_up + seconds
         turn = 0
         while (now := time.perf_counter()) < ends:
@@ -94,93 +116,120 @@ class Load:
                 self.figures.offered += now >= self._counted_from
             for connection in self._connections:
                 self._expire(connection, now)
-                self._open(connection, now)
-            for key, _ in self._selector.select(_TICK if rate else 0.0005):
+                self._open(connection)
+            if rate:
+                time.sleep(_TICK)  # reading each answer as it comes would cost one system call a call
+            for key, _ in self._selector.select(0 if rate else _TICK):
                 self._read(key.data)
+        self.figures.cpu_share = (time.process_time() - used) / (warm_up + seconds)
         for connection in self._connections:
             connection.sock.close()
         return self.figures
 
-    def _connect(self, host: str, port: int) -> Connection:
-        sock = socket.create_connection((host, port))
+    def _socket(self) -> socket.socket:
+        sock = socket.create_connection(self._peer)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, 2**31 - 1)
+        settings = struct.pack(">HIHI", HEADER_TABLE_SIZE, 0, INITIAL_WINDOW_SIZE, 2**31 - 1)
         sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, settings))
         sock.sendall(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**31 - 1 - 65_535)))
         sock.setblocking(False)
-        connection = Connection(sock)
-        self._selector.register(sock, selectors.EVENT_READ, connection)
+        return sock
+
+    def _connect(self, connection: Connection) -> Connection:
+        self._selector.register(connection.sock, selectors.EVENT_READ, connection)
         return connection
+
+    def _lose(self, connection: Connection) -> None:
+        """Counts what was open on a connection that the server closed, and connects anew."""
+        self.figures.lost_connections += 1
+        for at in connection.streams.values():
+            self.figures.ended["LOST"] += at >= self._counted_from
+        self._selector.unregister(connection.sock)
+        connection.sock.close()
+        fresh = Connection(self._socket(), waiting=connection.waiting)
+        self._connections[self._connections.index(connection)] = self._connect(fresh)
 
     def _expire(self, connection: Connection, now: float) -> None:
         """Gives up what is past its deadline, as every gRPC client does."""
         oldest = now - self._deadline
         while connection.waiting and connection.waiting[0] < oldest:
-            self.figures.late += connection.waiting.popleft() >= self._counted_from
-        for stream, (at, _) in list(connection.streams.items()):
+            self.figures.ended["LATE"] += connection.waiting.popleft() >= self._counted_from
+        while connection.streams:
+            stream, at = next(iter(connection.streams.items()))
             if at >= oldest:
                 break
             del connection.streams[stream]
-            self.figures.late += at >= self._counted_from
+            self.figures.ended["LATE"] += at >= self._counted_from
             connection.unsent += frame(RST_STREAM, 0, stream, struct.pack(">I", 8))
 
-    def _open(self, connection: Connection, now: float) -> None:
+    def _open(self, connection: Connection) -> None:
         out = [connection.unsent]
         while connection.waiting and len(connection.streams) < connection.most_streams:
-            body = self._bodies[self._sent % len(self._bodies)]
+            middle, body = self._calls[self._sent % len(self._calls)]
             if connection.window < len(body):
                 break
             self._sent += 1
             connection.window -= len(body)
-            stream = connection.next_stream
+            number = connection.next_stream.to_bytes(4, "big")
+            connection.streams[connection.next_stream] = connection.waiting.popleft()
             connection.next_stream += 2
-            connection.streams[stream] = (connection.waiting.popleft(), False)
-            out.append(frame(HEADERS, END_HEADERS, stream, self._headers) + frame(DATA, END_STREAM, stream, body))
+            out += (self._head, number, middle, number, body)
         data = b"".join(out)
         try:
             sent = connection.sock.send(data) if data else 0
         except BlockingIOError:
             sent = 0
+        except OSError:  # closed by the server; reading says so too
+            return
         connection.unsent = data[sent:]
 
     def _read(self, connection: Connection) -> None:
         try:
-            data = connection.unread + connection.sock.recv(1 << 20)
+            received = connection.sock.recv(1 << 20)
         except BlockingIOError:
             return
-        at = 0
+        except OSError:
+            received = b""
+        if not received:
+            self._lose(connection)
+            return
+        data, at = connection.unread + received, 0
         while len(data) - at >= 9:
-            length = int.from_bytes(data[at : at + 3], "big")
-            if len(data) - at < 9 + length:
+            high, low, kind, flags, stream = _FRAME.unpack_from(data, at)
+            end = at + 9 + (high << 8 | low)
+            if len(data) < end:
                 break
-            self._take(connection, data[at + 3], data[at + 4], int.from_bytes(data[at + 5 : at + 9], "big"), data[at + 9 : at + 9 + length])
-            at += 9 + length
+            if kind == RST_STREAM or (flags & END_STREAM and kind in (HEADERS, DATA)):
+                self._end(connection, kind, stream, data[at + 9 : end])
+            elif kind in (SETTINGS, PING, WINDOW_UPDATE):
+                self._serve(connection, kind, flags, stream, data[at + 9 : end])
+            at = end
         connection.unread = data[at:]
 
-    def _take(self, connection: Connection, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if kind == DATA and stream in connection.streams:
-            connection.streams[stream] = (connection.streams[stream][0], True)
-        elif kind == SETTINGS and not flags & ACK:
-            settings = dict(struct.iter_unpack(">HI", payload))
-            connection.most_streams = settings.get(MAX_CONCURRENT_STREAMS, connection.most_streams)
-            connection.unsent += frame(SETTINGS, ACK, 0, b"")
-        elif kind == PING and not flags & ACK:
-            connection.unsent += frame(PING, ACK, 0, payload)
-        elif kind == WINDOW_UPDATE and stream == 0:
-            connection.window += int.from_bytes(payload, "big")
-        elif kind == GOAWAY:
-            raise RuntimeError(f"the server closes the connection: {payload[8:].decode(errors='replace')}")
-        if (kind == RST_STREAM or (kind in (HEADERS, DATA) and flags & END_STREAM)) and (ended := connection.streams.pop(stream, None)):
-            self._count(*ended)
+    def _serve(self, connection: Connection, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        """Does what a frame about the connection asks for."""
+        if kind == WINDOW_UPDATE:
+            connection.window += int.from_bytes(payload, "big") if stream == 0 else 0
+        elif not flags & ACK:
+            if kind == SETTINGS:
+                settings = dict(struct.iter_unpack(">HI", payload))
+                connection.most_streams = settings.get(MAX_CONCURRENT_STREAMS, connection.most_streams)
+            connection.unsent += frame(kind, ACK, 0, payload if kind == PING else b"")
 
-    def _count(self, started: float, answered: bool) -> None:
-        if started < self._counted_from:
+    def _end(self, connection: Connection, kind: int, stream: int, payload: bytes) -> None:
+        """Counts how a call ended."""
+        started = connection.streams.pop(stream, None)
+        if started is None or started < self._counted_from:
             return
-        if answered:
-            self.figures.answered += 1
+        if kind == RST_STREAM:
+            self.figures.ended[f"RST_STREAM {int.from_bytes(payload, 'big')}"] += 1
+            return
+        status = status_of(payload) if kind == HEADERS else "NO_STATUS"
+        self.figures.ended[status] += 1
+        if status == "OK":
             self.figures.seconds.append(time.perf_counter() - started)
-        else:
-            self.figures.refused += 1
+        elif b"grpc-retry-pushback-ms" in payload:
+            self.figures.pushed_back += 1
 
 
 def main() -> None:
@@ -199,15 +248,23 @@ def main() -> None:
     load = Load(arguments.address, arguments.path, messages, connections=arguments.connections, deadline=arguments.deadline, metadata={})
     figures = load.run(rate=arguments.rate, outstanding=arguments.outstanding, warm_up=arguments.warm_up, seconds=arguments.seconds)
     ordered = sorted(figures.seconds) or [0.0]
-    result = {
-        "offered_per_second": figures.offered / arguments.seconds,
-        "answered_per_second": figures.answered / arguments.seconds,
-        "refused_per_second": figures.refused / arguments.seconds,
-        "late_per_second": figures.late / arguments.seconds,
-        "answer_ms_p50": ordered[len(ordered) // 2] * 1e3,
-        "answer_ms_p99": ordered[int(len(ordered) * 0.99)] * 1e3,
+    ended = figures.ended
+    counts = {
+        "offered": figures.offered,
+        "answered": ended["OK"],
+        "refused": ended.total() - ended["OK"] - ended["LATE"],
+        "late": ended["LATE"],
+        "pushed_back": figures.pushed_back,
     }
-    print(json.dumps({name: round(value, 1) for name, value in result.items()}))
+    result = {
+        **{f"{name}_per_second": round(count / arguments.seconds, 1) for name, count in counts.items()},
+        "answer_ms_p50": round(ordered[len(ordered) // 2] * 1e3, 1),
+        "answer_ms_p99": round(ordered[int(len(ordered) * 0.99)] * 1e3, 1),
+        "ended": dict(ended.most_common()),
+        "lost_connections": figures.lost_connections,
+        "cpu_share": round(figures.cpu_share, 3),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

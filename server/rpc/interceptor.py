@@ -111,6 +111,11 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         known = self._wrapped.get(method)
         return known[0].room if known is not None else None
 
+    async def refuse(self, context: Context) -> None:
+        """Ends a call for which there is no room: its message is not read, it gets no request id, and nothing is logged."""
+        self._metrics.call_shed()
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _OVERLOADED.message, _SHED_METADATA)
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
@@ -142,10 +147,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         raise TypeError(f"{rule.method} is neither unary nor bidirectional")
 
     async def _refuse(self, _requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        """Answers a call for which there is no room: its message is not read, it gets no request id, and nothing is logged."""
-        self._metrics.call_shed()
-        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _OVERLOADED.message, _SHED_METADATA)
-        yield b""  # makes this a generator; abort has raised
+        await self.refuse(context)
+        yield b""  # makes this a generator; refuse has raised
 
     def _unary(self, handler: Any, rule: Rule, lane: _Lane) -> Callable[[bytes, Any], Awaitable[Any]]:
         parse: Any = handler.request_deserializer

@@ -156,7 +156,7 @@ def build_server(
             new_id=lambda: new_uuid().hex,
             tracing=tracing or Tracing(),
         )
-        server = patient_server(edge, interceptors=[edge], options=_options(settings))
+        server = patient_server(edge, most_waiting=_MOST_WAITING, interceptors=[edge], options=_options(settings))
         _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if settings.reflection:

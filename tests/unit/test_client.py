@@ -291,6 +291,16 @@ async def test_gives_up_after_four_attempts():
     assert len(shop.received) == 4
 
 
+async def test_calls_that_an_overloaded_server_ends_are_retried_within_the_throttle():
+    """gRPC's core ends them as CANCELLED; a bucket of 100 allows 50 retries, then each call is made once."""
+    shop = Shop(unavailable=100_000)
+    shop.refusal = grpc.StatusCode.CANCELLED
+    async with connected(shop) as concord:
+        ended = await asyncio.gather(*(concord.items(["A"]) for _ in range(300)), return_exceptions=True)
+    assert {error.code() for error in ended} == {grpc.StatusCode.CANCELLED}
+    assert 301 <= len(shop.received) <= 350
+
+
 async def test_every_call_has_a_deadline():
     shop = Shop()
     async with connected(shop, timeout=7.0) as concord:

@@ -321,3 +321,38 @@ async def test_a_full_service_accepts_late() -> None:
         shed = edge.registry.get_sample_value("concord_rpc_shed_total") or 0
         await asyncio.gather(*held, return_exceptions=True)
     assert shed <= 60  # one in 4 ms; without waiting, all of them at once
+
+
+async def wave(edge: Edge, count: int) -> list[Refusal]:
+    """Makes calls at once; returns how those ended that were not answered."""
+    ended = await asyncio.gather(*(edge.raw(RECOMMEND, ask()) for _ in range(count)), return_exceptions=True)
+    return [refusal(error) for error in ended if isinstance(error, grpc.aio.AioRpcError)]
+
+
+async def test_while_grpc_turns_calls_away_some_callers_are_told_when_to_come_back() -> None:
+    """The service has room all the time: what piles up does so before it is accepted, so nothing but the core's count tells."""
+    told: list[Refusal] = []
+    async with serving(max_in_flight=100_000, max_streams_per_connection=5_000) as edge, asyncio.timeout(30):
+        while not told:
+            told = [one for one in await wave(edge, 2_000) if one.code is Code.RESOURCE_EXHAUSTED]
+        shed = edge.registry.get_sample_value("concord_rpc_shed_total")
+    assert {(one.reason, one.pushback) for one in told} == {("SERVER_OVERLOADED", "250")}
+    assert shed == len(told)
+
+
+async def test_a_burst_that_finds_a_place_to_wait_is_answered() -> None:
+    async with serving(max_streams_per_connection=5_000) as edge:
+        await edge.raw(RECOMMEND, ask())
+        for _ in range(15):  # more than the core may keep waiting, but never at once
+            assert await wave(edge, 100) == []
+        assert not edge.registry.get_sample_value("concord_rpc_shed_total")
+
+
+async def test_calls_that_wait_to_be_let_in_do_not_hold_up_the_end() -> None:
+    async with serving(Fakes(recommender=FakeRecommender(delay=1)), max_in_flight=1, max_streams_per_connection=500) as edge:
+        calls = [asyncio.create_task(edge.raw(RECOMMEND, ask())) for _ in range(400)]
+        await edge.fakes.recommender.called.wait()
+        async with asyncio.timeout(5):
+            await edge.server.stop(20)
+            ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert any(isinstance(one, bytes) for one in ended)
