@@ -157,7 +157,12 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
 
 def _servers() -> set[int]:
     """Returns the numbers under which the core counts for the servers of this process; it gives them out when first asked."""
-    return {int(server["ref"]["serverId"]) for server in json.loads(cygrpc.channelz_get_servers(0))["server"]}
+    found: set[int] = set()
+    while True:
+        page = json.loads(cygrpc.channelz_get_servers(max(found, default=0) + 1))  # at most 100 at a time
+        found |= {int(server["ref"]["serverId"]) for server in page.get("server", [])}
+        if page.get("end"):
+            return found
 
 
 def patient_server(edge: Edge, *, most_waiting: int, interceptors: Sequence[Any], options: Sequence[tuple[str, int]]) -> grpc.aio.Server:
