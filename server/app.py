@@ -18,7 +18,7 @@ from features.layout import load_layouts
 from features.store import feature_store
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
-from server.database import ONLINE_REFUSES, RECORD_AWAY, postgres_breaker, postgres_pool, redis_breaker, redis_client
+from server.database import ONLINE_REFUSES, RECORD_AWAY, connector, postgres_breaker, postgres_pool, redis_breaker, redis_client
 from server.errors import ConcordError
 from server.fleet import FleetWatch
 from server.health import HealthWatch, PostgresProbe, Probe, probes
@@ -106,7 +106,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         features = FeatureReader(
             client, online_breaker, states, identities, store=store, layouts=layouts, project=settings.project, now=_now
         )
-        catalog = Catalog(pool, fleet, dsn=settings.postgres_dsn, epoch_seconds=settings.epoch_seconds)
+        connect = connector(settings)
+        catalog = Catalog(pool, fleet, connect=connect, epoch_seconds=settings.epoch_seconds)
         recovery = Recovery(pool, states, online, erasure, metrics, after_seconds=settings.recovery_seconds)
         online_breaker.catch_up = partial(_caught_up, recovery, fleet)
         known_slates = KnownSlates(settings.known_slates)
@@ -150,7 +151,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             profiles=Profiles(pool, identities, states, now=_now),
             catalog=catalog,
             features=features,
-            models=Models(fleet, dsn=settings.postgres_dsn),
+            models=Models(fleet, connect=connect),
             gate=gate,
             audit=AdminAudit(pool),
         )

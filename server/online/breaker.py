@@ -115,6 +115,21 @@ class CircuitBreaker:
             _probing.reset(token)
             self._due = self._clock() + self._rules.pause_seconds
 
+    async def examine(self, *, tries: int = 1) -> None:
+        """Probes the store for somebody who suspects that it is away, and opens when no try is answered."""
+        for _ in range(tries):
+            if self.is_open:
+                return
+            try:
+                async with asyncio.timeout(self._rules.probe_seconds):
+                    await self._probe()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the store did not answer
+                problem = error
+            else:
+                return
+        if not self.is_open:
+            self._open(problem)
+
     def _admit(self) -> None:
         if self.is_open and not _probing.get():
             raise self._rules.refusal()

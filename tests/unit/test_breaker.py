@@ -227,3 +227,20 @@ async def test_a_read_that_hung_is_not_believed() -> None:
     with pytest.raises(RefusedError):
         async with breaker.call(in_time=True):
             await fail(store, breaker, 3)  # others found it away while this one waited
+
+
+async def test_a_suspicion_opens_it_only_when_no_probe_is_answered() -> None:
+    store = Store(away=True)
+    breaker = store.breaker()
+
+    async def second_time() -> None:
+        store.probes += 1
+        if store.probes == 1:
+            raise StoreError
+
+    breaker._probe = second_time
+    await breaker.examine(tries=2)
+    assert not breaker.is_open
+    breaker._probe = store.probe
+    await breaker.examine(tries=2)
+    assert (breaker.is_open, store.probes) == (True, 4)
