@@ -25,6 +25,7 @@ from server.health import HealthWatch, PostgresProbe, Probe, probes
 from server.ingest.forget import Erasure
 from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities
+from server.ingest.notices import Notices
 from server.ingest.oblivion import Oblivion
 from server.ingest.recorder import EventRecorder
 from server.ingest.recovery import Recovery
@@ -82,7 +83,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         stack.push_async_callback(client.aclose)
         online_breaker = redis_breaker(settings, client, partial(metrics.set_breaker, "online"))
         online = OnlineStore(client, codec, online_breaker)
-        states = UserStates(pool, online, codec)
+        replica_id = uuid.uuid4().hex
+        states = UserStates(pool, online, codec, replica_id=replica_id)
         identities = Identities(pool, new_user_id=_new_user_id)
         erasure = Erasure(pool, online)
         writer = EventWriter(pool, states, new_user_id=_new_user_id)
@@ -93,7 +95,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         policy = policy_of(settings)
         members = Membership(
             pool,
-            replica_id=uuid.uuid4().hex,
+            replica_id=replica_id,
             config=policy_fingerprint(policy, hide_out_of_stock=settings.hide_out_of_stock, onnx_threads=settings.onnx_threads),
             pause_seconds=settings.refresh_seconds,
             epoch_wait_seconds=settings.epoch_wait_seconds,
@@ -109,7 +111,9 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         connect = connector(settings)
         catalog = Catalog(pool, fleet, connect=connect, epoch_seconds=settings.epoch_seconds)
         recovery = Recovery(pool, states, online, erasure, metrics, after_seconds=settings.recovery_seconds)
+        online.is_dead = lambda: members.lapsed
         online_breaker.catch_up = partial(_caught_up, recovery, fleet)
+        online_breaker.announce, online_breaker.on_doubt = fleet.report, fleet.report_soon
         known_slates = KnownSlates(settings.known_slates)
         recommender = recommender_of(
             settings,
@@ -132,6 +136,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             recovery.run(),
             Oblivion(pool, (identities.clear, known_slates.clear), pause_seconds=settings.recovery_seconds / 2).run(),
             fleet.run(settings.refresh_seconds),
+            fleet.run_reports(),
+            Notices(pool, states, recovery, online_breaker, dsn=settings.postgres_dsn).run(),
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
