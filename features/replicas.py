@@ -21,6 +21,7 @@ class Replica:
         ready: index versions it could answer with at once, by model version.
         failed: why it could not load a model, by model version.
         config: fingerprint of the settings that decide a slate; replicas that differ in it would answer differently.
+        online_away: Redis is away from it, or not certain to hold what was shown: what it reads there is flagged stale.
     """
 
     replica_id: str
@@ -34,11 +35,12 @@ class Replica:
     ready: Mapping[str, Sequence[int]]
     failed: Mapping[str, str]
     config: str
+    online_away: bool
 
 
 _REPLICAS = """
 SELECT replica_id, address, started_at, seen_at, seen_at > clock_timestamp() - make_interval(secs => patience_seconds),
-       model_version, activation, index_version, ready, failed, config
+       model_version, activation, index_version, ready, failed, config, online_away
 FROM replicas ORDER BY address, started_at
 """
 

@@ -18,13 +18,14 @@ from features.layout import load_layouts
 from features.store import feature_store
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
-from server.database import ONLINE_REFUSES, RECORD_AWAY, postgres_breaker, postgres_pool, redis_breaker, redis_client
+from server.database import ONLINE_REFUSES, RECORD_AWAY, connector, postgres_breaker, postgres_pool, redis_breaker, redis_client
 from server.errors import ConcordError
 from server.fleet import FleetWatch
 from server.health import HealthWatch, PostgresProbe, Probe, probes
 from server.ingest.forget import Erasure
 from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities
+from server.ingest.notices import Notices
 from server.ingest.oblivion import Oblivion
 from server.ingest.recorder import EventRecorder
 from server.ingest.recovery import Recovery
@@ -82,7 +83,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         stack.push_async_callback(client.aclose)
         online_breaker = redis_breaker(settings, client, partial(metrics.set_breaker, "online"))
         online = OnlineStore(client, codec, online_breaker)
-        states = UserStates(pool, online, codec)
+        replica_id = uuid.uuid4().hex
+        states = UserStates(pool, online, codec, replica_id=replica_id)
         identities = Identities(pool, new_user_id=_new_user_id)
         erasure = Erasure(pool, online)
         writer = EventWriter(pool, states, new_user_id=_new_user_id)
@@ -93,7 +95,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         policy = policy_of(settings)
         members = Membership(
             pool,
-            replica_id=uuid.uuid4().hex,
+            replica_id=replica_id,
             config=policy_fingerprint(policy, hide_out_of_stock=settings.hide_out_of_stock, onnx_threads=settings.onnx_threads),
             pause_seconds=settings.refresh_seconds,
             epoch_wait_seconds=settings.epoch_wait_seconds,
@@ -106,9 +108,12 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         features = FeatureReader(
             client, online_breaker, states, identities, store=store, layouts=layouts, project=settings.project, now=_now
         )
-        catalog = Catalog(pool, fleet, dsn=settings.postgres_dsn, epoch_seconds=settings.epoch_seconds)
+        connect = connector(settings)
+        catalog = Catalog(pool, fleet, connect=connect, epoch_seconds=settings.epoch_seconds)
         recovery = Recovery(pool, states, online, erasure, metrics, after_seconds=settings.recovery_seconds)
+        online.is_dead = lambda: members.lapsed
         online_breaker.catch_up = partial(_caught_up, recovery, fleet)
+        online_breaker.announce, online_breaker.on_doubt = fleet.report, fleet.report_soon
         known_slates = KnownSlates(settings.known_slates)
         recommender = recommender_of(
             settings,
@@ -131,6 +136,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             recovery.run(),
             Oblivion(pool, (identities.clear, known_slates.clear), pause_seconds=settings.recovery_seconds / 2).run(),
             fleet.run(settings.refresh_seconds),
+            fleet.run_reports(),
+            Notices(pool, states, recovery, online_breaker, dsn=settings.postgres_dsn).run(),
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
@@ -150,7 +157,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             profiles=Profiles(pool, identities, states, now=_now),
             catalog=catalog,
             features=features,
-            models=Models(fleet, dsn=settings.postgres_dsn),
+            models=Models(fleet, connect=connect),
             gate=gate,
             audit=AdminAudit(pool),
         )

@@ -3,13 +3,15 @@
 import asyncio
 from collections.abc import Callable, Iterable
 from math import inf
+from time import monotonic
+from typing import Any
 
 import psycopg
 import redis.asyncio
 import redis.exceptions
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, Connection
 from psycopg.rows import TupleRow
-from psycopg_pool import AsyncConnectionPool, TooManyRequests
+from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -23,7 +25,7 @@ Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]
 
 # Redis connections of one process, and so calls to it at a time.
 _REDIS_CONNECTIONS = 64
-# A caller who gave up after this long speaks against PostgreSQL; waiting for a busy pool is usually shorter.
+# Whoever waited this long for a connection in vain has PostgreSQL looked at; a check of a connection takes no longer.
 _HANG_SECONDS = 0.4
 _RECONNECT_SECONDS = 1.0
 
@@ -39,26 +41,42 @@ class GuardedPool(TracedPool):
 
     The waiting are counted here: psycopg's own ``max_waiting`` also counts those whose time has run out until the next connection
     is free, and refuses before it would open one, so that after a longer outage it could refuse for good.
+
+    Waiting in vain says nothing of PostgreSQL: the others may be long at work with the connections, or all of them may hang. So
+    it is asked, over a connection of its own.
     """
 
     breaker: CircuitBreaker
     most_asking: int
     _asking = 0
+    _looking: "asyncio.Task[None] | None" = None
 
     async def getconn(self, timeout: float | None = None) -> AsyncConnection[TupleRow]:  # noqa: ASYNC109 - as in the base class
         """Returns a connection that was just checked; raises OperationalError when PostgreSQL gives none."""
         if self._asking >= self.most_asking:
             raise TooManyRequests("too many calls wait for a connection")
         self._asking += 1
+        started = monotonic()
         try:
             async with self.breaker.call():
                 return await super().getconn(timeout)
+        except (asyncio.CancelledError, PoolTimeout):
+            if monotonic() - started >= _HANG_SECONDS and (self._looking is None or self._looking.done()):
+                self._looking = asyncio.create_task(self.breaker.examine())
+            raise
         finally:
             self._asking -= 1
 
+    async def close(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - as in the base class
+        """Closes all connections, and looks no more."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
+        await super().close(timeout)
+
 
 def postgres_breaker(settings: ServerSettings, on_change: Callable[[bool], None]) -> CircuitBreaker:
-    """Returns the breaker for PostgreSQL; only taking a connection passes it, and a slow success is no failure (pools get busy)."""
+    """Returns the breaker for PostgreSQL; only taking a connection passes it, and waiting for one is no failure (pools get busy)."""
 
     async def probe() -> None:
         connection = await AsyncConnection.connect(settings.postgres_dsn, autocommit=True)
@@ -70,10 +88,10 @@ def postgres_breaker(settings: ServerSettings, on_change: Callable[[bool], None]
     rules = BreakerRules(
         failures=settings.breaker_failures,
         slow_seconds=inf,
-        hang_seconds=_HANG_SECONDS,
+        hang_seconds=inf,
         pause_seconds=settings.breaker_pause_seconds,
         probe_seconds=1.0,
-        is_failure=lambda error: isinstance(error, RECORD_AWAY) and not isinstance(error, TooManyRequests),
+        is_failure=lambda error: isinstance(error, RECORD_AWAY) and not isinstance(error, TooManyRequests | PoolTimeout),
         refusal=lambda: psycopg.OperationalError("PostgreSQL is away"),
     )
     return CircuitBreaker(rules, probe=probe, on_change=on_change)
@@ -105,9 +123,19 @@ async def _checked(connection: AsyncConnection[TupleRow]) -> None:
         await AsyncConnectionPool.check_connection(connection)
 
 
+def _session(settings: ServerSettings) -> dict[str, Any]:
+    """Returns how every connection of the server is opened."""
+    milliseconds = int(settings.postgres_timeout_seconds * 1000)
+    return {"options": f"-c statement_timeout={milliseconds} -c timezone=UTC", "connect_timeout": 3}
+
+
+def connector(settings: ServerSettings) -> Callable[[], Connection[TupleRow]]:
+    """Returns what opens a connection for a thread; its statements end after as long as those of the pool."""
+    return lambda: psycopg.connect(settings.postgres_dsn, **_session(settings))
+
+
 def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
     """Returns a closed pool; a connection is checked when taken, so a restarted PostgreSQL costs no failed call later on."""
-    milliseconds = int(settings.postgres_timeout_seconds * 1000)
     pool = GuardedPool(
         settings.postgres_dsn,
         min_size=2,
@@ -117,11 +145,7 @@ def postgres_pool(settings: ServerSettings, breaker: CircuitBreaker) -> Pool:
         reconnect_timeout=_RECONNECT_SECONDS,
         open=False,
         check=_checked,
-        kwargs={
-            "options": f"-c statement_timeout={milliseconds} -c timezone=UTC",
-            "connect_timeout": 3,
-            "cursor_factory": TracedCursor,
-        },
+        kwargs={**_session(settings), "cursor_factory": TracedCursor},
         name="concord",
     )
     pool.breaker, pool.most_asking = breaker, settings.postgres_waiting

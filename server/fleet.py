@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -65,6 +66,8 @@ class FleetWatch:
         self._answering = (0, 0)
         self._complaint = ""
         self._news = asyncio.Event()
+        self._reporting = asyncio.Lock()
+        self._report_due = asyncio.Event()
         self.current: Snapshot | None = None
         self.newest = Fleet("", 0, 0, 0)
 
@@ -115,16 +118,40 @@ class FleetWatch:
         Raises:
             UnavailableError: this replica cannot load it.
         """
-        await self._members.join(address, self._said())
+        await self._members.join(address, replace(self._said(), online_away=True))
         self._address = address
+        self._online.doubt()  # until now the others showed what they liked, whatever Redis holds
         published = (await self._agreed()).published_index
         while True:
             agreed = await self._agreed()
             await self._snapshot((agreed.fleet.model_version, agreed.published_index))
             await self._turn()
             if self.newest.index_version >= published and self._could(self.newest.model_version, self.newest.index_version):
-                return await self.ensure(self.newest)
+                snapshot = await self.ensure(self.newest)
+                await self._online.confirm()
+                return snapshot
             await asyncio.sleep(_JOIN_SECONDS)
+
+    async def report(self) -> None:
+        """Says in PostgreSQL how this replica stands, and returns when that is committed; the newest word comes last.
+
+        A lease that had lapsed puts Redis in doubt before it counts again.
+        """
+        async with self._reporting:
+            if self._address and not await self._members.report(self._address, self._said()):
+                self._online.doubt()
+
+    def report_soon(self) -> None:
+        """Has ``run_reports`` report now: the others wait for the word that this replica reads Redis no more."""
+        self._report_due.set()
+
+    async def run_reports(self) -> None:
+        """Reports whenever that is due before the next turn, which may be held up by a store, until cancelled."""
+        while True:
+            await self._report_due.wait()
+            self._report_due.clear()
+            with suppress(psycopg.Error):  # the next turn reports again
+                await self.report()
 
     async def leave(self) -> None:
         """Leaves the fleet, so that nobody waits for this replica; without PostgreSQL the others notice by themselves."""
@@ -159,8 +186,7 @@ class FleetWatch:
 
     async def _turn(self) -> str:
         """One round: report, start what is asked for, let the epoch move, move Redis, answer with it; returns what is amiss."""
-        if self._address:
-            await self._members.report(self._address, self._said())
+        await self.report()
         agreed = await self._agreed()
         self._heed(agreed)
         wanted = self._wanted(agreed)
@@ -181,7 +207,7 @@ class FleetWatch:
         for model, index in sorted(self._snapshots):
             ready.setdefault(model, []).append(index)
         model = self.current.model_version if self.current else ""
-        return Report(model, self._answering[0], self.index_version, ready, dict(self._failed), self._claim)
+        return Report(model, self._answering[0], self.index_version, ready, dict(self._failed), self._claim, not self._online.relied_on)
 
     async def _agreed(self) -> Agreed:
         agreed = await self._members.agreed()

@@ -1,8 +1,10 @@
 """This process among the fleet's replicas: the row by which others know it, and the versions all of them agree on."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
+from time import monotonic
 
 from server.database import Pool
 from server.online.store import Fleet
@@ -14,11 +16,15 @@ _PAUSES, _FLOOR_SECONDS = 5, 3.0
 _FORGET = "DELETE FROM replicas WHERE seen_at < clock_timestamp() - interval '1 hour'"
 
 _REPORT = """
-INSERT INTO replicas (replica_id, address, patience_seconds, model_version, activation, index_version, ready, failed, claim, config)
-VALUES (%(replica_id)s, %(address)s, %(patience)s, %(model)s, %(activation)s, %(index)s, %(ready)s, %(failed)s, %(claim)s, %(config)s)
+INSERT INTO replicas
+    (replica_id, address, patience_seconds, model_version, activation, index_version, ready, failed, claim, config, online_away, reported)
+VALUES (%(replica_id)s, %(address)s, %(patience)s, %(model)s, %(activation)s, %(index)s, %(ready)s, %(failed)s, %(claim)s, %(config)s,
+        %(online_away)s, %(reported)s)
 ON CONFLICT (replica_id) DO UPDATE SET
     seen_at = clock_timestamp(), model_version = excluded.model_version, activation = excluded.activation,
-    index_version = excluded.index_version, ready = excluded.ready, failed = excluded.failed, claim = excluded.claim
+    index_version = excluded.index_version, ready = excluded.ready, failed = excluded.failed, claim = excluded.claim,
+    online_away = excluded.online_away, reported = excluded.reported
+WHERE replicas.reported < excluded.reported
 """
 _STATE = """
 SELECT s.model_version, s.activation, s.answering_index, s.offer_version, s.index_version, p.model, p.claim,
@@ -74,17 +80,38 @@ class Report:
     ready: Mapping[str, Sequence[int]]
     failed: Mapping[str, str]
     claim: str
+    online_away: bool
 
 
 class Membership:
-    """Reads what the fleet agreed on, and keeps this replica's row."""
+    """Reads what the fleet agreed on, and keeps this replica's row.
 
-    def __init__(self, pool: Pool, *, replica_id: str, config: str, pause_seconds: float, epoch_wait_seconds: float) -> None:
+    A report is a lease: for this replica's patience from when it was sent the others count it among those who read Redis.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        replica_id: str,
+        config: str,
+        pause_seconds: float,
+        epoch_wait_seconds: float,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self._pool = pool
         self._replica_id = replica_id
         self._config = config
         self._patience = max(_PAUSES * pause_seconds, _FLOOR_SECONDS)
         self._epoch_wait = epoch_wait_seconds
+        self._clock = clock
+        self._reported = 0
+        self._until = -inf
+
+    @property
+    def lapsed(self) -> bool:
+        """True when the others may think this replica dead: what it reads from Redis may be older than what they showed since."""
+        return self._clock() >= self._until
 
     async def agreed(self) -> Agreed:
         """Returns the versions the fleet agreed on."""
@@ -99,16 +126,25 @@ class Membership:
         The shared lock orders this before or after any move of the pointer: either the move sees this replica and waits for
         it, or this replica reads the pointer after the move.
         """
+        sent = self._clock()
         async with self._pool.connection() as connection:
             await connection.execute("SELECT 1 FROM fleet_state FOR SHARE")
             await connection.execute(_FORGET)
             await connection.execute(_REPORT, self._row(address, report))
+        self._until = sent + self._patience
 
-    async def report(self, address: str, report: Report) -> None:
-        """Says that this replica lives, and what it could answer with."""
-        async with self._pool.connection() as connection:
-            await connection.execute("SET LOCAL synchronous_commit = off")  # a heartbeat that a crash takes back is no loss
+    async def report(self, address: str, report: Report) -> bool:
+        """Says that this replica lives, and what it could answer with; one report at a time.
+
+        Returns:
+            False when the lease had lapsed before this report was committed: the others may have thought this replica dead.
+        """
+        sent = self._clock()
+        async with self._pool.connection() as connection:  # committed to disk: a crash must not take back a lease that is relied on
             await connection.execute(_REPORT, self._row(address, report))
+        held = not self.lapsed
+        self._until = sent + self._patience
+        return held
 
     async def leave(self) -> None:
         """Takes this replica off the list: nobody waits for it any more."""
@@ -123,6 +159,7 @@ class Membership:
             await connection.execute(_ADVANCE, [self._epoch_wait])
 
     def _row(self, address: str, report: Report) -> dict[str, object]:
+        self._reported += 1
         return {
             "replica_id": self._replica_id,
             "address": address,
@@ -134,4 +171,6 @@ class Membership:
             "failed": json.dumps(report.failed),
             "claim": report.claim,
             "config": self._config,
+            "online_away": report.online_away,
+            "reported": self._reported,
         }

@@ -6,7 +6,6 @@ from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
-import psycopg
 from feast import FeatureStore
 from psycopg import Connection
 from psycopg.rows import TupleRow
@@ -15,11 +14,12 @@ from features import models
 from features.bundle import BundleError, fetch
 from features.models import Activation, ActivationInProgressError, ModelVersion, OnUnready, ReplicaUnreadyError, UnknownModelError
 from features.replicas import Replica, list_replicas
-from features.settings import Settings
 from features.store import unmet
+from server.database import connector
 from server.errors import ConflictError, NotFoundError, PreconditionError, UnavailableError
 from server.fleet import FleetWatch
 from server.inference.model import LoadedModel, Tokenizers, load_model
+from server.settings import ServerSettings
 
 T = TypeVar("T")
 _PAUSE_SECONDS = 0.1  # between looks at what the replicas report
@@ -31,7 +31,7 @@ class BundleLoader:
     Not at a lower priority: ONNX Runtime's threads would inherit it for as long as the model answers.
     """
 
-    def __init__(self, settings: Settings, store: FeatureStore, *, provider: str, threads: int) -> None:
+    def __init__(self, settings: ServerSettings, store: FeatureStore, *, provider: str, threads: int) -> None:
         self._settings = settings
         self._store = store
         self._provider = provider
@@ -48,7 +48,7 @@ class BundleLoader:
         return await asyncio.to_thread(self._load, model_version)
 
     def _load(self, model_version: str) -> LoadedModel:
-        with psycopg.connect(self._settings.postgres_dsn, connect_timeout=3) as connection:
+        with connector(self._settings)() as connection:
             try:
                 published = models.find_model(connection, model_version)
             except UnknownModelError as error:
@@ -70,9 +70,9 @@ class BundleLoader:
 class Models:
     """Operators' calls on the registry and the fleet."""
 
-    def __init__(self, fleet: FleetWatch, *, dsn: str) -> None:
+    def __init__(self, fleet: FleetWatch, *, connect: Callable[[], Connection[TupleRow]]) -> None:
         self._fleet = fleet
-        self._dsn = dsn
+        self._connect = connect
 
     @property
     def loaded(self) -> set[str]:
@@ -141,7 +141,7 @@ class Models:
 
     async def _call(self, act: Callable[[Connection[TupleRow]], T]) -> T:
         def run() -> T:
-            with psycopg.connect(self._dsn, connect_timeout=3) as connection:
+            with self._connect() as connection:
                 return act(connection)
 
         return await asyncio.to_thread(run)

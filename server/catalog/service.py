@@ -2,7 +2,7 @@
 
 import asyncio
 import builtins
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg
@@ -25,10 +25,10 @@ FROM fleet_state s LEFT JOIN index_epochs e USING (index_version)
 class Catalog:
     """Items as the shop's backends write and read them."""
 
-    def __init__(self, pool: Pool, fleet: FleetWatch, *, dsn: str, epoch_seconds: float) -> None:
+    def __init__(self, pool: Pool, fleet: FleetWatch, *, connect: Callable[[], Connection[TupleRow]], epoch_seconds: float) -> None:
         self._pool = pool
         self._fleet = fleet
-        self._dsn = dsn
+        self._connect = connect
         self._epoch_seconds = epoch_seconds
 
     @property
@@ -55,7 +55,7 @@ class Catalog:
         return result
 
     def _in_transaction(self, items: Sequence[Item], relations: Sequence[Relation]) -> UpsertResult:
-        with psycopg.connect(self._dsn, connect_timeout=3) as connection:
+        with self._connect() as connection:
             result = upsert_items(connection, items)
             if relations:
                 upsert_relations(connection, relations)
@@ -84,20 +84,23 @@ class Catalog:
         """Publishes an epoch whenever descriptions changed since the last, at most one per ``epoch_seconds``, until cancelled."""
         while True:
             try:
-                if await asyncio.to_thread(_publish_if_due, self._dsn, self._epoch_seconds):
+                if await asyncio.to_thread(_publish_if_due, self._connect, self._epoch_seconds):
                     self._fleet.look()
             except psycopg.Error as error:
                 _log.warning("index epoch waits for PostgreSQL", error=type(error).__name__)
             await asyncio.sleep(self._epoch_seconds / 2)
 
 
-def _publish_if_due(dsn: str, epoch_seconds: float) -> int | None:
-    with psycopg.connect(dsn, connect_timeout=3) as connection:
+def _publish_if_due(connect: Callable[[], Connection[TupleRow]], epoch_seconds: float) -> int | None:
+    with connect() as connection:
         if not _due(connection, epoch_seconds):
             return None
         # Look again under the lock: of several replicas one publishes.
         connection.execute("SELECT 1 FROM fleet_state FOR UPDATE")
-        return publish_epoch(connection) if _due(connection, epoch_seconds) else None
+        if not _due(connection, epoch_seconds):
+            return None
+        connection.execute("SET LOCAL statement_timeout = 0")  # the first epoch of a large catalogue takes as long as it takes
+        return publish_epoch(connection)
 
 
 def _due(connection: Connection[TupleRow], epoch_seconds: float) -> bool:

@@ -122,6 +122,7 @@ class EventRecorder:
                 await self._online.write_users(states)
         except Exception as error:  # noqa: BLE001 - whatever it is, the events are committed, and later calls wait for this loop
             _log.warning("online store missed a write; the outbox holds it", error=type(error).__name__, users=len(states))
+            self._writer.missed()
             return False
         self._metrics.observe_ingest_stage("online_write", perf_counter() - started)
         self._writer.caught_up(states)

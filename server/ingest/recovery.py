@@ -69,6 +69,15 @@ class Recovery:
                     await asyncio.sleep(0.02)  # another replica holds the rest
         return False
 
+    async def recover_all(self) -> None:
+        """Recovers everybody whose state lags and whom no other replica has taken.
+
+        Raises:
+            psycopg.Error, redis.exceptions.RedisError: a store is away.
+        """
+        while await self.recover(after_seconds=0.0) == _BATCH:
+            pass
+
     async def recover(self, *, after_seconds: float | None = None) -> int:
         """Recomputes one batch of customers lagging for longer than ``after_seconds``; returns how many there were."""
         after = self._after if after_seconds is None else after_seconds

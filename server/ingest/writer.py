@@ -133,6 +133,10 @@ class EventWriter:
         self._caught_up.update((state.user_id, state.version) for state in states)
         self._wake.set()
 
+    def missed(self) -> None:
+        """Notes that Redis missed a write: other replicas are asked to do it."""
+        self._states.missed.set()
+
     async def run(self) -> None:
         """Removes outbox rows of customers that have caught up, until cancelled; a failure only delays the removal."""
         while True:

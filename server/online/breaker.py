@@ -43,6 +43,14 @@ async def _certain() -> bool:
     return True
 
 
+async def _nobody() -> None:
+    pass
+
+
+def _nothing() -> None:
+    pass
+
+
 def _unnoticed(_is_open: bool) -> None:
     pass
 
@@ -51,12 +59,16 @@ class CircuitBreaker:
     """Closed: calls pass and are watched. Open: they are refused within microseconds, and a probe runs every pause.
 
     No caller pays for a probe: ``run`` makes it (half-open). When it succeeds, ``catch_up`` brings the store up to date before
-    callers see it, and once more after the first of them may have: until that is done the store is ``behind``.
+    callers see it, and once more after the first of them may have: until that is done the store is ``behind``. In between
+    ``announce`` tells whoever acts on it that this process relies on the store again: what they show from then on is in the store,
+    and what they showed before, the second ``catch_up`` brings there.
 
     Attributes:
         is_open: True while calls are refused.
-        behind: True while the store answers but may lag behind what was already shown while it was away.
+        behind: True while the store answers but may lag behind what was already shown without it.
         catch_up: brings the store up to date; returns False when it cannot be sure to have.
+        announce: returns when it is known that the store is ``relied_on``.
+        on_doubt: called when it no longer is.
     """
 
     def __init__(
@@ -76,9 +88,24 @@ class CircuitBreaker:
         self._streak = 0
         self._lag = 0.0
         self._due = 0.0
+        self._attempting = asyncio.Lock()
+        self._announcing = False
+        self._doubts = 0
         self.is_open = False
         self.behind = False
         self.catch_up: Callable[[], Awaitable[bool]] = _certain
+        self.announce: Callable[[], Awaitable[None]] = _nobody
+        self.on_doubt: Callable[[], None] = _nothing
+
+    @property
+    def relied_on(self) -> bool:
+        """True while what the store answers is believed, and from just before: from when it is announced."""
+        return not self.is_open and (self._announcing or not self.behind)
+
+    def doubt(self) -> None:
+        """Puts the store ``behind`` until it has been announced and caught up anew, which is tried at once."""
+        self.behind, self._due = True, self._clock()
+        self._disown()
 
     def call(self, *, in_time: bool = False) -> "_Call":
         """Returns an async context for one call to the store; entering it raises the rules' refusal while the breaker is open.
@@ -99,6 +126,10 @@ class CircuitBreaker:
 
     async def attempt(self) -> None:
         """Probes once; closes the breaker when the store answers and has caught up."""
+        async with self._attempting:
+            await self._attempt()
+
+    async def _attempt(self) -> None:
         token = _probing.set(True)
         try:
             async with asyncio.timeout(self._rules.probe_seconds):
@@ -106,14 +137,32 @@ class CircuitBreaker:
             certain = await self.catch_up()
             if self.is_open:
                 self._close()
-            if certain:  # what was written between its last look and the closing is still missing
+            if certain:  # what was written between its last look and the announcement is still missing
+                doubts, self._announcing = self._doubts, True
+                await self.announce()
                 certain = await self.catch_up()
-            self.behind = not certain
+                self.behind = not certain or self._doubts != doubts
         except Exception as error:  # noqa: BLE001 - whatever it is, the store cannot be used yet
             _log.debug("store still away", error=type(error).__name__)
         finally:
+            self._announcing = False
             _probing.reset(token)
             self._due = self._clock() + self._rules.pause_seconds
+
+    async def examine(self, *, tries: int = 1) -> None:
+        """Probes the store for somebody who suspects that it is away, and opens when no try is answered."""
+        for _ in range(tries):
+            if self.is_open:
+                return
+            try:
+                async with asyncio.timeout(self._rules.probe_seconds):
+                    await self._probe()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the store did not answer
+                problem = error
+            else:
+                return
+        if not self.is_open:
+            self._open(problem)
 
     def _admit(self) -> None:
         if self.is_open and not _probing.get():
@@ -137,7 +186,13 @@ class CircuitBreaker:
         self.is_open = True
         self._due = self._clock() + self._rules.pause_seconds
         self._on_change(True)
+        self._disown()
         _log.error("store away; calls to it fail at once", error=type(error).__name__ if error else "slow")
+
+    def _disown(self) -> None:
+        self._announcing = False
+        self._doubts += 1
+        self.on_doubt()
 
     def _close(self) -> None:
         self.is_open, self.behind, self._streak = False, True, 0

@@ -18,7 +18,7 @@ from server.domain import EntityKey, Subject
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
 from server.ingest.identities import Identities, Known
 from server.online.breaker import CircuitBreaker
-from server.online.states import MergedError, UserStates
+from server.online.states import MergedError, UserStates, patiently
 
 _log = structlog.get_logger(__name__)
 # A state that is lost between two reads is looked for again; more than a few times means that Redis keeps nothing.
@@ -74,16 +74,19 @@ class FeatureReader:
             NotFoundError: the registry has no such service, view or feature.
             InvalidRequestError: a feature is computed at request time, or an entity lacks the id a view needs.
             StaleStateError: the state an entity's token asks for does not exist (yet).
-            UnavailableError: Redis is away, and PostgreSQL does not keep these features in their online form.
+            UnavailableError: Redis is away, and PostgreSQL does not keep these features in their online form, or what it holds
+                may not be shown yet.
         """
         names = tuple(refs) or self._services.get(service) or await self._service_refs(service)
         plan = self._plan(names)
         for position, entity in enumerate(entities):
             _require_ids(plan, position, entity)
+        certain = self._states.certain
         try:
-            return await self._online(plan, entities)
+            rows = await self._online(plan, entities)
         except ONLINE_AWAY:
             return [await self._recorded(plan, entity) for entity in entities]
+        return rows if certain and self._states.certain else [_doubted(plan, row) for row in rows]
 
     async def _online(self, plan: _Plan, entities: Sequence[EntityKey]) -> list[FeatureRow]:
         for _ in range(_LOOKS):
@@ -118,7 +121,7 @@ class FeatureReader:
         user_id = entity.user_id
         try:
             minimum = await self._identities.minimum_version(user_id, entity.token)
-            features = await self._states.recorded_at_least(user_id, minimum, now=self._now())
+            features = await patiently(lambda: self._states.recorded_at_least(user_id, minimum, now=self._now()))
         except MergedError as merged:
             return await self._recorded(plan, replace(entity, user_id=merged.survivor))
         except NotFoundError:
@@ -182,6 +185,17 @@ def _require_ids(plan: _Plan, position: int, entity: EntityKey) -> None:
 def _version_of(reply: Sequence[bytes | None]) -> int:
     version = None if reply[0] is None else decode_value(reply[0])
     return -1 if version is None else int(version)
+
+
+def _doubted(plan: _Plan, row: FeatureRow) -> FeatureRow:
+    """Says of a customer's values that they are stale: Redis may lag behind what other replicas have shown."""
+    views = {view.name for view in plan.views.get("user_id", ())}
+    return FeatureRow(
+        {
+            ref: replace(value, status=Status.STALE) if value.status is Status.PRESENT and ref.partition(":")[0] in views else value
+            for ref, value in row.values.items()
+        }
+    )
 
 
 def _row(plan: _Plan, replies: Sequence[Sequence[bytes | None]], now: datetime) -> FeatureRow:

@@ -1,9 +1,11 @@
 """Customers' online state: read from Redis, recomputed from PostgreSQL when Redis lacks it or lags."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import structlog
@@ -21,7 +23,24 @@ _log = structlog.get_logger(__name__)
 
 Features = dict[str, dict[str, FeatureValue]]
 
-_RECORDED = "SELECT version, merged_into, membership FROM users WHERE user_id = %s"
+T = TypeVar("T")
+
+# How long a call waits until it may show what PostgreSQL holds, so that a caller with the client's usual deadline of 1 s is still
+# told something, and the pause between its looks. With a listener (see
+# server/ingest/notices.py) Redis has caught up, or all replicas have found that they cannot reach it, in a small part of that.
+_PATIENCE_SECONDS = 0.7
+_PAUSE_SECONDS = 0.015
+
+# Whether what the statement's snapshot holds of a customer may be shown: Redis holds it too (or has lost the customer), or no
+# other replica answers from Redis. Parameters: the customer, this replica.
+_SHARED = """
+SELECT NOT EXISTS (SELECT FROM online_outbox WHERE user_id = %s)
+    OR NOT EXISTS (SELECT FROM online_readers WHERE replica_id <> %s) AS shared
+"""
+_RECORDED = f"""
+SELECT u.version, u.merged_into, u.membership, c.shared FROM users u CROSS JOIN ({_SHARED}) c WHERE u.user_id = %s
+"""  # noqa: S608 - constant statements
+_RECORDED_STATE = f"SELECT s.*, c.shared FROM ({READ_STATE}) s CROSS JOIN ({_SHARED}) c"  # noqa: S608 - constant statements
 _CAUGHT_UP = """
 DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version)
 WHERE o.user_id = s.user_id AND o.version <= s.version
@@ -41,6 +60,13 @@ class RegroupedError(Exception):
     """Personas have joined or left the customer since an identity was resolved to it: resolve it again."""
 
 
+class AheadOfOnlineError(UnavailableError):
+    """PostgreSQL holds a version of the customer that Redis may lack, and another replica answers from Redis."""
+
+    def __init__(self) -> None:
+        super().__init__("the online store does not hold the customer's newest state yet", reason="ONLINE_STORE_LAGGING")
+
+
 @dataclass(frozen=True)
 class Recorded:
     """Where a customer stands in PostgreSQL; version and membership are 0 for the empty user id."""
@@ -52,12 +78,24 @@ class Recorded:
 class UserStates:
     """The one place that knows both stores of a customer's state.
 
+    What is read from PostgreSQL to be shown (``recorded...``) must be no newer than what Redis shows in other replicas, so that
+    nobody sees a version go back (C3). The one who may not show it yet wakes those who can write it to Redis, and tries again.
+
+    Args:
+        pool: connections to PostgreSQL.
+        online: Redis.
+        codec: encodes states.
+        replica_id: this process among ``replicas``; empty for one that serves nobody.
+
     Attributes:
         shown: versions answered from PostgreSQL alone.
+        missed: set when Redis lacks what somebody waits for.
     """
 
-    def __init__(self, pool: Pool, online: OnlineStore, codec: UserStateCodec) -> None:
+    def __init__(self, pool: Pool, online: OnlineStore, codec: UserStateCodec, *, replica_id: str = "") -> None:
         self.shown = Shown()
+        self.missed = asyncio.Event()
+        self._replica_id = replica_id
         self._pool = pool
         self._online = online
         self._codec = codec
@@ -91,6 +129,7 @@ class UserStates:
             await self._online.write_users(states)
         except ONLINE_AWAY as error:
             _log.warning("online store missed a write; the outbox holds it", error=type(error).__name__, users=len(states))
+            self.missed.set()
             return False
         try:
             await self.caught_up({state.user_id: state.version for state in states})
@@ -108,13 +147,15 @@ class UserStates:
 
         Raises:
             NotFoundError, MergedError: as ``rebuild``.
+            AheadOfOnlineError: it may not be shown yet; see ``patiently``.
         """
         if not user_id:
             return Recorded(0)
         async with self._pool.connection() as connection:
-            row = await (await connection.execute(_RECORDED, [user_id])).fetchone()
+            row = await (await connection.execute(_RECORDED, [user_id, self._replica_id, user_id])).fetchone()
         if row is None:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
+        self._require_shared(row[3])
         if row[1] is not None:
             raise MergedError(row[1])
         return Recorded(row[0], row[2])
@@ -123,13 +164,14 @@ class UserStates:
         """Recomputes all views of a customer in PostgreSQL, as they would stand in Redis, without touching Redis.
 
         Raises:
-            NotFoundError, MergedError: as ``rebuild``.
+            NotFoundError, MergedError, AheadOfOnlineError: as ``recorded``.
         """
         while True:
             async with self._pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
-                await cursor.execute(READ_STATE, [[user_id]])
+                await cursor.execute(_RECORDED_STATE, [[user_id], user_id, self._replica_id])
                 row = await cursor.fetchone()
             if row is not None and row["merged_into"] is None:
+                self._require_shared(row["shared"])
                 break
             await self.recorded(user_id)  # says why there is none; a customer created meanwhile is read again
         activity, profile = self._codec.activity, self._codec.profile
@@ -142,7 +184,7 @@ class UserStates:
 
         Raises:
             StaleStateError: PostgreSQL itself does not hold that version.
-            NotFoundError, MergedError: as ``rebuild``.
+            NotFoundError, MergedError, AheadOfOnlineError: as ``recorded``.
         """
         features = await self.recorded_features(user_id, now=now)
         version = features[self._codec.activity.name]["version"].value
@@ -150,6 +192,11 @@ class UserStates:
             raise ahead()
         self.shown.note(user_id, version)
         return features
+
+    def _require_shared(self, shared: bool) -> None:
+        if not shared:
+            self.missed.set()
+            raise AheadOfOnlineError
 
     async def profile_at(self, user_id: str, at: datetime, *, now: datetime) -> dict[str, FeatureValue]:
         """Reads a customer's profile in the snapshot taken for ``at`` from PostgreSQL; all MISSING when it has none."""
@@ -186,6 +233,42 @@ class UserStates:
                 raise ahead()
             features = await self.features(user_id, now=now)
         return features
+
+    @property
+    def certain(self) -> bool:
+        """True while Redis holds all that any replica has shown; see OnlineStore."""
+        return self._online.certain
+
+    async def newest(self, user_id: str, minimum: int, *, now: datetime) -> Features:
+        """Reads all views of a customer at ``minimum`` or later, from PostgreSQL where Redis is away or not ``certain``.
+
+        Raises:
+            StaleStateError, NotFoundError, MergedError, UnavailableError: as ``at_least``.
+            AheadOfOnlineError: what PostgreSQL holds could not be shown in time.
+        """
+        if self.certain:
+            with contextlib.suppress(*ONLINE_AWAY):
+                features = await self.at_least(user_id, minimum, now=now)
+                if self.certain:
+                    return features
+        return await patiently(lambda: self.recorded_at_least(user_id, minimum, now=now))
+
+
+async def patiently(act: Callable[[], Awaitable[T]]) -> T:
+    """Runs ``act`` again while what PostgreSQL holds may not be shown yet, for 0.7 s at the most.
+
+    Raises:
+        AheadOfOnlineError: it still may not.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return await act()
+        except AheadOfOnlineError:
+            if loop.time() >= until:
+                raise
+        await asyncio.sleep(_PAUSE_SECONDS)
 
 
 def ahead() -> StaleStateError:

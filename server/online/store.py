@@ -1,6 +1,6 @@
 """The online store: one round trip reads a customer's version, the committed slate and the fleet's pointers together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,6 +13,10 @@ from server.errors import NotFoundError
 from server.online.breaker import CircuitBreaker
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,16 @@ class OnlineStore:
         breaker: refuses calls while Redis is away.
         forgotten_seconds: how long a forgotten customer's keys refuse writes; above any deadline, so that nothing in flight
             comes after it.
+
+    Attributes:
+        is_dead: says whether the other replicas may think this one dead.
     """
 
     def __init__(self, client: Redis, codec: UserStateCodec, breaker: CircuitBreaker, *, forgotten_seconds: float = 60.0) -> None:
         self._client = client
         self._codec = codec
         self._breaker = breaker
+        self.is_dead: Callable[[], bool] = _never
         self._forgotten_ms = int(forgotten_seconds * 1000)
         self._fleet_key = f"concord:{codec.project}:fleet"
         self._commit: Any = client.register_script(_COMMIT)
@@ -121,8 +129,31 @@ class OnlineStore:
 
     @property
     def behind(self) -> bool:
-        """True while Redis is just back and may lag behind what was answered from PostgreSQL meanwhile."""
+        """True while Redis is just back, or refuses writes, and may lag behind what was answered from PostgreSQL meanwhile."""
         return self._breaker.behind
+
+    @property
+    def unwatched(self) -> bool:
+        """True while the other replicas may not know that this one reads Redis, and so may show what Redis does not hold."""
+        return self.is_dead()
+
+    @property
+    def certain(self) -> bool:
+        """True while Redis holds all that any replica has shown. Asked before and after a look: both must say so."""
+        return not self.behind and not self.unwatched
+
+    @property
+    def relied_on(self) -> bool:
+        """What this replica tells the others: that they must show nothing which Redis does not hold."""
+        return self._breaker.relied_on
+
+    def doubt(self) -> None:
+        """Has what Redis holds caught up anew before it is ``certain`` again."""
+        self._breaker.doubt()
+
+    async def confirm(self) -> None:
+        """Catches up now instead of at the next probe."""
+        await self._breaker.attempt()
 
     def slates_key(self, user_id: str) -> str:
         """Returns the key of a customer's slates; the empty user id is every customer without an identity."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, activity_of
-from server.database import ONLINE_AWAY, Pool
+from server.database import Pool
 from server.domain import CustomerProfile, Subject, Token
 from server.errors import NotFoundError
 from server.ingest.identities import Identities, Known
@@ -29,6 +29,7 @@ class Profiles:
         Raises:
             NotFoundError: nobody has met the subject.
             StaleStateError: the state the token asks for does not exist (yet).
+            AheadOfOnlineError: Redis is away, and what PostgreSQL holds may not be shown yet.
         """
         resolved = await self._identities.resolve(subject)
         if not resolved.user_id:
@@ -36,11 +37,7 @@ class Profiles:
 
         async def act(known: Known) -> CustomerProfile:
             minimum = await self._identities.minimum_version(known.user_id, token)
-            try:
-                features = await self._states.at_least(known.user_id, minimum, now=self._now())
-            except ONLINE_AWAY:
-                features = await self._states.recorded_at_least(known.user_id, minimum, now=self._now())
-            return await self._profile(known.user_id, features)
+            return await self._profile(known.user_id, await self._states.newest(known.user_id, minimum, now=self._now()))
 
         return await self._identities.following(subject, Known(resolved.user_id), act)
 

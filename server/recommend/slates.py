@@ -9,6 +9,7 @@ from server.database import ONLINE_AWAY, RECORD_AWAY
 from server.errors import OverloadedError
 from server.fleet import FleetWatch
 from server.metrics import Metrics
+from server.online.states import AheadOfOnlineError, patiently
 from server.online.store import OnlineStore
 from server.recommend.clock import StageClock
 from server.recommend.compute import Policy, Ranked, compute_slate
@@ -21,8 +22,8 @@ from server.recommend.standing import TURNS, Stand, Standings, moving
 
 # Why an answer is degraded, as callers see it.
 ONLINE_STORE_UNAVAILABLE = "ONLINE_STORE_UNAVAILABLE"  # computed from PostgreSQL, not committed: as new as any other answer
-ONLINE_STORE_LAGGING = "ONLINE_STORE_LAGGING"  # Redis is just back and not yet known to hold everything
-RECORD_STORE_UNAVAILABLE = "RECORD_STORE_UNAVAILABLE"  # PostgreSQL was needed and is away
+ONLINE_STORE_LAGGING = "ONLINE_STORE_LAGGING"  # Redis is not (yet) known to hold everything that was shown
+RECORD_STORE_UNAVAILABLE = "RECORD_STORE_UNAVAILABLE"  # PostgreSQL was needed and is away, or has not heard of us for long
 OVERLOADED = "OVERLOADED"  # too many slates wait to be computed
 
 
@@ -88,12 +89,13 @@ class Slates:
     async def find(self, user_id: str, place: Place, minimum: int, clock: StageClock) -> Found:
         """Returns the slate for the customer's newest version under the fleet's versions.
 
-        Redis away: computed from PostgreSQL. PostgreSQL (too) away where it is needed, or too much to compute: the last slate
-        known here or in Redis, flagged stale, unless it is older than ``minimum``.
+        Redis away: computed from PostgreSQL. PostgreSQL (too) away where it is needed, too much to compute, or a state that other
+        replicas would not show: the last slate known here or in Redis, flagged stale, unless it is older than ``minimum``.
 
         Raises:
             StaleStateError: PostgreSQL does not hold ``minimum``.
             OverloadedError: too much to compute, and no slate is known.
+            AheadOfOnlineError: what PostgreSQL holds may not be shown yet, and no slate is known.
             UnavailableError: the versions do not come to rest, or the snapshot cannot be loaded.
             NotFoundError, MergedError: the customer does not exist (any more).
             psycopg.Error: the stores are away, and no slate is known.
@@ -105,7 +107,11 @@ class Slates:
                 return await self._together(user_id, place, minimum, clock, seen.append)
             except ONLINE_AWAY:
                 reasons = (ONLINE_STORE_UNAVAILABLE,)
-                return await self._by_itself(user_id, place, minimum, clock)
+                return await patiently(lambda: self._by_itself(user_id, place, minimum, clock))
+        except AheadOfOnlineError:
+            found = self._last(user_id, place, minimum, seen, (*reasons, ONLINE_STORE_LAGGING))
+            if found is None:
+                raise
         except RECORD_AWAY:
             found = self._last(user_id, place, minimum, seen, (*reasons, RECORD_STORE_UNAVAILABLE))
             if found is None:
@@ -126,17 +132,21 @@ class Slates:
             lagging = lagging or self._lagging
             return Met(stand, customer, bool(lagging), lagging)
         except ONLINE_AWAY:
-            async with self._apart.passing():
-                stand = await self._standings.recorded(user_id, minimum, clock)
-                with clock("features"):
-                    customer = await self._customers.recorded(user_id, stand.snapshot, as_of=stand.as_of)
-            self._standings.show(user_id, customer.activity.version)
-            return Met(stand, customer, stale=False, reasons=(ONLINE_STORE_UNAVAILABLE,))
+            return await patiently(lambda: self._met_apart(user_id, minimum, clock))
+
+    async def _met_apart(self, user_id: str, minimum: int, clock: StageClock) -> Met:
+        async with self._apart.passing():
+            stand = await self._standings.recorded(user_id, minimum, clock)
+            with clock("features"):
+                customer = await self._customers.recorded(user_id, stand.snapshot, as_of=stand.as_of)
+        self._standings.show(user_id, customer.activity.version)
+        return Met(stand, customer, stale=False, reasons=(ONLINE_STORE_UNAVAILABLE,))
 
     @property
     def _lagging(self) -> tuple[str, ...]:
         """Asked before a look too: what was read while Redis lagged is no newer when it has caught up since."""
-        return (ONLINE_STORE_LAGGING,) if self._online.behind else ()
+        lagging = (ONLINE_STORE_LAGGING,) if self._online.behind else ()
+        return (*lagging, RECORD_STORE_UNAVAILABLE) if self._online.unwatched else lagging
 
     async def _together(self, user_id: str, place: Place, minimum: int, clock: StageClock, seen: Callable[[Stand], None]) -> Found:
         """Returns the slate that stands in Redis for all replicas, committing one if none does."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.guarantees import profiles, rules, stored
+from tests.guarantees import profiles, stored
 from tests.guarantees.answers import Progress, ask_while_everything_moves
 from tests.guarantees.ground import Ground
 from tests.guarantees.losses import FAULTS, rebuild_twice, survive
@@ -75,8 +75,6 @@ async def honoured_tokens(ground: Ground, plan: Plan, report: Report, *, folder:
     report.add(await asyncio.to_thread(check, history, one_slate=False))
     refused = sum(not read.answered for read in history.reads)
     report.notes.append(f"C2/C3: {len(history.faults)} faults of Redis; {refused:,} of {len(history.reads):,} reads were refused.")
-    if ahead := rules.ahead_of_redis(history):
-        report.notes.append(f"C3, known limit: {ahead} answers older than another replica gave without Redis (docs/guarantees.md).")
 
 
 async def nothing_lost(

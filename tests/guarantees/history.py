@@ -62,11 +62,6 @@ class Read(NamedTuple):
         return self.answered and not self.stale and self.degraded in {"", "ONLINE_STORE_UNAVAILABLE"}
 
     @property
-    def apart(self) -> bool:
-        """Whether a replica that cannot reach Redis computed it from PostgreSQL."""
-        return self.answered and "ONLINE_STORE_UNAVAILABLE" in self.degraded
-
-    @property
     def state(self) -> tuple[str, str, int, str, int]:
         """What a ranking may depend on, and nothing else."""
         return self.user, self.place, self.user_version, self.model_version, self.index_version

@@ -178,43 +178,24 @@ def tokens_honoured(history: History) -> Finding:
 
 
 def monotonic(history: History) -> Finding:
-    """C3: of one customer, no answer is older than one that ended before it began, nor than a write acknowledged as online.
-
-    What a replica that cannot reach Redis answered from PostgreSQL binds that replica only, which ``ahead_of_redis`` counts
-    across replicas: see docs/guarantees.md.
-    """
+    """C3: of one customer, no answer is older than one that ended before it began, nor than a write acknowledged as online."""
     total = Finding("C3 versions never go back")
-    groups: dict[tuple[object, ...], tuple[list[tuple[float, int, object]], list[tuple[float, int, Read]]]] = defaultdict(lambda: ([], []))
+    known: dict[str, list[tuple[float, int, object]]] = defaultdict(list)
+    asked: dict[str, list[tuple[float, int, Read]]] = defaultdict(list)
     for read in history.reads:
         if read.answered:
-            told = (read.end, read.user_version, read)
-            groups[(read.user, read.replica) if read.apart else (read.user,)][0].append(told)
+            known[read.user].append((read.end, read.user_version, read))
             if not read.stale:
-                for group in ((read.user,), (read.user, read.replica)):
-                    groups[group][1].append((read.start, read.user_version, read))
+                asked[read.user].append((read.start, read.user_version, read))
     for write in history.writes:
         if write.status == "OK" and write.online:
-            groups[write.user,][0].append((write.end, write.version, write))
-    for group, (known, asked) in groups.items():
-        _add(total, _never_older("", known=known, asked=asked), counted=len(group) == 1)
+            known[write.user].append((write.end, write.version, write))
+    for user, reads in asked.items():
+        part = _never_older("", known=known[user], asked=reads)
+        total.checked += part.checked
+        total.violations += part.violations
+        total.excerpts += part.excerpts[: _EXCERPTS - len(total.excerpts)]
     return total
-
-
-def ahead_of_redis(history: History) -> int:
-    """Counts answers older than one that another replica gave from PostgreSQL, before they began, while it could not reach Redis."""
-    total = Finding("")
-    for user in {read.user for read in history.reads if read.apart}:
-        reads = [read for read in history.reads if read.user == user and read.answered]
-        known = ((read.end, read.user_version, read) for read in reads)
-        asked = ((read.start, read.user_version, read) for read in reads if not read.stale)
-        _add(total, _never_older("", known=known, asked=asked))
-    return total.violations
-
-
-def _add(total: Finding, part: Finding, *, counted: bool = True) -> None:
-    total.checked += part.checked * counted
-    total.violations += part.violations
-    total.excerpts += part.excerpts[: _EXCERPTS - len(total.excerpts)]
 
 
 def _never_older(rule: str, *, known: Iterable[tuple[float, int, object]], asked: Iterable[tuple[float, int, Read]]) -> Finding:

@@ -25,8 +25,10 @@ from server.domain import EventOutcome, IncomingEvent, RecordOutcome, Stored, To
 from server.fleet import FleetWatch
 from server.ingest import writer
 from server.ingest.identities import Identities
+from server.ingest.notices import Notices
 from server.ingest.recorder import EventRecorder
 from server.online import store
+from server.online.states import UserStates
 from server.online.store import Fleet, OnlineStore
 from server.recommend import slates
 from server.recommend.compute import Ranked
@@ -113,6 +115,17 @@ def _late_writes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OnlineStore, "write_users", followed)
 
 
+def _slow_help(patch: pytest.MonkeyPatch) -> None:
+    """A replica that is asked to write to Redis what another cannot takes its time."""
+    help_others = Notices.help
+
+    async def later(self: Notices) -> None:
+        await asyncio.sleep(0.1)
+        await help_others(self)
+
+    patch.setattr(Notices, "help", later)
+
+
 def _one_replica_cannot(patch: pytest.MonkeyPatch) -> None:
     """The second replica cannot open a model it does not answer with already."""
     load_model, opened = FleetWatch._model, list[FleetWatch]()
@@ -161,6 +174,10 @@ def _tokens_ignored(patch: pytest.MonkeyPatch) -> None:
 def _write_always(patch: pytest.MonkeyPatch) -> None:
     assert "if current < offered then" in WRITE_STATE
     patch.setattr(store, "WRITE_STATE", WRITE_STATE.replace("if current < offered then", "if true then"))
+
+
+def _shown_at_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(UserStates, "_require_shared", lambda _self, _shared: None)
 
 
 def _one_command_per_view(patch: pytest.MonkeyPatch) -> None:
@@ -252,6 +269,7 @@ SWITCHES = (
     Switch("offers brought up to the pointer", "C1", _first_offers_for_ever, trials.answers(rules.fresh_offers)),
     Switch("token compared with the state", "C2", _tokens_ignored, trials.written_and_read(rules.tokens_honoured), _lost_writes),
     Switch("compare-and-set on the version", "C3", _write_always, trials.written_and_read(rules.monotonic), _late_writes),
+    Switch("nothing shown that another replica lacks", "C3", _shown_at_once, trials.cut_off(rules.monotonic), _slow_help),
     Switch("compare-and-set, every interleaving", "whole profiles", _write_always, trials.interleaved),
     Switch("all views written by one script", "whole profiles", _one_command_per_view, trials.torn),
     Switch("all views read by one command", "whole profiles", _one_read_per_view, trials.torn),

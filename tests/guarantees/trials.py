@@ -5,6 +5,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 
@@ -14,6 +15,7 @@ from features import models
 from features.bundle import fetch
 from features.settings import DEFAULT_SURFACES
 from server.settings import ServerSettings
+from tests.faults.proxy import Proxy
 from tests.guarantees import profiles, stored
 from tests.guarantees.answers import ask_while_everything_moves
 from tests.guarantees.crowd import CHANNELS, Question, crowd
@@ -70,6 +72,34 @@ def written_and_read(rule: Callable[[History], Finding]) -> Trial:
                 # On another surface: where a newer slate was committed, set-if-absent would hide that the state went back.
                 await people.ask(Question(user, CHANNELS[number % 5], DEFAULT_SURFACES[1 + number % 7]), replica=0)
                 await people.ask(Question(user, CHANNELS[number % 7]), replica=1, token=people.tokens[user])
+        return rule(load([folder / "trial.jsonl"]))
+
+    return trial
+
+
+def cut_off(rule: Callable[[History], Finding]) -> Trial:
+    """Writes through a replica that alone cannot reach Redis, reads there, and then without a token through one that can."""
+
+    async def trial(settings: ServerSettings, folder: Path) -> Finding:
+        port = urlsplit(settings.redis_url).port
+        assert port is not None
+        async with Proxy(port) as proxy:
+            through = settings.model_copy(update={"redis_url": settings.redis_url.replace(f":{port}", f":{proxy.port}")})
+            async with (
+                served(through) as cut,
+                served(settings) as whole,
+                crowd("trial", [cut, whole], folder / "trial.jsonl", dsn=settings.postgres_dsn, users=3, seed=next(_SEEDS)) as people,
+            ):
+                for user in people.users:
+                    for replica in (0, 1):
+                        await people.ask(Question(user, CHANNELS[0]), replica=replica)
+                proxy.accepting = False
+                proxy.cut()
+                for number in range(30):
+                    user = people.users[number % len(people.users)]
+                    await people.record(user, replica=0)
+                    await people.ask(Question(user, CHANNELS[number % 7]), replica=0)
+                    await people.ask(Question(user, CHANNELS[number % 5]), replica=1)
         return rule(load([folder / "trial.jsonl"]))
 
     return trial

@@ -91,6 +91,7 @@ class MemoryOnline:
     away: bool = False
     full: bool = False
     behind: bool = False
+    unwatched: bool = False
     materialized: datetime | None = FIRST
 
     def check(self) -> None:

@@ -227,3 +227,86 @@ async def test_a_read_that_hung_is_not_believed() -> None:
     with pytest.raises(RefusedError):
         async with breaker.call(in_time=True):
             await fail(store, breaker, 3)  # others found it away while this one waited
+
+
+async def test_it_is_relied_on_only_once_that_is_announced_and_what_was_shown_before_is_caught_up() -> None:
+    store = Store()
+    breaker = store.breaker()
+    seen: list[tuple[str, bool, bool]] = []
+
+    async def catch_up() -> bool:
+        seen.append(("catch up", breaker.relied_on, breaker.behind))
+        return True
+
+    async def announce() -> None:
+        seen.append(("announce", breaker.relied_on, breaker.behind))
+
+    breaker.catch_up, breaker.announce = catch_up, announce
+    breaker.on_doubt = lambda: seen.append(("doubt", breaker.relied_on, breaker.behind))
+    await fail(store, breaker, 3)
+    await breaker.attempt()
+    assert seen == [("doubt", False, False), ("catch up", False, False), ("announce", True, True), ("catch up", True, True)]
+    assert (breaker.relied_on, breaker.behind) == (True, False)
+
+
+async def test_a_store_whose_return_cannot_be_announced_stays_behind() -> None:
+    store = Store()
+    breaker = store.breaker()
+
+    async def announce() -> None:
+        raise StoreError
+
+    breaker.announce = announce
+    await fail(store, breaker, 3)
+    await breaker.attempt()
+    assert (breaker.is_open, breaker.behind, breaker.relied_on) == (False, True, False)
+
+
+async def test_a_doubt_while_it_catches_up_is_not_forgotten() -> None:
+    store = Store()
+    breaker = store.breaker()
+    doubts = iter([True, False])
+
+    async def announce() -> None:
+        if next(doubts):  # such as a lease that had lapsed before the announcement
+            breaker.doubt()
+
+    breaker.announce = announce
+    breaker.doubt()
+    assert (breaker.behind, breaker.relied_on) == (True, False)
+    await breaker.attempt()
+    assert (breaker.behind, breaker.relied_on) == (True, False)
+    await breaker.attempt()
+    assert (breaker.behind, breaker.relied_on) == (False, True)
+
+
+async def test_two_attempts_at_a_time_are_one_after_the_other() -> None:
+    store = Store()
+    breaker = store.breaker()
+    announced: list[bool] = []
+
+    async def announce() -> None:
+        await asyncio.sleep(0.01)
+        announced.append(breaker.relied_on)  # the end of the other attempt must not take this back
+
+    breaker.announce = announce
+    breaker.doubt()
+    await asyncio.gather(breaker.attempt(), breaker.attempt())
+    assert announced == [True, True]
+
+
+async def test_a_suspicion_opens_it_only_when_no_probe_is_answered() -> None:
+    store = Store(away=True)
+    breaker = store.breaker()
+
+    async def second_time() -> None:
+        store.probes += 1
+        if store.probes == 1:
+            raise StoreError
+
+    breaker._probe = second_time
+    await breaker.examine(tries=2)
+    assert not breaker.is_open
+    breaker._probe = store.probe
+    await breaker.examine(tries=2)
+    assert (breaker.is_open, store.probes) == (True, 4)

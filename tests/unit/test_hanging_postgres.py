@@ -11,6 +11,7 @@ import pytest
 
 from features.catalogue import Item
 from server.catalog.service import Catalog
+from server.database import connector
 from server.models import BundleLoader
 from server.recommend.snapshot import SnapshotBuilder
 
@@ -34,9 +35,9 @@ async def dsn() -> AsyncIterator[str]:
 
 
 async def test_calls_that_ask_in_threads_end(dsn: str) -> None:
-    settings: Any = SimpleNamespace(postgres_dsn=dsn)
+    settings: Any = SimpleNamespace(postgres_dsn=dsn, postgres_timeout_seconds=3.0)
     calls = (
-        Catalog(NONE, NONE, dsn=dsn, epoch_seconds=1.0).upsert([Item("i", "t")], []),
+        Catalog(NONE, NONE, connect=connector(settings), epoch_seconds=1.0).upsert([Item("i", "t")], []),
         SnapshotBuilder(NONE, dsn=dsn).build(None, 1),
         BundleLoader(settings, NONE, provider="cpu", threads=1)("m1"),
     )

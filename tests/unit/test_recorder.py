@@ -26,6 +26,7 @@ class FakeWriter:
         self.batches: list[int] = []
         self.stored: list[IncomingEvent] = []
         self.struck: list[Any] = []
+        self.misses = 0
         self.error: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
@@ -42,6 +43,9 @@ class FakeWriter:
 
     def caught_up(self, states: Any) -> None:
         self.struck.append(states)
+
+    def missed(self) -> None:
+        self.misses += 1
 
 
 class FakeOnline:
@@ -138,9 +142,10 @@ async def test_events_are_acknowledged_while_redis_is_away() -> None:
         online.down = True
         assert not (await recorder.record([event(0)])).online
         assert writer.struck == []  # the outbox must go on naming whom Redis lacks
+        assert writer.misses == 1  # and the other replicas are asked to write it
         online.down = False
         assert (await recorder.record([event(1)])).online
-        assert len(writer.struck) == 1
+        assert (len(writer.struck), writer.misses) == (1, 1)
 
 
 async def test_an_outage_fails_the_waiting_calls_once_and_the_next_ones_are_stored() -> None:
