@@ -124,15 +124,21 @@ class OnlineStore:
         """True while Redis is just back and may lag behind what was answered from PostgreSQL meanwhile."""
         return self._breaker.behind
 
-    def slates_key(self, user_id: str) -> str:
-        """Returns the key of a customer's slates; the empty user id is every customer without an identity."""
-        return f"concord:{self._codec.project}:slates:{user_id}"
+    def slates_key(self, user_id: str, slot: str = "") -> str:
+        """Returns the key of a customer's slates.
+
+        The empty user id is everybody whom nobody has met, so it has a key for each surface and context of ``slot``: in one hash
+        the 128 slots would be gone after as many product pages, and every newcomer's slate with them.
+        """
+        if user_id:
+            return f"concord:{self._codec.project}:slates:{user_id}"
+        return f"concord:{self._codec.project}:newcomers:{slot.rsplit('|', 2)[0]}"
 
     async def read(self, user_id: str, slot: str) -> Standing:
         """Reads version and grouping, slate in ``slot``, pointers and Redis's time in one round trip."""
         pipeline = self._client.pipeline(transaction=False)
         pipeline.hmget(self._codec.key(user_id), [self._codec.version_field, MERGED_FIELD, MEMBERSHIP_FIELD])  # type: ignore[arg-type]
-        pipeline.hget(self.slates_key(user_id), slot)
+        pipeline.hget(self.slates_key(user_id, slot), slot)
         pipeline.hmget(self._fleet_key, ["model", "activation", "index", "offer"])
         pipeline.time()
         async with self._breaker.call(in_time=True):
@@ -154,7 +160,7 @@ class OnlineStore:
         """
         arguments = [slot, user_version, int(ttl_seconds * 1000), payload]
         async with self._breaker.call():
-            standing: bytes | None = await self._commit(keys=[self.slates_key(user_id)], args=arguments)
+            standing: bytes | None = await self._commit(keys=[self.slates_key(user_id, slot)], args=arguments)
         if standing is None:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
         return standing

@@ -194,6 +194,20 @@ async def test_a_tampered_slate_is_found_whether_it_was_shown_or_not(shop: Shop)
     assert {v.customer for v in report.violations if v.check == "state"} == {waiting}
 
 
+async def test_a_tampered_slate_of_newcomers_is_found(shop: Shop) -> None:
+    """They share one slate for each place, under a key of its own."""
+    for context in ([], ["KIT-1"]):
+        answer = await shop["web"].recommend("nobody-yet", surface="product" if context else "home", context_item_ids=context)
+        await shop.logged(answer.slate_id)
+    keys = sorted(shop.redis().keys(f"concord:{shop.settings.project}:newcomers:*"))
+    assert len(keys) == 2
+    for key in keys:
+        ((slot, raw),) = shop.redis().hgetall(key).items()
+        shop.redis().hset(key, slot, swapped(raw, 20, 21))
+    report = await shop.audit(servers=[])
+    assert [(v.kind, v.check, v.customer) for v in report.violations] == [("tampered_slate", "state", "")] * 2
+
+
 async def test_scores_that_no_input_explains_are_tampered_with(shop: Shop) -> None:
     customer = shop.fresh()
     await shop.ask(customer)

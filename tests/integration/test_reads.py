@@ -22,6 +22,7 @@ from server.online.breaker import CircuitBreaker
 from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.recommend.profiles import Profiles
+from server.recommend.slate import Place
 from server.settings import ServerSettings
 from tests.integration.replicas import Names, Pair, Replica, view, web
 
@@ -119,3 +120,12 @@ async def test_a_view_that_cannot_be_laid_out_does_not_end_the_looks_at_the_regi
                 await asyncio.sleep(0.01)
         looking.cancel()
         await asyncio.wait([looking])
+
+
+async def test_newcomers_keep_their_slates_however_many_product_pages_they_look_at(two: Pair) -> None:
+    """All of them are the empty user id: in one hash of at most 128 slots, each busy minute wiped the slates of all."""
+    slots = [Place("product", (f"item-{k}",)).slot("m1", 1) for k in range(200)]
+    for slot in slots:
+        await two[0].online.commit("", slot, user_version=0, payload=slot.encode(), ttl_seconds=60)
+    stand = [(await two[1].online.read("", slot)).slate for slot in slots]
+    assert [slate and slate.endswith(slot.encode()) for slate, slot in zip(stand, slots, strict=True)] == [True] * len(slots)
