@@ -26,7 +26,10 @@ _CAUGHT_UP = """
 DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version)
 WHERE o.user_id = s.user_id AND o.version <= s.version
 """
-_PROFILE_AT = "SELECT * FROM user_profile WHERE user_id = %s AND event_timestamp = %s"
+_PROFILE_AT = """
+SELECT u.merged_into IS NOT NULL OR u.regrouped_version > %s AS regrouped, p.*
+FROM users u LEFT JOIN user_profile p ON p.user_id = u.user_id AND p.event_timestamp = %s WHERE u.user_id = %s
+"""
 
 
 class MergedError(Exception):
@@ -151,13 +154,22 @@ class UserStates:
         self.shown.note(user_id, version)
         return features
 
-    async def profile_at(self, user_id: str, at: datetime, *, now: datetime) -> dict[str, FeatureValue]:
-        """Reads a customer's profile in the snapshot taken for ``at`` from PostgreSQL; all MISSING when it has none."""
+    async def profile_at(self, user_id: str, at: datetime, *, user_version: int, now: datetime) -> dict[str, FeatureValue]:
+        """Reads a customer's profile in the snapshot taken for ``at`` from PostgreSQL; all MISSING when it has none.
+
+        Raises:
+            RegroupedError: the customer was regrouped after ``user_version``, and an unlink takes snapshots again: what is there
+                now need not be what went with that version.
+        """
         layout = self._codec.profile
         async with self._pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
-            await cursor.execute(_PROFILE_AT, [user_id, at])
+            await cursor.execute(_PROFILE_AT, [user_version, at, user_id])
             row = await cursor.fetchone()
-        return layout.decode([None] * len(layout.hash_fields), now) if row is None else _as_online(layout, row, at, now)
+        if row is not None and row["regrouped"]:
+            raise RegroupedError
+        if row is None or row["event_timestamp"] is None:
+            return layout.decode([None] * len(layout.hash_fields), now)
+        return _as_online(layout, row, at, now)
 
     async def features(self, user_id: str, *, now: datetime) -> Features:
         """Reads all views of a customer, rebuilding them when Redis has none.
