@@ -108,8 +108,8 @@ class FakeIdentities(Script):
 
 @dataclass
 class FakeGraph(Script):
-    async def link(self, first: Subject, second: Subject) -> Linked:
-        await self.play((first, second))
+    async def link(self, first: Subject, second: Subject, *, may_create: bool = True) -> Linked:
+        await self.play((first, second, may_create))
         return Linked(Token("u1", 9), ("u2",))
 
     async def unlink(self, identity: Subject, subject: Subject | None) -> Unlinked:

@@ -13,7 +13,7 @@ import redis
 from features.importers import import_identities, load_mapping
 from features.materialize import materialize
 from server.domain import Linked, Subject, Token
-from server.errors import InvalidRequestError, NotFoundError
+from server.errors import ForbiddenError, InvalidRequestError, NotFoundError
 from server.settings import ServerSettings
 from tests.integration.fixtures import NewShop
 from tests.integration.replicas import Names, Pair, Replica, app, assert_whole, query, replica, web
@@ -267,3 +267,16 @@ async def test_the_graph_tells_personas_identities_and_links(two: Pair, names: N
     assert pairs == {frozenset(ids[:2]), frozenset(ids[1:])}
     with pytest.raises(NotFoundError):
         await two[1].graph.read(web(names("nobody")))
+
+
+async def test_an_identity_of_another_channel_is_linked_where_it_exists_and_not_created(
+    two: Pair, settings: ServerSettings, names: Names
+) -> None:
+    phone, card = app(names("phone")), web(names("card"))
+    with pytest.raises(ForbiddenError) as refused:
+        await two[0].graph.link(phone, card, may_create=False)
+    assert (refused.value.reason, refused.value.field) == ("CHANNEL_FORBIDDEN", "subject.identity.channel")
+    assert query(settings, "SELECT 1 FROM identities WHERE channel_user_id = ANY(%s)", [phone.channel_user_id, card.channel_user_id]) == []
+    token = await two[0].record(card, names("a"))
+    linked = await two[0].graph.link(phone, card, may_create=False)
+    assert linked.token.user_id == token.user_id
