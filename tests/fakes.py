@@ -269,7 +269,23 @@ class FakeModels(Script):
 
     async def replicas(self) -> "list[Replica]":
         await self.play(())
-        return [Replica("r1", "10.0.0.1:50051", NOW, NOW, True, "m1", 4, 2, {"m1": [1, 2]}, {"m2": "BUNDLE_INVALID: no"}, "c1")]
+        return [
+            Replica(
+                "r1",
+                "10.0.0.1:50051",
+                NOW,
+                NOW,
+                True,
+                "m1",
+                4,
+                2,
+                {"m1": [1, 2]},
+                {"m2": "BUNDLE_INVALID: no"},
+                "c1",
+                "10.0.0.2:50051",
+                "cpu",
+            )
+        ]
 
 
 @dataclass
