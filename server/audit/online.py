@@ -107,7 +107,10 @@ class OnlineAudit:
         for user_id, key in sorted(keys):
             standing: Mapping[bytes, bytes] = await self._client.hgetall(key)  # type: ignore[misc]
             for slot, raw in standing.items():
-                surface, digest, model_version, index = slot.decode().split("|")
+                named = slot.decode(errors="replace").split("|")
+                if len(named) != 4 or not named[3].isdecimal():  # no slot, so nobody is answered with it: a marker of an erasure
+                    continue
+                surface, digest, model_version, index = named
                 context = contexts.get((user_id, digest)) if digest else ()
                 slate = decode_slate(raw, user_id, slot.decode())
                 snapshot = await self._workshop.snapshot(model_version, int(index))
