@@ -10,7 +10,7 @@ import structlog
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, dict_row
 
-from features.activity import READ_STATE, UserState, UserStateCodec
+from features.activity import CAUGHT_UP, READ_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, ViewLayout
 from server.database import ONLINE_AWAY, Pool
 from server.errors import NotFoundError, StaleStateError, UnavailableError
@@ -22,10 +22,6 @@ _log = structlog.get_logger(__name__)
 Features = dict[str, dict[str, FeatureValue]]
 
 _RECORDED = "SELECT version, merged_into, membership FROM users WHERE user_id = %s"
-_CAUGHT_UP = """
-DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version)
-WHERE o.user_id = s.user_id AND o.version <= s.version
-"""
 _PROFILE_AT = """
 SELECT u.merged_into IS NOT NULL OR u.regrouped_version > %s AS regrouped, p.*
 FROM users u LEFT JOIN user_profile p ON p.user_id = u.user_id AND p.event_timestamp = %s WHERE u.user_id = %s
@@ -104,7 +100,7 @@ class UserStates:
     async def caught_up(self, versions: Mapping[str, int]) -> None:
         """Removes the outbox rows of customers that Redis holds at these versions."""
         async with self._pool.connection() as connection:
-            await connection.execute(_CAUGHT_UP, [list(versions), list(versions.values())])
+            await connection.execute(CAUGHT_UP, [list(versions), list(versions.values())])
 
     async def recorded(self, user_id: str) -> Recorded:
         """Returns where a customer stands in PostgreSQL, which is never behind any token.
