@@ -285,9 +285,11 @@ class MemoryOffers:
 @dataclass
 class MemoryJournal:
     logged: list[tuple[Answer, str, str]] = field(default_factory=list)
+    personas: list[str] = field(default_factory=list)
 
-    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime) -> None:
+    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime, persona_id: str) -> None:
         self.logged.append((answer, query.channel, query.surface))
+        self.personas.append(persona_id)
 
 
 @dataclass

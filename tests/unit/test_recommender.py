@@ -209,6 +209,15 @@ async def test_a_merged_customer_is_followed_to_the_survivor_and_remembered(shop
     assert shown(answer) == shown(direct)
 
 
+async def test_an_exposure_names_the_persona_that_asked(shop: Shop) -> None:
+    replica = shop.replica()
+    shop.truth.merged["loser"] = "u"
+    for user_id in ("loser", "u"):
+        await ask(replica, user_id)
+    assert [answer.user_id for answer, _, _ in replica.journal.logged] == ["u", "u"]
+    assert replica.journal.personas == ["loser", "u"]
+
+
 async def test_an_identity_whose_customer_was_regrouped_is_resolved_again(shop: Shop) -> None:
     subject = Subject(channel="web", channel_user_id="cookie")
     replica = shop.replica(known=[(subject, "u")])
