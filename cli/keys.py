@@ -13,7 +13,7 @@ from features.settings import Settings
 from server.security import key_store
 from server.security.key_store import ApiKey
 from server.security.principals import EVERY_CHANNEL
-from server.security.scopes import ALL_SCOPES, CHANNEL_SCOPES, Scope
+from server.security.scopes import ALL_SCOPES, CHANNEL_SCOPES, SHOP_SCOPES, Scope
 
 _out = Console()
 _Holder = Annotated[str, typer.Argument(help="Who holds the key, such as the channel's name.")]
@@ -43,6 +43,8 @@ def create(
         channels = channel or [holder]
         if unknown := sorted(set(channels) - {EVERY_CHANNEL, *settings.channels}):
             raise typer.BadParameter(f"{unknown[0]!r} is no channel of CONCORD_CHANNELS", param_hint="--channel")
+        if (whole := sorted(SHOP_SCOPES.intersection(scopes))) and EVERY_CHANNEL not in channels:
+            raise typer.BadParameter(f"{whole[0]} is for the whole shop; add --channel '*'", param_hint="--scope")
         key, bearer = key_store.create(connection, holder, channels=channels, scopes=scopes, lifetime_days=days)
         note(connection, "keys create", target=f"key:{key.key_id}")
     _show(key, bearer)

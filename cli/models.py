@@ -161,14 +161,18 @@ def replicas() -> None:
 
     with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection:
         found = list_replicas(connection)
-    table = Table("address", "live", "model", "index", "ready for", "cannot load", "slate policy", "Redis")
+    table = Table("address", "live", "model", "index", "ready for", "cannot load", "slate policy", "runs on", "Redis")
     for replica in found:
         ready = ", ".join(model or "none" for model in sorted(replica.ready))
         failed = "; ".join(f"{model}: {reason}" for model, reason in sorted(replica.failed.items()))
-        live = "yes" if replica.live else f"no, last seen {replica.seen_at:%H:%M:%S} UTC"
+        waits = f"waits for {replica.waits_for}" if replica.waits_for else "no"
+        live = "yes" if replica.live else f"{waits}, last seen {replica.seen_at:%H:%M:%S} UTC"
         online = "away or lagging" if replica.online_away else "read"
-        table.add_row(replica.address, live, replica.model_version, str(replica.index_version), ready, failed, replica.config, online)
+        names = (replica.model_version, str(replica.index_version), ready, failed, replica.config, replica.onnx_provider, online)
+        table.add_row(replica.address, live, *names)
     _out.print(table)
+    if any(replica.waits_for for replica in found):
+        _out.print("Replicas wait, NOT_SERVING, until those with other settings that decide a slate have left: stop one kind or the other.")
     if len({replica.config for replica in found if replica.live}) > 1:
         _out.print("[red]The live replicas differ in the settings that decide a slate:[/red] they answer differently.")
 

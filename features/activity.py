@@ -36,6 +36,12 @@ LEFT JOIN LATERAL (
 ) p ON k.merged_into IS NULL
 """
 
+# Customers that Redis holds at these versions; one that has moved on since stays.
+CAUGHT_UP = """
+DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version)
+WHERE o.user_id = s.user_id AND o.version <= s.version
+"""
+
 # Compare-and-set on the version inside Feast's own serialized Value (tag 0x20 = int64_val, then a varint), or on that of a marker.
 # ARGV: version, version field, membership, survivor ("" for a customer of its own), number of activity pairs, activity pairs...,
 # number of profile pairs, profile pairs (time field first), or without a profile the names of its fields.

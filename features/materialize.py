@@ -13,7 +13,7 @@ from feast import FeatureStore
 from psycopg import AsyncConnection, Connection
 from psycopg.rows import TupleRow, dict_row
 
-from features.activity import READ_STATE, WRITE_STATE, UserStateCodec
+from features.activity import CAUGHT_UP, READ_STATE, WRITE_STATE, UserStateCodec
 from features.behaviour import ACTION_WEIGHT
 from features.catalogue import publish_epoch
 from features.layout import load_layouts
@@ -225,11 +225,7 @@ def rebuild_users(settings: Settings, store: FeatureStore, *, progress: Progress
             for state in states:
                 script(keys=[state.key], args=list(state.arguments), client=pipeline)
             pipeline.execute()
-            connection.execute(
-                "DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version) "
-                "WHERE o.user_id = s.user_id AND o.version <= s.version",
-                [[state.user_id for state in states], [state.version for state in states]],
-            )
+            connection.execute(CAUGHT_UP, [[state.user_id for state in states], [state.version for state in states]])
             connection.commit()
             done += len(users)
             progress("online user state", done, total)

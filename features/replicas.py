@@ -21,6 +21,8 @@ class Replica:
         ready: index versions it could answer with at once, by model version.
         failed: why it could not load a model, by model version.
         config: fingerprint of the settings that decide a slate; replicas that differ in it would answer differently.
+        waits_for: addresses of live replicas that differ in it: until they have left it is not live and answers nobody.
+        onnx_provider: what runs its model, empty without one; where it differs, the slate committed first decides.
         online_away: Redis is away from it, or not certain to hold what was shown: what it reads there is flagged stale.
     """
 
@@ -35,13 +37,15 @@ class Replica:
     ready: Mapping[str, Sequence[int]]
     failed: Mapping[str, str]
     config: str
+    waits_for: str
+    onnx_provider: str
     online_away: bool
 
 
 _REPLICAS = """
-SELECT replica_id, address, started_at, seen_at, seen_at > clock_timestamp() - make_interval(secs => patience_seconds),
-       model_version, activation, index_version, ready, failed, config, online_away
-FROM replicas ORDER BY address, started_at
+SELECT replica_id, address, started_at, seen_at, EXISTS (SELECT 1 FROM live_replicas l WHERE l.replica_id = r.replica_id),
+       model_version, activation, index_version, ready, failed, config, waits_for, onnx_provider, online_away
+FROM replicas r ORDER BY address, started_at
 """
 
 

@@ -5,10 +5,11 @@ import contextlib
 import signal
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -213,15 +214,15 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int],
         async with open_rooms(settings, metrics) as rooms, contextlib.AsyncExitStack() as stack:
             server = build_server(rooms.services, settings, metrics, _log, tracing=traces)
             await server.start()
-            await _join(rooms.fleet, settings.host, server.port)
             health = HealthWatch(rooms.probes, metrics, server.show_health)
-            await health.look()
             watching = asyncio.create_task(health.run(settings.health_seconds))
             watching.add_done_callback(_report)
             stack.push_async_callback(_ended, watching)
-            await server.set_serving(True)
-            announce(server.port, server.admin_port, endpoint.port if endpoint else -1)
-            await stop.wait()
+            if await _unless(stop, _join(rooms.fleet, settings.host, server.port)):
+                await health.look()
+                await server.set_serving(True)
+                announce(server.port, server.admin_port, endpoint.port if endpoint else -1)
+                await stop.wait()
             _log.info("draining", seconds=settings.drain_seconds)
             await server.set_serving(False)
             await server.stop(settings.drain_seconds)
@@ -229,6 +230,20 @@ async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int],
         await traces.close()
         if endpoint:
             endpoint.close()
+
+
+async def _unless(stop: asyncio.Event, act: Coroutine[Any, Any, None]) -> bool:
+    """Runs ``act`` to its end, or until ``stop`` is set; says whether it ended."""
+    acting, stopping = asyncio.ensure_future(act), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((acting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if acting.done():
+            acting.result()
+        return acting.done()
+    finally:
+        acting.cancel()
+        stopping.cancel()
+        await asyncio.gather(acting, stopping, return_exceptions=True)
 
 
 async def _join(fleet: FleetWatch, host: str, port: int) -> None:

@@ -22,6 +22,7 @@ _log = structlog.get_logger(__name__)
 # A model that could not be loaded is tried again after this long: what was wrong is repaired by people, not in milliseconds.
 _RETRY_SECONDS = 1.0
 _JOIN_SECONDS = 0.05
+_WAIT_SECONDS = 0.5  # between looks whether replicas with other settings have left; they are dead after 3 s at the earliest
 
 ModelLoader = Callable[[str], Coroutine[Any, Any, LoadedModel]]
 Key = tuple[str, int]
@@ -61,7 +62,8 @@ class FleetWatch:
         self._failed: dict[str, str] = {}
         self._retry_at: dict[str, float] = {}
         self._claim = ""
-        self._address = ""
+        self._address = ""  # empty until it has joined
+        self._entered = False
         self._recent: list[Key] = []
         self._answering = (0, 0)
         self._complaint = ""
@@ -89,8 +91,11 @@ class FleetWatch:
         """Returns the snapshot the pointers name and answers with it from now on, loading it first if need be.
 
         Raises:
-            UnavailableError: this replica cannot load it; answering with another model would break the promise.
+            UnavailableError: this replica cannot load it, and answering with another model would break the promise; or it has
+                not joined, and might answer otherwise than those that have.
         """
+        if not self._address:
+            raise UnavailableError("this replica has not joined the fleet", reason="REPLICA_NOT_JOINED")
         snapshot = await self._snapshot((fleet.model_version, fleet.index_version))
         place = (fleet.activation, fleet.index_version)
         if place >= self._answering and snapshot is not self.current:  # a call that read before a move must not turn it back
@@ -115,10 +120,19 @@ class FleetWatch:
     async def join(self, address: str) -> Snapshot:
         """Enters the fleet under ``address`` and loads what it answers with, and the newest epoch; the last step before serving.
 
+        While replicas live whose settings would give other slates it waits for them to leave: equal versions must give equal
+        answers, whichever replica is asked. ``run`` loads meanwhile what it will answer with.
+
         Raises:
             UnavailableError: this replica cannot load it.
         """
-        await self._members.join(address, replace(self._said(), online_away=True))
+        self._entered = True
+        told = ""
+        while differing := await self._members.join(address, replace(self._said(), online_away=True)):
+            if differing != told:
+                _log.warning("waiting to join: other settings decide the slates of replicas that live; stop those", replicas=differing)
+            told = differing
+            await asyncio.sleep(_WAIT_SECONDS)
         self._address = address
         self._online.doubt()  # until now the others showed what they liked, whatever Redis holds
         published = (await self._agreed()).published_index
@@ -155,8 +169,9 @@ class FleetWatch:
 
     async def leave(self) -> None:
         """Leaves the fleet, so that nobody waits for this replica; without PostgreSQL the others notice by themselves."""
-        if self._address:
-            self._address = ""
+        self._address = ""
+        if self._entered:
+            self._entered = False
             with suppress(psycopg.Error):
                 await self._members.leave()
 
@@ -196,7 +211,7 @@ class FleetWatch:
             await self._members.advance()
             agreed = await self._agreed()
         await self._point(agreed.fleet)
-        if self._could(agreed.fleet.model_version, agreed.fleet.index_version):
+        if self._address and self._could(agreed.fleet.model_version, agreed.fleet.index_version):
             await self.ensure(agreed.fleet)
         self._forget_old({*wanted, *self._wanted(agreed)}, agreed.fleet.index_version)
         self._metrics.set_replicas(agreed.replica_count)
@@ -206,8 +221,10 @@ class FleetWatch:
         ready: dict[str, list[int]] = {}
         for model, index in sorted(self._snapshots):
             ready.setdefault(model, []).append(index)
-        model = self.current.model_version if self.current else ""
-        return Report(model, self._answering[0], self.index_version, ready, dict(self._failed), self._claim, not self._online.relied_on)
+        answering = self.current.model if self.current else None
+        version, provider = (answering.model_version, answering.provider) if answering else ("", "")
+        away = not self._online.relied_on
+        return Report(version, self._answering[0], self.index_version, ready, dict(self._failed), self._claim, provider, away)
 
     async def _agreed(self) -> Agreed:
         agreed = await self._members.agreed()

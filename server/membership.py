@@ -16,16 +16,21 @@ _PAUSES, _FLOOR_SECONDS = 5, 3.0
 _FORGET = "DELETE FROM replicas WHERE seen_at < clock_timestamp() - interval '1 hour'"
 
 _REPORT = """
-INSERT INTO replicas
-    (replica_id, address, patience_seconds, model_version, activation, index_version, ready, failed, claim, config, online_away, reported)
-VALUES (%(replica_id)s, %(address)s, %(patience)s, %(model)s, %(activation)s, %(index)s, %(ready)s, %(failed)s, %(claim)s, %(config)s,
-        %(online_away)s, %(reported)s)
+INSERT INTO replicas (
+    replica_id, address, patience_seconds, model_version, activation, index_version, ready, failed, claim, config, waits_for, onnx_provider,
+    online_away, reported
+) VALUES (
+    %(replica_id)s, %(address)s, %(patience)s, %(model)s, %(activation)s, %(index)s, %(ready)s, %(failed)s, %(claim)s, %(config)s,
+    %(waits_for)s, %(provider)s, %(online_away)s, %(reported)s
+)
 ON CONFLICT (replica_id) DO UPDATE SET
     seen_at = clock_timestamp(), model_version = excluded.model_version, activation = excluded.activation,
     index_version = excluded.index_version, ready = excluded.ready, failed = excluded.failed, claim = excluded.claim,
-    online_away = excluded.online_away, reported = excluded.reported
+    waits_for = excluded.waits_for, onnx_provider = excluded.onnx_provider, online_away = excluded.online_away,
+    reported = excluded.reported
 WHERE replicas.reported < excluded.reported
 """
+_DIFFERING = "SELECT coalesce(string_agg(address, ', ' ORDER BY address), '') FROM live_replicas WHERE config <> %s"
 _STATE = """
 SELECT s.model_version, s.activation, s.answering_index, s.offer_version, s.index_version, p.model, p.claim,
        (SELECT count(*) FROM live_replicas), (SELECT count(DISTINCT config) FROM live_replicas)
@@ -80,6 +85,7 @@ class Report:
     ready: Mapping[str, Sequence[int]]
     failed: Mapping[str, str]
     claim: str
+    onnx_provider: str
     online_away: bool
 
 
@@ -120,18 +126,26 @@ class Membership:
         assert row is not None
         return Agreed(Fleet(*row[:4]), *row[4:])
 
-    async def join(self, address: str, report: Report) -> None:
+    async def join(self, address: str, report: Report) -> str:
         """Enters this replica in the list. From then on activations and epochs wait for it.
 
-        The shared lock orders this before or after any move of the pointer: either the move sees this replica and waits for
-        it, or this replica reads the pointer after the move.
+        The lock orders this before or after any move of the pointer: either the move sees this replica and waits for it, or this
+        replica reads the pointer after the move. It orders replicas that join as well: of two that differ one sees the other.
+
+        Returns:
+            The addresses of live replicas whose settings would give other slates, empty when there are none. Where there are,
+            this replica has not joined: its row only says for whom it waits.
         """
         sent = self._clock()
         async with self._pool.connection() as connection:
-            await connection.execute("SELECT 1 FROM fleet_state FOR SHARE")
+            await connection.execute("SELECT 1 FROM fleet_state FOR UPDATE")
             await connection.execute(_FORGET)
-            await connection.execute(_REPORT, self._row(address, report))
-        self._until = sent + self._patience
+            row = await (await connection.execute(_DIFFERING, [self._config])).fetchone()
+            assert row is not None
+            await connection.execute(_REPORT, self._row(address, report, waits_for=row[0]))
+        if not row[0]:
+            self._until = sent + self._patience
+        return str(row[0])
 
     async def report(self, address: str, report: Report) -> bool:
         """Says that this replica lives, and what it could answer with; one report at a time.
@@ -158,7 +172,7 @@ class Membership:
             await connection.execute("SELECT 1 FROM fleet_state FOR UPDATE")
             await connection.execute(_ADVANCE, [self._epoch_wait])
 
-    def _row(self, address: str, report: Report) -> dict[str, object]:
+    def _row(self, address: str, report: Report, *, waits_for: str = "") -> dict[str, object]:
         self._reported += 1
         return {
             "replica_id": self._replica_id,
@@ -171,6 +185,8 @@ class Membership:
             "failed": json.dumps(report.failed),
             "claim": report.claim,
             "config": self._config,
+            "waits_for": waits_for,
+            "provider": report.onnx_provider,
             "online_away": report.online_away,
             "reported": self._reported,
         }

@@ -20,7 +20,9 @@ class ServerSettings(SecuritySettings):
         0.01, ge=0, le=1, description="Share of calls traced, 0 to 1, where the caller's traceparent does not decide."
     )
     health_seconds: float = Field(1.0, gt=0, description="Pause between looks at the dependencies, in seconds; two failures count.")
-    reflection: bool = Field(True, description="Serve gRPC reflection (for grpcurl); switch off in production.")
+    reflection: bool | None = Field(
+        None, description="Serve gRPC reflection (for grpcurl); unset: only on addresses that no other machine can reach."
+    )
     default_deadline_seconds: float = Field(5.0, gt=0, description="Deadline imposed on a call whose client set none, in seconds.")
     stream_idle_seconds: float = Field(
         300.0,

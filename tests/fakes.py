@@ -108,8 +108,8 @@ class FakeIdentities(Script):
 
 @dataclass
 class FakeGraph(Script):
-    async def link(self, first: Subject, second: Subject) -> Linked:
-        await self.play((first, second))
+    async def link(self, first: Subject, second: Subject, *, may_create: bool = True) -> Linked:
+        await self.play((first, second, may_create))
         return Linked(Token("u1", 9), ("u2",))
 
     async def unlink(self, identity: Subject, subject: Subject | None) -> Unlinked:
@@ -269,7 +269,9 @@ class FakeModels(Script):
 
     async def replicas(self) -> "list[Replica]":
         await self.play(())
-        return [Replica("r1", "10.0.0.1:50051", NOW, NOW, True, "m1", 4, 2, {"m1": [1, 2]}, {"m2": "BUNDLE_INVALID: no"}, "c1", False)]
+        versions = {"m1": [1, 2]}
+        broken = {"m2": "BUNDLE_INVALID: no"}
+        return [Replica("r1", "10.0.0.1:50051", NOW, NOW, True, "m1", 4, 2, versions, broken, "c1", "10.0.0.2:50051", "cpu", False)]
 
 
 @dataclass

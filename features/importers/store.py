@@ -107,7 +107,7 @@ WITH added AS (
     RETURNING u.user_id, u.version
 )
 INSERT INTO online_outbox (user_id, version) SELECT user_id, version FROM moved ORDER BY user_id
-ON CONFLICT (user_id) DO UPDATE SET version = excluded.version, enqueued_at = excluded.enqueued_at
+ON CONFLICT (user_id) DO UPDATE SET version = greatest(online_outbox.version, excluded.version)
 """
 
 

@@ -92,17 +92,25 @@ class OnlineAudit:
                 return f"{view.name}:{view.features[view.fields.index(field)]}"
         return field.decode()
 
-    async def slates(self, user_ids: Sequence[str], asked: Sequence[Answered]) -> list[Answered]:
-        """Returns the committed slates of customers as answers to be replayed.
+    async def slates(self, user_ids: Sequence[str], asked: Sequence[Answered], *, surfaces: Sequence[str]) -> list[Answered]:
+        """Returns the committed slates of customers, and of those nobody has met, as answers to be replayed.
 
-        A slot holds only a digest of its context items, so slates with a context are read where a logged answer names it.
+        A slot holds only a digest of its context items, so slates with a context are read where a logged answer names it. Those of
+        customers nobody has met lie under a key for each place: they are read on ``surfaces`` and where a logged answer was given.
         """
-        contexts = {(a.user_id, Place(a.surface, a.context_item_ids).slot("", 0).split("|")[1]): a.context_item_ids for a in asked}
+        places = {(a.user_id, Place(a.surface, a.context_item_ids)) for a in asked}
+        contexts = {(user_id, place.slot("", 0).split("|")[1]): place.context_item_ids for user_id, place in places}
+        keys = {(user_id, self._online.slates_key(user_id)) for user_id in user_ids}
+        nobodys = {place for user_id, place in places if not user_id} | {Place(surface) for surface in surfaces}
+        keys |= {("", self._online.slates_key("", place.slot("", 0))) for place in nobodys}
         found = []
-        for user_id in user_ids:
-            standing: Mapping[bytes, bytes] = await self._client.hgetall(self._online.slates_key(user_id))  # type: ignore[misc]
+        for user_id, key in sorted(keys):
+            standing: Mapping[bytes, bytes] = await self._client.hgetall(key)  # type: ignore[misc]
             for slot, raw in standing.items():
-                surface, digest, model_version, index = slot.decode().split("|")
+                named = slot.decode(errors="replace").split("|")
+                if len(named) != 4 or not named[3].isdecimal():  # no slot, so nobody is answered with it: a marker of an erasure
+                    continue
+                surface, digest, model_version, index = named
                 context = contexts.get((user_id, digest)) if digest else ()
                 slate = decode_slate(raw, user_id, slot.decode())
                 snapshot = await self._workshop.snapshot(model_version, int(index))

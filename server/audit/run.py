@@ -51,7 +51,7 @@ class Audit:
         logged = await self._store.exposures(since=scope.since, channel=scope.channel, last=scope.last)
         customers = await self._store.sample(scope.customers)
         live = await self._probe(customers, scope, report, prober=prober, progress=progress) if prober else []
-        committed = await self._online.slates([*customers, ""], logged)
+        committed = await self._online.slates(customers, logged, surfaces=scope.surfaces)
         replays = await self._replayer.replay([*logged, *live, *committed], progress)
         report.replayed(replays)
         await self._offers.shown([*logged, *live], report)

@@ -7,7 +7,7 @@ from datetime import datetime
 from features.activity import UserState
 from server.database import Pool
 from server.domain import Graph, Link, Linked, Persona, Subject, Token, Unlinked
-from server.errors import InvalidRequestError, NotFoundError, PreconditionError
+from server.errors import ForbiddenError, InvalidRequestError, NotFoundError, PreconditionError
 from server.ingest import regrouping
 from server.ingest.grouping import Member, regroup, roots
 from server.ingest.personas import Connection, find, find_or_create, forgotten, refuse_forgotten
@@ -67,10 +67,16 @@ class IdentityGraph:
         self._states = states
         self._new_user_id = new_user_id
 
-    async def link(self, first: Subject, second: Subject) -> Linked:
+    async def link(self, first: Subject, second: Subject, *, may_create: bool = True) -> Linked:
         """Makes two subjects one customer; linking what is linked already changes nothing.
 
+        Args:
+            first: created where nobody has met it.
+            second: likewise, with ``may_create``.
+            may_create: the caller may create ``second``: it is an identity of a channel of theirs.
+
         Raises:
+            ForbiddenError: ``second`` would have to be created.
             NotFoundError: a subject is an explicit user id that does not exist.
             InvalidRequestError: both subjects are the same identity.
             PreconditionError: a subject was forgotten, or the customer would have too many personas.
@@ -78,7 +84,7 @@ class IdentityGraph:
         """
         if first == second:
             raise InvalidRequestError("subject", "must differ from the identity")
-        linked, states = await retried(lambda: self._link(first, second), attempts=_ATTEMPTS)
+        linked, states = await retried(lambda: self._link(first, second, may_create=may_create), attempts=_ATTEMPTS)
         await self._states.publish(states)
         return linked
 
@@ -119,8 +125,11 @@ class IdentityGraph:
             tuple(Link(*link) for link in links),
         )
 
-    async def _link(self, first: Subject, second: Subject) -> tuple[Linked, Sequence[UserState]]:
+    async def _link(self, first: Subject, second: Subject, *, may_create: bool) -> tuple[Linked, Sequence[UserState]]:
         async with self._pool.connection() as connection, connection.transaction():
+            if not may_create and second not in await find(connection, [second]):
+                field, rule = "subject.identity.channel", "nobody has met this identity, and the caller may not create it for that channel"
+                raise ForbiddenError(f"{field}: {rule}", reason="CHANNEL_FORBIDDEN", field=field)
             personas, fresh = await find_or_create(connection, [first, second], new_user_id=self._new_user_id)
             for subject, field in ((first, "identity"), (second, "subject")):
                 if subject not in personas:

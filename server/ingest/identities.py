@@ -21,11 +21,11 @@ _CACHE_SIZE = 100_000
 # Each turn follows a change made while we looked; more than a few in one call means the stores disagree.
 _TURNS = 12
 _FIND_USER = """
-SELECT r.user_id, r.version, r.membership FROM users u JOIN users r ON r.user_id = coalesce(u.merged_into, u.user_id)
+SELECT r.user_id, r.version, r.membership, u.user_id FROM users u JOIN users r ON r.user_id = coalesce(u.merged_into, u.user_id)
 WHERE u.user_id = %s
 """
 _FIND_IDENTITY = """
-SELECT r.user_id, r.version, r.membership FROM identities i
+SELECT r.user_id, r.version, r.membership, coalesce(i.home_id, i.user_id) FROM identities i
 JOIN users u ON u.user_id = i.user_id JOIN users r ON r.user_id = coalesce(u.merged_into, u.user_id)
 WHERE i.channel = %s AND i.channel_user_id = %s
 """
@@ -42,10 +42,12 @@ class Known:
     """Who a subject is, as far as this replica knows. ``user_id`` is empty for an identity nobody has met.
 
     ``membership`` is the customer's when it was looked up; None for an explicit user id, which is whoever it names.
+    ``persona_id`` is which of the customer's personas the subject is.
     """
 
     user_id: str
     membership: int | None = None
+    persona_id: str = ""
 
     def checked(self, answer: T, membership: int) -> T:
         """Returns an answer made from the customer's state, unless it has been regrouped since this was looked up.
@@ -73,7 +75,7 @@ class Identities:
     async def customer_of(self, subject: Subject) -> Known:
         """Returns the customer behind a subject; an explicit user id is returned as it is."""
         if subject.user_id:
-            return Known(subject.user_id)
+            return Known(subject.user_id, persona_id=subject.user_id)
         if (cached := self._cache.get(subject)) is not None:
             self._cache.move_to_end(subject)
             return cached
@@ -92,7 +94,7 @@ class Identities:
         """Asks PostgreSQL who an identity is."""
         async with self._pool.connection() as connection:
             found = await _find(connection, subject)
-        return Known("", 0) if found is None else Known(found[0], found[2])
+        return Known("", 0) if found is None else Known(found[0], found[2], found[3])
 
     async def following(self, subject: Subject, known: Known, act: Callable[[Known], Awaitable[T]]) -> T:
         """Runs ``act`` for a subject's customer; looks again when it turns out that they were merged, parted or forgotten.
@@ -108,7 +110,7 @@ class Identities:
                 return await act(known)
             except MergedError as merged:
                 if subject.user_id:
-                    known = Known(merged.survivor)
+                    known = Known(merged.survivor, persona_id=subject.user_id)
                     continue
             except RegroupedError:
                 pass
@@ -170,10 +172,10 @@ class Identities:
         return Resolved(found[0], found[1], created=personas[subject] in fresh)
 
 
-async def _find(connection: AsyncConnection[TupleRow], subject: Subject) -> tuple[str, int, int] | None:
-    """Returns the customer's id, version and membership; a persona's survivor is never merged itself."""
+async def _find(connection: AsyncConnection[TupleRow], subject: Subject) -> tuple[str, int, int, str] | None:
+    """Returns the customer's id, version and membership, and the subject's persona; a persona's survivor is never merged itself."""
     if subject.user_id:
         row = await (await connection.execute(_FIND_USER, [subject.user_id])).fetchone()
     else:
         row = await (await connection.execute(_FIND_IDENTITY, [subject.channel, subject.channel_user_id])).fetchone()
-    return None if row is None else (row[0], row[1], row[2])
+    return None if row is None else (row[0], row[1], row[2], row[3])

@@ -19,20 +19,23 @@ from server.recommend.shelf import read_page_token
 _log = structlog.get_logger(__name__)
 _BATCH = 1_000
 _COLUMNS = (
-    "user_id, exposure_id, slate_id, channel, surface, context_item_ids, user_version, model_version, index_version, offer_version, "
-    "as_of, page_start, page_limit, filtered, item_ids, positions, scores, prices_micros, currencies, in_stock, "
+    "user_id, origin_id, exposure_id, slate_id, channel, surface, context_item_ids, user_version, model_version, index_version, "
+    "offer_version, as_of, page_start, page_limit, filtered, item_ids, positions, scores, prices_micros, currencies, in_stock, "
     "degraded, stale, degraded_reasons, answered_at"
 )
 _STAGE = "CREATE TEMP TABLE IF NOT EXISTS staged_exposures (LIKE exposures INCLUDING DEFAULTS) ON COMMIT DELETE ROWS"
 _COPY = f"COPY staged_exposures ({_COLUMNS}) FROM STDIN"
 # The customers' rows are held, in the order every writer takes them, while their exposures are stored: a customer forgotten
-# before is not stored, one being forgotten waits and then finds these rows too. A customer without an identity has no row.
+# before is not stored, one being forgotten waits and then finds these rows too. So it is with the personas that were answered. A
+# customer without an identity has no row.
 # Rows that are there already were committed by an attempt whose answer was lost.
 _STORE = f"""
 WITH known AS MATERIALIZED (
-    SELECT user_id FROM users WHERE user_id IN (SELECT user_id FROM staged_exposures) ORDER BY user_id FOR KEY SHARE
+    SELECT user_id FROM users WHERE user_id IN (SELECT user_id FROM staged_exposures UNION SELECT origin_id FROM staged_exposures)
+    ORDER BY user_id FOR KEY SHARE
 ), kept AS MATERIALIZED (
-    SELECT {_COLUMNS} FROM staged_exposures s WHERE s.user_id = '' OR s.user_id IN (SELECT k.user_id FROM known k)
+    SELECT {_COLUMNS} FROM staged_exposures s WHERE (s.user_id = '' OR s.user_id IN (SELECT k.user_id FROM known k))
+    AND (s.origin_id IS NULL OR s.origin_id IN (SELECT k.user_id FROM known k))
 ), stored AS (
     INSERT INTO exposures ({_COLUMNS}) SELECT {_COLUMNS} FROM kept ON CONFLICT DO NOTHING
 )
@@ -45,6 +48,7 @@ class _Exposure:
     exposure_id: UUID
     answer: Answer
     query: RecommendQuery
+    persona_id: str
     answered_at: datetime
 
 
@@ -71,12 +75,12 @@ class Journal:
         """Exposures that wait to be written."""
         return len(self._queue)
 
-    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime) -> None:
-        """Queues an exposure; never waits."""
+    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime, persona_id: str = "") -> None:
+        """Queues an exposure; never waits. ``persona_id`` is which of the customer's personas asked; empty: none is known."""
         if len(self._queue) >= self._bound:
             self._metrics.journal_dropped()
             return
-        self._queue.append(_Exposure(self._new_id(), answer, query, answered_at))
+        self._queue.append(_Exposure(self._new_id(), answer, query, persona_id, answered_at))
 
     async def run(self) -> None:
         """Writes what is queued until cancelled; while PostgreSQL is away it waits."""
@@ -113,6 +117,7 @@ def _row(exposure: _Exposure) -> tuple[object, ...]:
     answer, versions, query = exposure.answer, exposure.answer.versions, exposure.query
     return (
         answer.user_id,
+        exposure.persona_id if exposure.persona_id not in ("", answer.user_id) else None,
         exposure.exposure_id,
         answer.slate_id,
         query.channel,

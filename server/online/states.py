@@ -12,7 +12,7 @@ import structlog
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, dict_row
 
-from features.activity import READ_STATE, UserState, UserStateCodec
+from features.activity import CAUGHT_UP, READ_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, ViewLayout
 from server.database import ONLINE_AWAY, Pool
 from server.errors import NotFoundError, StaleStateError, UnavailableError
@@ -41,11 +41,10 @@ _RECORDED = f"""
 SELECT u.version, u.merged_into, u.membership, c.shared FROM users u CROSS JOIN ({_SHARED}) c WHERE u.user_id = %s
 """  # noqa: S608 - constant statements
 _RECORDED_STATE = f"SELECT s.*, c.shared FROM ({READ_STATE}) s CROSS JOIN ({_SHARED}) c"  # noqa: S608 - constant statements
-_CAUGHT_UP = """
-DELETE FROM online_outbox o USING unnest(%s::text[], %s::bigint[]) AS s (user_id, version)
-WHERE o.user_id = s.user_id AND o.version <= s.version
+_PROFILE_AT = """
+SELECT u.merged_into IS NOT NULL OR u.regrouped_version > %s AS regrouped, p.*
+FROM users u LEFT JOIN user_profile p ON p.user_id = u.user_id AND p.event_timestamp = %s WHERE u.user_id = %s
 """
-_PROFILE_AT = "SELECT * FROM user_profile WHERE user_id = %s AND event_timestamp = %s"
 
 
 class MergedError(Exception):
@@ -140,7 +139,7 @@ class UserStates:
     async def caught_up(self, versions: Mapping[str, int]) -> None:
         """Removes the outbox rows of customers that Redis holds at these versions."""
         async with self._pool.connection() as connection:
-            await connection.execute(_CAUGHT_UP, [list(versions), list(versions.values())])
+            await connection.execute(CAUGHT_UP, [list(versions), list(versions.values())])
 
     async def recorded(self, user_id: str) -> Recorded:
         """Returns where a customer stands in PostgreSQL, which is never behind any token.
@@ -198,13 +197,22 @@ class UserStates:
             self.missed.set()
             raise AheadOfOnlineError
 
-    async def profile_at(self, user_id: str, at: datetime, *, now: datetime) -> dict[str, FeatureValue]:
-        """Reads a customer's profile in the snapshot taken for ``at`` from PostgreSQL; all MISSING when it has none."""
+    async def profile_at(self, user_id: str, at: datetime, *, user_version: int, now: datetime) -> dict[str, FeatureValue]:
+        """Reads a customer's profile in the snapshot taken for ``at`` from PostgreSQL; all MISSING when it has none.
+
+        Raises:
+            RegroupedError: the customer was regrouped after ``user_version``, and an unlink takes snapshots again: what is there
+                now need not be what went with that version.
+        """
         layout = self._codec.profile
         async with self._pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
-            await cursor.execute(_PROFILE_AT, [user_id, at])
+            await cursor.execute(_PROFILE_AT, [user_version, at, user_id])
             row = await cursor.fetchone()
-        return layout.decode([None] * len(layout.hash_fields), now) if row is None else _as_online(layout, row, at, now)
+        if row is not None and row["regrouped"]:
+            raise RegroupedError
+        if row is None or row["event_timestamp"] is None:
+            return layout.decode([None] * len(layout.hash_fields), now)
+        return _as_online(layout, row, at, now)
 
     async def features(self, user_id: str, *, now: datetime) -> Features:
         """Reads all views of a customer, rebuilding them when Redis has none.

@@ -7,7 +7,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from features.activity import FORGOTTEN_FIELD, MEMBERSHIP_FIELD, MERGED_FIELD, WRITE_STATE, UserState, UserStateCodec
+from features.activity import FORGOTTEN_FIELD, MEMBERSHIP_FIELD, WRITE_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, decode_value
 from server.errors import NotFoundError
 from server.online.breaker import CircuitBreaker
@@ -34,7 +34,6 @@ class Standing:
     """What one round trip saw. ``user_version`` is None when the customer has no online state, ``fleet`` after Redis was lost.
 
     Attributes:
-        merged_into: the survivor's id where a persona's state has given way to a marker that it was merged, else empty.
         membership: how often the customer had been regrouped when the state was computed; identities resolved to it at a
             lower count may belong to somebody else now.
     """
@@ -43,7 +42,6 @@ class Standing:
     slate: bytes | None
     fleet: Fleet | None
     now: datetime
-    merged_into: str = ""
     membership: int = 0
 
 
@@ -155,25 +153,30 @@ class OnlineStore:
         """Catches up now instead of at the next probe."""
         await self._breaker.attempt()
 
-    def slates_key(self, user_id: str) -> str:
-        """Returns the key of a customer's slates; the empty user id is every customer without an identity."""
-        return f"concord:{self._codec.project}:slates:{user_id}"
+    def slates_key(self, user_id: str, slot: str = "") -> str:
+        """Returns the key of a customer's slates.
+
+        The empty user id is everybody whom nobody has met, so it has a key for each surface and context of ``slot``: in one hash
+        the 128 slots would be gone after as many product pages, and every newcomer's slate with them.
+        """
+        if user_id:
+            return f"concord:{self._codec.project}:slates:{user_id}"
+        return f"concord:{self._codec.project}:newcomers:{slot.rsplit('|', 2)[0]}"
 
     async def read(self, user_id: str, slot: str) -> Standing:
         """Reads version and grouping, slate in ``slot``, pointers and Redis's time in one round trip."""
         pipeline = self._client.pipeline(transaction=False)
-        pipeline.hmget(self._codec.key(user_id), [self._codec.version_field, MERGED_FIELD, MEMBERSHIP_FIELD])  # type: ignore[arg-type]
-        pipeline.hget(self.slates_key(user_id), slot)
+        pipeline.hmget(self._codec.key(user_id), [self._codec.version_field, MEMBERSHIP_FIELD])  # type: ignore[arg-type]
+        pipeline.hget(self.slates_key(user_id, slot), slot)
         pipeline.hmget(self._fleet_key, ["model", "activation", "index", "offer"])
         pipeline.time()
         async with self._breaker.call(in_time=True):
-            (version, merged_into, membership), slate, fleet, (seconds, micros) = await pipeline.execute()
+            (version, membership), slate, fleet, (seconds, micros) = await pipeline.execute()
         return Standing(
             user_version=None if version is None else decode_value(version),
             slate=slate,
             fleet=None if None in fleet else Fleet(fleet[0].decode(), int(fleet[1]), int(fleet[2]), int(fleet[3])),
             now=_EPOCH + timedelta(seconds=seconds, microseconds=micros),
-            merged_into=(merged_into or b"").decode(),
             membership=int(membership or 0),
         )
 
@@ -185,7 +188,7 @@ class OnlineStore:
         """
         arguments = [slot, user_version, int(ttl_seconds * 1000), payload]
         async with self._breaker.call():
-            standing: bytes | None = await self._commit(keys=[self.slates_key(user_id)], args=arguments)
+            standing: bytes | None = await self._commit(keys=[self.slates_key(user_id, slot)], args=arguments)
         if standing is None:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
         return standing

@@ -8,7 +8,7 @@ from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, activity_of, profile_
 from features.behaviour import Activity
 from features.layout import FeatureValue, Status
 from features.ranking import Profile
-from server.online.states import Features, UserStates
+from server.online.states import Features, RegroupedError, UserStates
 from server.recommend.slate import SlateFlag
 from server.recommend.snapshot import Snapshot
 
@@ -44,13 +44,20 @@ class Customers:
             user_id: the customer, empty for someone nobody has met.
             snapshot: what the slate is computed with.
             as_of: the slate's time; what is stale is stale as of then, on whatever replica and whenever it is computed again.
+
+        Raises:
+            RegroupedError: personas joined or left the customer between two reads; Redis holds what followed, so look again.
         """
         if not user_id:
             return NOBODY
-        return await self._customer(user_id, await self._states.features(user_id, now=as_of), snapshot, as_of)
+        try:
+            return await self._customer(user_id, await self._states.features(user_id, now=as_of), snapshot, as_of)
+        except RegroupedError:
+            await self._states.rebuild(user_id)  # Redis may lag: otherwise the next look would find the same old state
+            raise
 
     async def recorded(self, user_id: str, snapshot: Snapshot, *, as_of: datetime) -> Customer:
-        """Returns a customer from PostgreSQL, equal to what ``online`` returns for the same user_version."""
+        """Returns a customer from PostgreSQL, equal to what ``online`` returns for the same user_version; errors as there."""
         if not user_id:
             return NOBODY
         return await self._customer(user_id, await self._states.recorded_features(user_id, now=as_of), snapshot, as_of)
@@ -72,7 +79,7 @@ class Customers:
             return None
         if at_hand["purchase_count"].event_timestamp == wanted:
             return at_hand
-        return await self._states.profile_at(user_id, wanted, now=as_of)
+        return await self._states.profile_at(user_id, wanted, user_version=activity.version, now=as_of)
 
 
 def _came_later(activity: Activity, at: datetime) -> bool:

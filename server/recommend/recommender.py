@@ -67,12 +67,12 @@ class Recommender:
         clock = StageClock()
         place = Place(query.surface, query.context_item_ids)
 
-        async def find(known: Known) -> Found:
+        async def find(known: Known) -> tuple[Known, Found]:
             minimum = await self._identities.minimum_version(known.user_id, query.token)
             found = await self._slates.find(known.user_id, place, minimum, clock)
-            return known.checked(found, found.membership)
+            return known, known.checked(found, found.membership)
 
-        found = await self._following_merges(query.subject, find, clock)
+        known, found = await self._following_merges(query.subject, find, clock)
         slate, snapshot = found.slate, found.snapshot
         start = self._start(query.page_token, slate)
         with clock("offers"):
@@ -95,7 +95,7 @@ class Recommender:
         )
         self._observe(answer)
         if query.log_exposure:
-            self._journal.log(answer, query, answered_at=self._now())
+            self._journal.log(answer, query, persona_id=known.persona_id, answered_at=self._now())
         return answer
 
     async def rank(self, subject: Subject, *, channel: str, surface: str, item_ids: Sequence[str], token: Token | None) -> Answer:

@@ -1,6 +1,7 @@
 """The slate: the ranked answer to (customer, surface, context) under its versions, as values and as the bytes in Redis."""
 
 import hashlib
+import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +34,11 @@ class Place:
     context_item_ids: tuple[str, ...] = ()
 
     def slot(self, model_version: str, index_version: int) -> str:
-        """Returns the field of the customer's slates hash that holds the slate under these versions."""
-        context = hashlib.sha256("\x1f".join(self.context_item_ids).encode()).hexdigest()[:16] if self.context_item_ids else ""
+        """Returns the field of the customer's slates hash that holds the slate under these versions.
+
+        Items are told apart as JSON tells strings apart: with a separator between them, an id that holds it would be two ids.
+        """
+        context = hashlib.sha256(json.dumps(self.context_item_ids).encode()).hexdigest()[:16] if self.context_item_ids else ""
         return f"{self.surface}|{context}|{model_version}|{index_version}"
 
 

@@ -1,7 +1,7 @@
 """Finding the slate to answer with: the committed one, a new one, one computed apart from Redis, or the last one known."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
@@ -129,8 +129,10 @@ class Slates:
             stand = await self._standings.online(user_id, place, minimum, clock)
             with clock("features"):
                 customer = await self._customers.online(user_id, stand.snapshot, as_of=stand.as_of)
+            again = partial(self._standings.online, user_id, place, minimum, clock)
+            membership = await _membership(stand, customer.activity.version, again)
             lagging = lagging or self._lagging
-            return Met(stand, customer, bool(lagging), lagging)
+            return Met(replace(stand, membership=membership), customer, bool(lagging), lagging)
         except ONLINE_AWAY:
             return await patiently(lambda: self._met_apart(user_id, minimum, clock))
 
@@ -139,8 +141,10 @@ class Slates:
             stand = await self._standings.recorded(user_id, minimum, clock)
             with clock("features"):
                 customer = await self._customers.recorded(user_id, stand.snapshot, as_of=stand.as_of)
+            again = partial(self._standings.recorded, user_id, minimum, clock)
+            membership = await _membership(stand, customer.activity.version, again)
         self._standings.show(user_id, customer.activity.version)
-        return Met(stand, customer, stale=False, reasons=(ONLINE_STORE_UNAVAILABLE,))
+        return Met(replace(stand, membership=membership), customer, stale=False, reasons=(ONLINE_STORE_UNAVAILABLE,))
 
     @property
     def _lagging(self) -> tuple[str, ...]:
@@ -166,8 +170,9 @@ class Slates:
                 slate = decode_slate(standing, user_id, slot)
             if slate is not None and slate.user_version >= version and standing is not None:
                 self._remember(user_id, place, snapshot, slate.user_version, standing)
+                membership = await _membership(stand, slate.user_version, partial(self._standings.online, user_id, place, minimum, clock))
                 lagging = lagging or self._lagging
-                return Found(user_id, slate, snapshot, stand.offer_version, bool(lagging), lagging, stand.membership)
+                return Found(user_id, slate, snapshot, stand.offer_version, bool(lagging), lagging, membership)
         raise moving()
 
     async def _by_itself(self, user_id: str, place: Place, minimum: int, clock: StageClock) -> Found:
@@ -182,12 +187,13 @@ class Slates:
             else:
                 key = ("apart", user_id, slot, stand.user_version)
                 standing = await self._flights.join(key, partial(self._compute_apart, user_id, place, stand, clock))
-        slate = decode_slate(standing, user_id, slot)
-        assert slate is not None
+            slate = decode_slate(standing, user_id, slot)
+            assert slate is not None
+            membership = await _membership(stand, slate.user_version, partial(self._standings.recorded, user_id, minimum, clock))
         self._remember(user_id, place, snapshot, slate.user_version, standing)
         self._standings.show(user_id, slate.user_version)
         reasons = (ONLINE_STORE_UNAVAILABLE,)
-        return Found(user_id, slate, snapshot, stand.offer_version, reasons=reasons, membership=stand.membership)
+        return Found(user_id, slate, snapshot, stand.offer_version, reasons=reasons, membership=membership)
 
     def _last(self, user_id: str, place: Place, minimum: int, seen: list[Stand], reasons: tuple[str, ...]) -> Found | None:
         """Returns the newest slate known whose snapshot is still loaded here, None when there is none as new as ``minimum``."""
@@ -231,6 +237,14 @@ class Slates:
 
     def _remember(self, user_id: str, place: Place, snapshot: Snapshot, version: int, standing: bytes) -> None:
         self._known.put(user_id, place, KnownSlate(version, snapshot.model_version, snapshot.index_version, standing))
+
+
+async def _membership(stand: Stand, user_version: int, look: Callable[[], Awaitable[Stand]]) -> int:
+    """Returns how often the customer had been regrouped in the state of ``user_version``, or in a later one.
+
+    Features are read after the stand, and may be newer: whether an identity is still that customer's the stand cannot say then.
+    """
+    return stand.membership if user_version <= stand.user_version else (await look()).membership
 
 
 def _payload(ranked: Ranked, customer: Customer, as_of: datetime) -> bytes:

@@ -13,7 +13,7 @@ from server.security.audit import REQUESTED, AuditEntry
 from server.security.certificates import client_names
 from server.security.limits import ChannelLimits
 from server.security.principals import ANYONE, Principal
-from server.security.scopes import ADMIN_PORT_SCOPES, SCOPE_OF, SCOPE_OF_FLAG, Scope
+from server.security.scopes import ADMIN_PORT_SCOPES, SCOPE_OF, SCOPE_OF_FLAG, SHOP_SCOPES, Scope
 
 # Text, because the class takes type arguments in the stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -102,6 +102,8 @@ class Access:
             where = "another port than the admin port" if self._admin_port else "the admin port"
             raise ForbiddenError(f"this method is served on {where}", reason="WRONG_PORT")
         caller.require(rule.scope)
+        if rule.scope in SHOP_SCOPES and caller.channels is not None:
+            raise ForbiddenError("this is the whole shop's: it needs a caller that speaks for every channel", reason="CHANNEL_FORBIDDEN")
 
     @contextmanager
     def entered(self, rule: Rule, caller: Principal, request: Any) -> Iterator[None]:

@@ -8,6 +8,7 @@ from server.rpc.interceptor import Context
 from server.rpc.ports import Erasure, Identities, IdentityGraph
 from server.rpc.translate import timestamp_of
 from server.rpc.validation import Validator
+from server.security.principals import calling
 
 
 class IdentityServicer(identity_pb2_grpc.IdentityServiceServicer):
@@ -37,7 +38,8 @@ class IdentityServicer(identity_pb2_grpc.IdentityServiceServicer):
     async def LinkIdentities(self, request: identity_pb2.LinkIdentitiesRequest, _context: Context) -> identity_pb2.LinkIdentitiesResponse:
         """Declares that a channel identity and a subject are one customer."""
         identity = self._validator.identity(request.identity, "identity")
-        linked = await self._graph.link(identity, self._validator.subject(request.subject, "subject"))
+        subject = self._validator.subject(request.subject, "subject")
+        linked = await self._graph.link(identity, subject, may_create=bool(subject.user_id) or calling.get().speaks_for(subject.channel))
         return identity_pb2.LinkIdentitiesResponse(
             user_id=linked.token.user_id,
             user_version=linked.token.version,

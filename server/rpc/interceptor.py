@@ -17,7 +17,7 @@ from server.errors import ConcordError, OverloadedError, UnavailableError
 from server.metrics import Metrics
 from server.rpc.access import Access, Context, Rule, rule_of
 from server.rpc.status import REQUEST_ID_KEY, failure_of, trailing_metadata
-from server.security.principals import Principal
+from server.security.principals import Principal, calling
 from server.tracing import Tracing
 
 _OURS = "/concord."
@@ -161,6 +161,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     self._admit()
                     call.caller = await access.authenticate(context)
                     access.permit(rule, call.caller)
+                    calling.set(call.caller)
                     request = parse(raw)
                     call.channel = self._channel_of(request)
                     with access.entered(rule, call.caller, request):

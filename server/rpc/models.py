@@ -88,4 +88,6 @@ def _replica(replica: Replica) -> models_pb2.Replica:
         ready=[models_pb2.ReadyModel(model_version=model, index_versions=indexes) for model, indexes in sorted(replica.ready.items())],
         failures=replica.failed,
         config_fingerprint=replica.config,
+        waits_for=replica.waits_for,
+        onnx_provider=replica.onnx_provider,
     )

@@ -47,8 +47,8 @@ class Identities(Protocol):
 class IdentityGraph(Protocol):
     """Makes and takes back links between identities; see server.ingest.graph."""
 
-    async def link(self, first: Subject, second: Subject) -> Linked:
-        """Makes two subjects one customer."""
+    async def link(self, first: Subject, second: Subject, *, may_create: bool = True) -> Linked:
+        """Makes two subjects one customer; without ``may_create`` the second must exist."""
         ...
 
     async def unlink(self, identity: Subject, subject: Subject | None) -> Unlinked:

@@ -48,6 +48,7 @@ from server.rpc.recommendation import RecommendationServicer
 from server.rpc.validation import Validator
 from server.security.certificates import server_credentials
 from server.security.limits import ChannelLimits
+from server.security.settings import is_loopback
 from server.settings import ServerSettings
 from server.tracing import Tracing
 
@@ -159,7 +160,7 @@ def build_server(
         server = patient_server(edge, most_waiting=_MOST_WAITING, interceptors=[edge], options=_options(settings))
         _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-        if settings.reflection:
+        if is_loopback(host) if settings.reflection is None else settings.reflection:
             reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = f"{host}:{port}"
         credentials = server_credentials(settings)  # one for each port: gRPC gives its first certificate to one server alone

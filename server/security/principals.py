@@ -1,6 +1,7 @@
 """Who is calling: a name for the audit log, the channels it speaks for and what it may do."""
 
 from collections.abc import Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from server.errors import ForbiddenError
@@ -29,6 +30,10 @@ class Principal:
         """The channel that all its calls are of, empty when it speaks for several."""
         return next(iter(self.channels)) if self.channels is not None and len(self.channels) == 1 else ""
 
+    def speaks_for(self, channel: str) -> bool:
+        """True when ``channel`` is one of its own."""
+        return self.channels is None or channel in self.channels
+
     def require(self, scope: Scope) -> None:
         """Checks a right.
 
@@ -44,10 +49,8 @@ class Principal:
         Raises:
             ForbiddenError: one of them is another's.
         """
-        if self.channels is None:
-            return
         for channel in channels:
-            if channel and channel not in self.channels:
+            if channel and not self.speaks_for(channel):
                 raise ForbiddenError("this caller does not speak for that channel", reason="CHANNEL_FORBIDDEN")
 
     def within(self, other: "Principal") -> "Principal":
@@ -59,6 +62,9 @@ class Principal:
 
 
 ANYONE = Principal("anyone", None, ALL_SCOPES)
+
+calling: ContextVar[Principal] = ContextVar("calling")
+"""Who makes the unary call being answered; set once they are known, before the method is entered."""
 
 
 def principal(name: str, channels: Iterable[str], scopes: Iterable[str]) -> Principal:

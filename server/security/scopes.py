@@ -31,6 +31,8 @@ CHANNEL_SCOPES = frozenset(
     }
 )
 ALL_SCOPES = frozenset(Scope)
+# An item has one title, one price and one list of channels for the whole shop: nobody writes it for one channel alone.
+SHOP_SCOPES = frozenset({Scope.CATALOG_WRITE})
 
 SCOPE_OF = {
     "EventService/RecordEvents": Scope.EVENTS_WRITE,

@@ -32,6 +32,10 @@ from features.models import (
 )
 from features.replicas import list_replicas
 from server.app import Rooms, open_rooms
+from server.database import postgres_breaker, postgres_pool
+from server.domain import RecommendQuery, Subject
+from server.errors import UnavailableError
+from server.membership import Membership, Report
 from server.metrics import Metrics
 from server.settings import ServerSettings
 from tests.integration.fixtures import NewShop
@@ -247,7 +251,7 @@ async def test_an_epoch_answers_once_every_replica_has_built_it(replica: Replica
     assert replica.pointed()[1] == before  # built here, not there
     replica.sql("UPDATE replicas SET ready = %s WHERE replica_id = 'other'", ready)
     await until(lambda: replica.pointed()[1] == published, BEFORE_THAT)
-    assert replica.rooms.fleet.index_version == published
+    await until(lambda: replica.rooms.fleet.index_version == published)  # right after it has moved the pointer
 
 
 async def test_a_slow_replica_holds_an_epoch_back_for_a_bounded_time(replica: Replica, other: None) -> None:
@@ -291,6 +295,44 @@ async def test_replicas_with_other_rules_are_told_apart(replica: Replica, other:
     with psycopg.connect(replica.settings.postgres_dsn) as connection:
         assert len({one.config for one in list_replicas(connection)}) == 2
     await until(lambda: replica.registry.get_sample_value("concord_replicas") == 2)
+
+
+async def test_a_replica_with_other_rules_answers_nobody_until_those_that_live_have_left(replica: Replica, other: None) -> None:
+    replica.sql("UPDATE replicas SET config = 'something else' WHERE replica_id = 'other'")
+    row = "SELECT waits_for, ready FROM replicas WHERE address = '127.0.0.1:2'"
+    async with open_rooms(replica.settings, Metrics(CollectorRegistry())) as late:
+        joining = asyncio.create_task(late.fleet.join("127.0.0.1:2"))
+        active = replica.rooms.fleet.current.model_version
+        await until(lambda: (replica.sql(row) or ("", {}))[1].get(active))  # it has loaded what it will answer with
+        assert replica.sql(row)[0] == OTHER
+        with pytest.raises(UnavailableError) as refused:
+            await late.services.recommender.recommend(RecommendQuery(Subject(user_id="anybody"), "web", "home", 5))
+        assert refused.value.reason == "REPLICA_NOT_JOINED"
+        with psycopg.connect(replica.settings.postgres_dsn) as connection:
+            listed = {one.address: (one.live, one.waits_for) for one in list_replicas(connection)}
+        assert listed == {"127.0.0.1:1": (True, ""), "127.0.0.1:2": (False, OTHER), OTHER: (True, "")}
+        assert replica.sql("SELECT count(*) FROM live_replicas") == (2,)  # activations and epochs do not wait for it
+        assert not joining.done()
+        replica.sql("DELETE FROM replicas WHERE replica_id = 'other'")
+        await asyncio.wait_for(joining, BEFORE_THAT)
+        assert replica.sql(row)[0] == ""
+        assert replica.sql("SELECT count(*) FROM live_replicas") == (2,)
+        assert replica.sql("SELECT onnx_provider FROM replicas WHERE address = '127.0.0.1:1'") == ("cpu",)
+    assert replica.sql(row) is None
+
+
+async def test_of_two_replicas_with_different_rules_that_start_at_once_one_joins(new_shop: NewShop) -> None:
+    settings = new_shop()
+    report = Report("", 0, 0, {}, {}, "", "")
+    async with postgres_pool(settings, postgres_breaker(settings, lambda _: None)) as pool:
+        for turn in range(10):
+            pair = [
+                Membership(pool, replica_id=f"{turn}-{config}", config=config, pause_seconds=0.5, epoch_wait_seconds=2) for config in "ab"
+            ]
+            waits = await asyncio.gather(*(member.join(f"{k}:1", report) for k, member in enumerate(pair)))
+            assert sorted(waits) in (["", "0:1"], ["", "1:1"])
+            for member in pair:
+                await member.leave()
 
 
 async def test_failures_are_counted(replica: Replica) -> None:

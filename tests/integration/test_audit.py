@@ -194,6 +194,21 @@ async def test_a_tampered_slate_is_found_whether_it_was_shown_or_not(shop: Shop)
     assert {v.customer for v in report.violations if v.check == "state"} == {waiting}
 
 
+async def test_a_tampered_slate_of_newcomers_is_found(shop: Shop) -> None:
+    """They share one slate for each place, under a key of its own."""
+    for context in ([], ["KIT-1"]):
+        answer = await shop["web"].recommend("nobody-yet", surface="product" if context else "home", context_item_ids=context)
+        await shop.logged(answer.slate_id)
+    keys = sorted(shop.redis().keys(f"concord:{shop.settings.project}:newcomers:*"))
+    assert len(keys) == 2
+    for key in keys:
+        ((slot, raw),) = shop.redis().hgetall(key).items()
+        shop.redis().hset(key, slot, swapped(raw, 20, 21))
+        shop.redis().hset(key, "_concord:forgotten", "1")  # as in the hash of a customer forgotten a moment ago
+    report = await shop.audit(servers=[])
+    assert [(v.kind, v.check, v.customer) for v in report.violations] == [("tampered_slate", "state", "")] * 2
+
+
 async def test_scores_that_no_input_explains_are_tampered_with(shop: Shop) -> None:
     customer = shop.fresh()
     await shop.ask(customer)
@@ -334,11 +349,11 @@ async def test_a_replica_that_follows_other_pointers_is_found_live_and_in_the_lo
 
 
 async def test_a_replica_with_other_rules_and_one_that_is_silent_are_named(shop: Shop) -> None:
-    other = shop.settings.model_copy(update={"max_per_category": 2})
+    """A replica that was taken for dead and comes back may meet those that joined without it: the one way to differ in rules."""
     silent = f"127.0.0.1:{free_port()}"
-    async with served(other) as address:
-        report = await shop.audit(customers=1, servers=[shop.address, silent])
-    assert {(v.kind, v.replica) for v in report.violations} == {("config_differs", address), ("no_answer", silent)}
+    shop.execute("INSERT INTO replicas VALUES ('woken', '10.0.0.9:1', now(), clock_timestamp(), 600, '', 0, 0, '{}', '{}', '', 'others')")
+    report = await shop.audit(customers=1, servers=[shop.address, silent])
+    assert {(v.kind, v.replica) for v in report.violations} == {("config_differs", "10.0.0.9:1"), ("no_answer", silent)}
 
 
 async def test_forged_torn_and_future_online_state_is_told_apart(shop: Shop) -> None:

@@ -4,21 +4,26 @@ import asyncio
 import itertools
 import json
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import redis
+from prometheus_client import CollectorRegistry
 
 from features.importers import import_events, import_identities, load_mapping
-from server.domain import Stored, Subject
+from server.domain import RecommendQuery, Stored, Subject
 from server.errors import NotFoundError, PreconditionError
 from server.ingest.oblivion import Oblivion
+from server.journal.exposures import Journal
+from server.metrics import Metrics
 from server.recommend.known import KnownSlate, KnownSlates
 from server.recommend.slate import Place
 from server.settings import ServerSettings
-from tests.integration.replicas import Names, Pair, app, assert_whole, web
+from tests.fakes import ANSWER, NOW
+from tests.integration.replicas import Names, Pair, app, assert_whole, query, web
 
 
 async def test_a_forgotten_customer_leaves_no_trace_and_does_not_come_back(
@@ -153,3 +158,22 @@ async def test_replicas_drop_what_they_remember_when_a_customer_is_forgotten(two
         while slates.get(token.user_id, Place("home")) is not None or two[1].identities._cache:
             await asyncio.sleep(0.01)
     running.cancel()
+
+
+async def test_a_persona_that_was_unlinked_takes_its_exposures_along(two: Pair, settings: ServerSettings, names: Names) -> None:
+    """They are logged under the customer it was part of, which lives on."""
+    phone, card = app(names("phone")), web(names("card"))
+    stays = await two[0].record(phone, "a")
+    await two[0].record(card, "b")
+    await two[0].graph.link(phone, card)
+    journal = Journal(two[0].pool, Metrics(CollectorRegistry()), bound=9, pause_seconds=1, new_id=uuid.uuid4)
+    for subject in (phone, card):
+        known = await two[0].identities.customer_of(subject)
+        assert known.user_id == stays.user_id
+        asked = RecommendQuery(subject, subject.channel, "home", 2)
+        journal.log(replace(ANSWER, user_id=known.user_id), asked, persona_id=known.persona_id, answered_at=NOW)
+    await journal.flush()
+    await two[0].graph.unlink(card, None)
+    receipt = await two[0].erasure.forget(card)
+    assert receipt.counts["exposures"] == 1
+    assert query(settings, "SELECT channel FROM exposures WHERE user_id = %s", stays.user_id) == [{"channel": "app"}]

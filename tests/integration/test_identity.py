@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import redis
 
+from features.activity import MERGED_FIELD
 from features.importers import import_identities, load_mapping
+from features.layout import entity_key
 from features.materialize import materialize
 from server.domain import Linked, Subject, Token
-from server.errors import InvalidRequestError, NotFoundError
+from server.errors import ForbiddenError, InvalidRequestError, NotFoundError
 from server.settings import ServerSettings
 from tests.integration.fixtures import NewShop
 from tests.integration.replicas import Names, Pair, Replica, app, assert_whole, query, replica, web
 
 
-async def test_a_merge_shows_in_the_next_call_of_every_replica(two: Pair, names: Names) -> None:
+async def test_a_merge_shows_in_the_next_call_of_every_replica(two: Pair, settings: ServerSettings, names: Names) -> None:
     first, second = two
     phone, card = app(names("phone")), web(names("card"))
     before = [await first.record(phone, "a", "b"), await second.record(card, "c")]
@@ -28,7 +30,8 @@ async def test_a_merge_shows_in_the_next_call_of_every_replica(two: Pair, names:
     late = await second.states_of(before[1].user_id)
     linked = await first.graph.link(card, phone)
     await second.online.write_users(late)  # read before the merge, written after it
-    assert (await second.online.read(before[1].user_id, "")).merged_into == before[0].user_id
+    key = entity_key("user_id", before[1].user_id, settings.project)
+    assert redis.Redis.from_url(settings.redis_url).hget(key, MERGED_FIELD) == before[0].user_id.encode()
     assert linked == Linked(Token(before[0].user_id, 4), (before[1].user_id,))
     for one, subject in itertools.product(two, (phone, card, Subject(user_id=before[1].user_id))):
         assert await one.read(subject) == (linked.token.user_id, 4, ["a", "b", "c"])
@@ -267,3 +270,16 @@ async def test_the_graph_tells_personas_identities_and_links(two: Pair, names: N
     assert pairs == {frozenset(ids[:2]), frozenset(ids[1:])}
     with pytest.raises(NotFoundError):
         await two[1].graph.read(web(names("nobody")))
+
+
+async def test_an_identity_of_another_channel_is_linked_where_it_exists_and_not_created(
+    two: Pair, settings: ServerSettings, names: Names
+) -> None:
+    phone, card = app(names("phone")), web(names("card"))
+    with pytest.raises(ForbiddenError) as refused:
+        await two[0].graph.link(phone, card, may_create=False)
+    assert (refused.value.reason, refused.value.field) == ("CHANNEL_FORBIDDEN", "subject.identity.channel")
+    assert query(settings, "SELECT 1 FROM identities WHERE channel_user_id = ANY(%s)", [phone.channel_user_id, card.channel_user_id]) == []
+    token = await two[0].record(card, names("a"))
+    linked = await two[0].graph.link(phone, card, may_create=False)
+    assert linked.token.user_id == token.user_id

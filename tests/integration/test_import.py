@@ -185,6 +185,18 @@ def assert_adds_up(report: ImportReport, rejects: Path) -> None:
     assert repeated == (report.repeated if report.what == "events" else 0)
 
 
+def test_a_customer_who_waits_for_redis_waits_since_the_first_import(database_dsn: str, ours: Mapping, tmp_path: Path) -> None:
+    """The age of the outbox says how far Redis lags: who is imported all the time must not look young."""
+    waiting = "SELECT user_id, version, enqueued_at FROM online_outbox ORDER BY user_id"
+    import_events(database_dsn, write_rows(tmp_path, ".jsonl", ROWS), ours, rejects=tmp_path / "rejects.jsonl")
+    first = query(database_dsn, waiting)
+    later = [row | {"at": "2026-01-09T10:00:00Z"} for row in ROWS]
+    import_events(database_dsn, write_rows(tmp_path, ".jsonl", later), ours, rejects=tmp_path / "rejects.jsonl")
+    second = query(database_dsn, waiting)
+    assert [(user, since) for user, _, since in second] == [(user, since) for user, _, since in first]
+    assert all(new > old for (_, old, _), (_, new, _) in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
 @pytest.mark.parametrize("batch_rows", [2, 1000])
 def test_events_of_every_format(database_dsn: str, ours: Mapping, tmp_path: Path, suffix: str, batch_rows: int) -> None:

@@ -87,6 +87,15 @@ async def test_a_customer_forgotten_meanwhile_leaves_no_exposure(desk: Desk) -> 
     assert (desk.count("written"), desk.count("forgotten")) == (2, 1)
 
 
+async def test_the_persona_that_asked_is_kept_and_one_forgotten_meanwhile_leaves_no_exposure(desk: Desk) -> None:
+    for persona_id in ("u1", "u2", "u3", ""):
+        desk.journal.log(ANSWER, QUERY, persona_id=persona_id, answered_at=NOW)
+    with psycopg.connect(desk.settings.postgres_dsn) as connection:
+        connection.execute("DELETE FROM users WHERE user_id = 'u2'")
+    await desk.journal.flush()
+    assert sorted(desk.rows("user_id, coalesce(origin_id, '')")) == [("u1", ""), ("u1", ""), ("u1", "u3")]
+
+
 async def test_a_customer_being_forgotten_is_waited_for(desk: Desk) -> None:
     desk.journal.log(ANSWER, QUERY, answered_at=datetime.now(UTC))
     with psycopg.connect(desk.settings.postgres_dsn) as connection:

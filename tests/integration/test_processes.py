@@ -17,6 +17,8 @@ import grpc
 import psycopg
 import pytest
 import redis
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from cli.stack import embedded_redis, free_port
 from concord import Concord, user
@@ -109,6 +111,34 @@ async def test_sigterm_finishes_what_is_in_flight_and_exits_cleanly(live: Server
     with psycopg.connect(live.postgres_dsn) as connection:
         stored = {str(row[0]) for row in connection.execute("SELECT event_id FROM events WHERE item_id LIKE 't%%'", [])}
     assert acknowledged <= stored
+
+
+def _started(settings: ServerSettings, port: int) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-m", "cli.main", "serve"], env=environment(settings, CONCORD_PORT=str(port)))
+
+
+async def test_a_replica_that_waits_to_join_says_not_serving_and_stops_when_told(live: ServerSettings) -> None:
+    other = "INSERT INTO replicas VALUES ('other', '10.0.0.9:1', now(), clock_timestamp(), 600, '', 0, 0, '{}', '{}', '', 'other rules')"
+    with psycopg.connect(live.postgres_dsn, autocommit=True) as connection:
+        connection.execute(other)
+        port = free_port()
+        server = _started(live, port)
+        try:
+            async with asyncio.timeout(30):
+                while not (row := connection.execute("SELECT address FROM replicas WHERE waits_for = '10.0.0.9:1'").fetchone()):
+                    await asyncio.sleep(0.1)
+            assert row[0] == f"127.0.0.1:{port}"
+            async with grpc.aio.insecure_channel(row[0]) as wire:
+                status = await HealthStub(wire).Check(HealthCheckRequest(), timeout=5)
+            assert status.status == HealthCheckResponse.NOT_SERVING
+            assert "Replicas wait, NOT_SERVING, until" in " ".join(run(live, "replicas").stdout.split())
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(15) == 0
+            assert connection.execute("SELECT replica_id FROM replicas WHERE waits_for <> ''").fetchall() == []
+        finally:
+            server.kill()
+            server.wait(10)
+            connection.execute("DELETE FROM replicas WHERE replica_id = 'other'")
 
 
 async def test_killing_the_server_under_four_writers_keeps_every_acknowledged_event_once(live: ServerSettings) -> None:

@@ -1,29 +1,34 @@
 """Reads of customers' features on real stores: none older than was shown, none emptied by what happens between two looks."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 from feast import Entity, FeatureView, Field, FileSource, ValueType
 from feast.types import String
 
-from features.activity import ACTIVITY_VIEW
+from features.activity import ACTIVITY_VIEW, UserState
 from features.layout import Status, load_layouts
+from features.materialize import take_snapshot
 from features.store import feature_store
 from server.database import redis_breaker, redis_client
-from server.domain import EntityKey
+from server.domain import EntityKey, Subject
 from server.errors import InvalidRequestError, UnavailableError
+from server.ingest.graph import IdentityGraph
 from server.online.breaker import CircuitBreaker
 from server.online.features import FeatureReader
-from server.online.states import UserStates
+from server.online.states import RegroupedError, UserStates
+from server.recommend.customers import Customers
 from server.recommend.profiles import Profiles
+from server.recommend.slate import Place
 from server.settings import ServerSettings
-from tests.integration.replicas import Names, Pair, Replica, view, web
+from tests.integration.replicas import Names, Pair, Replica, app, view, web
 
 VERSION = f"{ACTIVITY_VIEW}:version"
 
@@ -119,3 +124,54 @@ async def test_a_view_that_cannot_be_laid_out_does_not_end_the_looks_at_the_regi
                 await asyncio.sleep(0.01)
         looking.cancel()
         await asyncio.wait([looking])
+
+
+class Parting(UserStates):
+    """A link is taken back right after a state was read, before the profile that goes with it; and Redis misses that."""
+
+    def __init__(self, of: Replica, identity: Subject) -> None:
+        super().__init__(of.pool, of.online, of.states._codec)
+        unheard = IdentityGraph(of.pool, Unheard(of.pool, of.online, of.states._codec), new_user_id=lambda: "unused")
+        self._part = lambda: unheard.unlink(identity, None)
+
+    async def profile_at(self, user_id: str, at: datetime, *, user_version: int, now: datetime) -> Any:
+        await self._part()  # more than once it changes nothing
+        return await super().profile_at(user_id, at, user_version=user_version, now=now)
+
+
+class Unheard(UserStates):
+    async def publish(self, states: Sequence[UserState]) -> bool:
+        return False
+
+
+async def test_a_profile_of_after_an_unlink_is_not_taken_for_the_version_before_it(
+    two: Pair, settings: ServerSettings, names: Names
+) -> None:
+    """The slate of the version before would be committed with it, and differ from what others computed for that version."""
+    ann = two[0]
+    await ann.record(web(names("ann")), "a", "b")
+    await ann.record(app(names("ann")), "c")
+    token = (await ann.graph.link(app(names("ann")), web(names("ann")))).token
+    taken = [datetime(2026, 3, day, tzinfo=UTC) for day in (2, 3)]  # Redis has the newer one; the epoch ranks with the older
+    with psycopg.connect(settings.postgres_dsn) as connection:
+        for at in taken:
+            take_snapshot(connection, at)
+    redis.Redis.from_url(settings.redis_url).flushdb()
+    await ann.states.rebuild(token.user_id)
+    snapshot: Any = SimpleNamespace(table=SimpleNamespace(features_as_of=taken[0]))
+    states = Parting(ann, app(names("ann")))
+    whole = await Customers(ann.states).online(token.user_id, snapshot, as_of=taken[1])
+    with pytest.raises(RegroupedError):
+        await Customers(states).online(token.user_id, snapshot, as_of=taken[1])
+    parted = await Customers(states).online(token.user_id, snapshot, as_of=taken[1])
+    assert (len(whole.activity.behaviours), len(parted.activity.behaviours)) == (3, 2)
+    assert repr(parted) == repr(await Customers(states).recorded(token.user_id, snapshot, as_of=taken[1]))  # no price is NaN
+
+
+async def test_newcomers_keep_their_slates_however_many_product_pages_they_look_at(two: Pair) -> None:
+    """All of them are the empty user id: in one hash of at most 128 slots, each busy minute wiped the slates of all."""
+    slots = [Place("product", (f"item-{k}",)).slot("m1", 1) for k in range(200)]
+    for slot in slots:
+        await two[0].online.commit("", slot, user_version=0, payload=slot.encode(), ttl_seconds=60)
+    stand = [(await two[1].online.read("", slot)).slate for slot in slots]
+    assert [slate and slate.endswith(slot.encode()) for slate, slot in zip(stand, slots, strict=True)] == [True] * len(slots)

@@ -213,6 +213,7 @@ def test_keys_are_managed_from_the_command_line(new_shop: Any) -> None:
     assert "revoked" in run(shop, "keys", "revoke", key_id).stdout
     assert run(shop, "keys", "revoke", key_id).returncode == 2
     assert run(shop, "keys", "create", "web", "--scope", "all").returncode == 2
+    assert run(shop, "keys", "create", "web", "--scope", "catalog:write").returncode == 2  # an item is the whole shop's
     assert run(shop, "keys", "create", "fax").returncode == 2
     assert [(row[1], row[2].partition(":")[0]) for row in audit(shop)] == [
         ("keys create", "key"),

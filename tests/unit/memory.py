@@ -132,16 +132,22 @@ class MemoryStates:
     shown: Shown = field(default_factory=Shown)
     rebuilds: int = 0
     stale: bool = False
+    on_recorded: Callable[[], None] = _nothing
 
     async def rebuild(self, user_id: str) -> int:
         self.rebuilds += 1
-        version = (await self.recorded(user_id)).user_version
+        version = (await self._recorded(user_id)).user_version
         self.online.check()
         self.online.customers[user_id] = self.truth.customers[user_id]
         self.online.membership[user_id] = self.truth.membership.get(user_id, 0)
         return version
 
     async def recorded(self, user_id: str) -> Recorded:
+        seen = await self._recorded(user_id)
+        self.on_recorded()
+        return seen
+
+    async def _recorded(self, user_id: str) -> Recorded:
         await self.truth.ask()
         if user_id in self.truth.merged:
             raise MergedError(self.truth.merged[user_id])
@@ -157,10 +163,10 @@ class MemoryStates:
         return self._views(self.online.customers[user_id], self.online.materialized, now)
 
     async def recorded_features(self, user_id: str, *, now: datetime) -> dict[str, dict[str, FeatureValue]]:
-        await self.recorded(user_id)
+        await self._recorded(user_id)
         return self._views(self.truth.customers[user_id], max(self.truth.profiles, default=None), now)
 
-    async def profile_at(self, _user_id: str, at: datetime, *, now: datetime) -> dict[str, FeatureValue]:
+    async def profile_at(self, _user_id: str, at: datetime, *, user_version: int, now: datetime) -> dict[str, FeatureValue]:
         await self.truth.ask()
         return self._profile(at, now)
 
@@ -280,9 +286,11 @@ class MemoryOffers:
 @dataclass
 class MemoryJournal:
     logged: list[tuple[Answer, str, str]] = field(default_factory=list)
+    personas: list[str] = field(default_factory=list)
 
-    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime) -> None:
+    def log(self, answer: Answer, query: RecommendQuery, *, answered_at: datetime, persona_id: str) -> None:
         self.logged.append((answer, query.channel, query.surface))
+        self.personas.append(persona_id)
 
 
 @dataclass

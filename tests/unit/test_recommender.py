@@ -8,6 +8,7 @@ import pytest
 
 from server.domain import Answer, ItemFilter, RecommendQuery, Subject, Token
 from server.errors import ConflictError, InvalidRequestError, NotFoundError, PreconditionError, StaleStateError, UnavailableError
+from server.ingest.identities import Known
 from server.online.store import Fleet
 from server.recommend.shelf import page_token
 from tests.unit.memory import Replica, Shop
@@ -208,6 +209,15 @@ async def test_a_merged_customer_is_followed_to_the_survivor_and_remembered(shop
     assert shown(answer) == shown(direct)
 
 
+async def test_an_exposure_names_the_persona_that_asked(shop: Shop) -> None:
+    replica = shop.replica()
+    shop.truth.merged["loser"] = "u"
+    for user_id in ("loser", "u"):
+        await ask(replica, user_id)
+    assert [answer.user_id for answer, _, _ in replica.journal.logged] == ["u", "u"]
+    assert replica.journal.personas == ["loser", "u"]
+
+
 async def test_an_identity_whose_customer_was_regrouped_is_resolved_again(shop: Shop) -> None:
     subject = Subject(channel="web", channel_user_id="cookie")
     replica = shop.replica(known=[(subject, "u")])
@@ -219,6 +229,31 @@ async def test_an_identity_whose_customer_was_regrouped_is_resolved_again(shop: 
         assert answer.user_id == "v"
         ranked = await replica.recommender.rank(subject, channel="web", surface="home", item_ids=["i001"], token=None)
         assert ranked.user_id == "v"
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_an_identity_that_leaves_between_the_look_and_the_features_is_resolved_again(shop: Shop, away: bool) -> None:
+    """The first look saw the customer with it; the features, and so the answer, are those of the customer without it."""
+    subject = Subject(channel="web", channel_user_id="cookie")
+    shop.views("v", "i001")
+
+    def part() -> None:
+        shop.truth.identities[subject] = "v"
+        shop.truth.membership["u"] = shop.truth.membership.get("u", 0) + 1
+        shop.views("u", "i009")
+
+    for ranking in (False, True):
+        replica = shop.replica()
+        await ask(replica, "v")  # so that the snapshot is there and one look is enough
+        shop.truth.identities.clear()
+        replica.identities._cache[subject] = Known("u", shop.truth.membership.get("u", 0))
+        shop.online.away, shop.online.on_read, replica.states.on_recorded = away, times(1, part), times(1, part)
+        if ranking:
+            answer = await replica.recommender.rank(subject, channel="web", surface="home", item_ids=["i001"], token=None)
+        else:
+            answer = await replica.recommender.recommend(RecommendQuery(subject, "web", "home", 5))
+        assert answer.user_id == "v"
+        shop.online.away = False
 
 
 async def test_an_identity_of_a_forgotten_customer_is_nobody(shop: Shop) -> None:

@@ -30,6 +30,7 @@ class Keyring:
         default_factory=lambda: {
             "web-key": principal("key:web/1", ["web"], CHANNEL_SCOPES),
             "read-key": principal("key:reader/1", ["web"], [Scope.RECOMMENDATIONS_READ, Scope.IDENTITY_READ]),
+            "limited-key": principal("key:limited/1", ["web"], ALL_SCOPES),
             "operator-key": principal("key:operator/1", ["*"], ALL_SCOPES),
         }
     )
@@ -111,6 +112,14 @@ async def test_a_key_needs_the_methods_scope() -> None:
     assert edge.fakes.audit.entries[-1].principal == "key:web/1"
 
 
+async def test_the_catalogue_is_written_for_the_whole_shop_or_not_at_all() -> None:
+    upsert = catalog_pb2.UpsertItemsRequest(items=[catalog_pb2.Item(item_id="i", title="t", channels=["app"])]).SerializeToString()
+    async with serving(guarded()) as edge:
+        seen = await refused(edge, "/concord.v1.CatalogService/UpsertItems", upsert, **bearer("limited-key"))
+        assert (seen.code, seen.reason) == (Code.PERMISSION_DENIED, "CHANNEL_FORBIDDEN")
+        assert edge.fakes.catalog.calls == []
+
+
 async def test_a_read_that_may_create_needs_the_right_to_write() -> None:
     identity = common_pb2.ChannelIdentity(channel="web", channel_user_id="new")
     create = identity_pb2.ResolveIdentityRequest(identity=identity, create_if_missing=True).SerializeToString()
@@ -153,6 +162,13 @@ async def test_a_channel_may_ask_about_a_customer_another_one_met() -> None:
             identity={"channel": "web", "channel_user_id": "a"}, subject={"identity": {"channel": "app", "channel_user_id": "b"}}
         )
         await edge.raw(LINK, link.SerializeToString(), **bearer("web-key"))
+        await edge.raw(LINK, link.SerializeToString(), **bearer("operator-key"))
+        link.subject.identity.channel = "web"
+        await edge.raw(LINK, link.SerializeToString(), **bearer("web-key"))
+        link.subject.user_id = "u"
+        await edge.raw(LINK, link.SerializeToString(), **bearer("web-key"))
+    may_create = [call[2] for call in edge.fakes.graph.calls]
+    assert may_create == [False, True, True, True]  # an identity of the app exists already, or the app brings it in
 
 
 async def test_a_stream_is_held_to_the_same() -> None:

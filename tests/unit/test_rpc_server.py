@@ -104,9 +104,17 @@ async def test_stopping_lets_calls_in_flight_finish() -> None:
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-@pytest.mark.parametrize("switched_on", [True, False])
-async def test_reflection_lists_the_services_where_it_is_on(switched_on: bool) -> None:
-    async with serving(reflection=switched_on) as edge:
+@pytest.mark.parametrize(
+    ("settings", "switched_on"),
+    [
+        ({"reflection": True, "host": "0.0.0.0"}, True),
+        ({"reflection": False}, False),
+        ({}, True),
+        ({"host": "0.0.0.0"}, False),
+    ],
+)
+async def test_reflection_lists_the_services_where_it_is_on(settings: dict[str, Any], switched_on: bool) -> None:
+    async with serving(**settings) as edge:
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         call = reflection_pb2_grpc.ServerReflectionStub(edge.channel).ServerReflectionInfo(iter([request]))
         if not switched_on:

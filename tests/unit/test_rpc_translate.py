@@ -203,6 +203,7 @@ async def test_replicas_are_translated_field_by_field() -> None:
         (replica,) = (await models_pb2_grpc.ModelServiceStub(edge.channel).ListReplicas(models_pb2.ListReplicasRequest())).replicas
     assert (replica.replica_id, replica.address, replica.live) == ("r1", "10.0.0.1:50051", True)
     assert (replica.model_version, replica.index_version, replica.config_fingerprint) == ("m1", 2, "c1")
+    assert (replica.waits_for, replica.onnx_provider) == ("10.0.0.2:50051", "cpu")
     assert [(ready.model_version, list(ready.index_versions)) for ready in replica.ready] == [("m1", [1, 2])]
     assert dict(replica.failures) == {"m2": "BUNDLE_INVALID: no"}
     assert datetime_of(replica.seen_at) == datetime_of(replica.started_at) == NOW

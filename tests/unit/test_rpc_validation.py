@@ -321,4 +321,4 @@ async def test_a_link_answers_the_survivor_and_whom_it_took_in(edge: Edge) -> No
         await edge.raw("/concord.v1.IdentityService/LinkIdentities", link().SerializeToString())
     )
     assert (linked.user_id, linked.user_version, linked.merged_user_id) == ("u1", 9, "u2")
-    assert edge.fakes.graph.calls[-1] == (Subject(channel="web", channel_user_id="a"), Subject(user_id="u1"))
+    assert edge.fakes.graph.calls[-1] == (Subject(channel="web", channel_user_id="a"), Subject(user_id="u1"), True)

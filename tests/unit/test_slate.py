@@ -88,3 +88,9 @@ def test_a_slot_names_the_place_and_the_versions() -> None:
     assert Place("home").slot("", 0) == "home|||0"
     assert Place("product", ("a",)).slot("m1", 4).startswith("product|")
     assert len(Place("product", tuple("abcdefgh") * 9).slot("m1", 4)) < 60
+
+
+@given(st.lists(st.lists(st.text(st.sampled_from('ab\x1f\0|", '), min_size=1, max_size=3), max_size=3).map(tuple), min_size=2, unique=True))
+def test_no_item_id_can_pass_for_two(contexts: Any) -> None:
+    contexts = [*contexts, ("a", "b"), ("a\x1fb",)]
+    assert len({Place("product", context).slot("m1", 1) for context in contexts}) == len(set(contexts))
