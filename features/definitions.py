@@ -20,8 +20,7 @@ item = Entity(name="item", join_keys=["item_id"], value_type=ValueType.STRING, d
 _activity_batch = PostgreSQLSource(
     name="user_activity_batch",
     query="""
-        SELECT m.user_id, a.* FROM (SELECT DISTINCT user_id, occurred_at FROM events) m,
-        LATERAL user_activity_at(m.user_id, m.occurred_at) a
+        SELECT m.user_id, a.* FROM activity_moments m, LATERAL user_activity_at(m.user_id, m.occurred_at) a
     """,
     timestamp_field="event_timestamp",
 )

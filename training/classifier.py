@@ -6,6 +6,7 @@ own beside the two towers: trained and measured on the same visits, split by tim
 
 import copy
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import psycopg
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -24,13 +26,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertFor
 
 from features.settings import Settings
 from training.config import TrainConfig
-from training.dataset import Shop, join_customers, open_shop, split_of
+from training.dataset import Customers, Shop, behaviour_texts, join_customers, open_shop, split_of
 from training.export import export_graph
 from training.labels import Label, choose_labels, keys_of
 from training.metrics import area_under_curve
+from training.negatives import NegativeSampler
+from training.on_sale import read_on_sale
 from training.progress import bar, quiet
 from training.run import prepare_torch
-from training.text import TINY, activity_texts, base_path, load_tokenizer, tiny_config
+from training.text import TINY, base_path, load_tokenizer, tiny_config
 
 _EVALUATION_BATCH = 64
 
@@ -79,8 +83,13 @@ def train_classifier(settings: Settings, config: TrainConfig, *, now: datetime |
     shop = open_shop(settings)
     labels = choose_labels(shop.log, split_of(shop.log, config), config)
     tokenizer, rng = load_tokenizer(config.base_model), np.random.default_rng(config.seed)
-    training = make_pairs(shop, labels.tower, tokenizer, config=config, rng=rng)
-    validation = make_pairs(shop, labels.validation, tokenizer, config=config, rng=rng)
+    with psycopg.connect(shop.dsn) as connection:
+        on_sale = read_on_sale(connection, shop.table, shop.log)
+    sampler = NegativeSampler(labels.tower, on_sale, config, rng)
+    with tempfile.TemporaryDirectory(prefix="concord-customers-") as folder:
+        customers = join_customers(shop, keys_of([*labels.tower, *labels.validation]), Path(folder))
+        training = make_pairs(shop, labels.tower, customers, tokenizer, sampler=sampler, config=config, rng=rng)
+        validation = make_pairs(shop, labels.validation, customers, tokenizer, sampler=sampler, config=config, rng=rng)
     model = new_classifier(config)
     metrics, steps = fit(model, training, validation, config=config)
     save_file(model.state_dict(), run_dir / "classifier.safetensors")
@@ -101,22 +110,29 @@ def new_classifier(config: TrainConfig) -> BertForSequenceClassification:
         return AutoModelForSequenceClassification.from_pretrained(path, config=bert, dtype=torch.float32)
 
 
-def make_pairs(shop: Shop, labels: Sequence[Label], tokenizer: Tokenizer, *, config: TrainConfig, rng: np.random.Generator) -> Pairs:
+def make_pairs(
+    shop: Shop,
+    labels: Sequence[Label],
+    customers: Customers,
+    tokenizer: Tokenizer,
+    *,
+    sampler: NegativeSampler,
+    config: TrainConfig,
+    rng: np.random.Generator,
+) -> Pairs:
     """Returns one taken item per label, and ``classifier_negatives`` others drawn by how often items are taken.
 
     Drawing negatives like positives keeps the classifier from learning mere popularity.
     """
-    customers = join_customers(shop.store, keys_of(labels))
-    behaviours = activity_texts([customers[key].activity for key in keys_of(labels)], shop.table, config.behaviour_limit)
-    taken = np.array([row for label in labels for row in label.items], np.int64)
     texts: list[tuple[str, str]] = []
     clicked: list[int] = []
-    for label, behaviour in zip(labels, behaviours, strict=True):
+    for label, behaviour in zip(labels, behaviour_texts(shop, keys_of(labels), customers, config.behaviour_limit), strict=True):
         if not behaviour:
             continue
-        drawn = [row for row in rng.choice(taken, config.classifier_negatives).tolist() if row not in {*label.items, *label.bought}]
+        titles = shop.descriptions.before(label.time).titles
+        drawn = sampler.pick(label, config.classifier_negatives)
         for row, answer in [(int(rng.choice(label.items)), 1), *((row, 0) for row in drawn)]:
-            texts.append((behaviour, shop.table.titles[row]))
+            texts.append((behaviour, titles[row]))
             clicked.append(answer)
     tokenizer.enable_truncation(config.user_tokens + config.item_tokens, strategy="only_first")
     encoded = tokenizer.encode_batch(texts)

@@ -9,7 +9,9 @@ from typing import Any
 
 from features.behaviour import ACTIONS
 
+SPLITS = ("time", "session")
 _POSITIVE = (
+    "session_folds",
     "ranker_folds",
     "snapshot_days",
     "tower_labels",
@@ -48,6 +50,8 @@ class TrainConfig:
         threads: CPU threads of PyTorch and ONNX Runtime; 0 means one per core.
         cut: end of the training period, an ISO 8601 time (UTC without an offset); "" means the last ``holdout_fraction`` of the time span.
         holdout_fraction: share of the time span after the cut, when ``cut`` is empty; in (0, 1).
+        split: "time": what follows the cut is held out; "session": each customer's last visit is, whenever it was (no ``cut`` then).
+        session_folds: parts by time of the held-out visits of a split by sessions; collaborative weights are fitted anew before each.
         ranker_fraction: share of the time span before the cut whose labels train the ranker and validate the tower; in (0, 1).
         ranker_folds: parts of the ranker's period; collaborative weights are fitted anew on everything before each part.
         snapshot_days: days between popularity snapshots within the ranker's period.
@@ -64,6 +68,8 @@ class TrainConfig:
         batch_size: labels per step and process.
         negative_count: sampled negatives per step, shared by the labels of the batch.
         negative_power: exponent of an item's label count in the sampling of negatives; 0 is uniform.
+        exposure_negatives: weight in the loss of an item the customer was shown before the visit and did not take, where an
+            item nobody showed them weighs 1; 0 leaves exposures unread, and shown items are like all others.
         epochs: passes over the tower's labels at the most.
         max_steps: optimizer steps of the tower at the most; 0 means no bound. A bound makes two runs bit-identical.
         time_budget_s: seconds the tower trains at the most; 0 means no bound. The learning rate decays over it.
@@ -96,6 +102,8 @@ class TrainConfig:
     threads: int = 0
     cut: str = ""
     holdout_fraction: float = 0.1
+    split: str = "time"
+    session_folds: int = 8
     ranker_fraction: float = 0.15
     ranker_folds: int = 2
     snapshot_days: int = 7
@@ -112,6 +120,7 @@ class TrainConfig:
     batch_size: int = 32
     negative_count: int = 512
     negative_power: float = 0.5
+    exposure_negatives: float = 0.0
     epochs: int = 3
     max_steps: int = 0
     time_budget_s: float = 0.0
@@ -148,6 +157,12 @@ class TrainConfig:
         for name in ("target_actions", "tower_actions"):
             if not self.actions(getattr(self, name)) or set(self.actions(getattr(self, name))) - set(ACTIONS):
                 raise ValueError(f"training field {name!r} must name actions: {', '.join(ACTIONS)}")
+        if self.split not in SPLITS:
+            raise ValueError(f"training field 'split' must be one of {', '.join(SPLITS)}")
+        if self.split == "session" and self.cut:
+            raise ValueError("training field 'cut' has no meaning in a split by sessions")
+        if not self.exposure_negatives >= 0:
+            raise ValueError("training field 'exposure_negatives' must be at least 0")
         if self.cut:
             try:
                 datetime.fromisoformat(self.cut)

@@ -43,3 +43,12 @@ def any_process(flag: bool) -> bool:
     votes = torch.tensor(float(flag))
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes)
+
+
+def of_the_first(value: str) -> str:
+    """Returns the first process's value, in every process."""
+    if world_size() == 1:
+        return value
+    shared: list[str] = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]

@@ -19,15 +19,15 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step: b labels against b in-batch and s sampled items.
+    """One training step: b labels against b in-batch and s other items.
 
     Attributes:
         user_ids, user_mask: int64[b, l] behaviour texts.
         item_ids, item_mask: int64[b, m] texts of the target items.
         item_rows: int64[b + s], rows of the targets, then of the sampled negatives.
         negative_pools: float32[s, h], pooled encoder outputs of the sampled items, from the last refresh.
-        log_q: float32[b + s], log of the expected number of times each item is in the pool of such a step.
-        wrong: bool[b, b + s], pairs that are no negatives: other targets of the label, and what its customer has already.
+        log_q: float32[b, b + s], what each logit is reduced by (``training.negatives``).
+        wrong: bool[b, b + s], pairs that are no negatives.
     """
 
     user_ids: Tensor

@@ -20,6 +20,8 @@ from training.encode import pools
 from training.labels import Label
 from training.metrics import best_rows, ndcg
 from training.model import Batch, TwoTower, freeze_below
+from training.negatives import NegativeSampler
+from training.on_sale import OnSale
 from training.progress import bar, quiet
 from training.text import Tokens
 
@@ -42,30 +44,16 @@ class TowerReport:
     untrained_ndcg_at_10: float
 
 
-class Sampler:
-    """Draws negatives and knows how often any item is to be expected in a step's pool."""
-
-    def __init__(self, labels: Sequence[Label], item_count: int, config: TrainConfig, rng: np.random.Generator) -> None:
-        counts = np.bincount([row for label in labels for row in label.items], minlength=item_count).astype(np.float64)
-        weights = (counts + 1.0) ** config.negative_power
-        self._probability = weights / weights.sum()
-        in_batch = config.batch_size * counts / max(counts.sum(), 1.0)
-        self.log_q = np.log(in_batch + config.negative_count * self._probability).astype(np.float32)
-        self._count, self._rng = config.negative_count, rng
-
-    def negatives(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """Returns rows of sampled items, drawn with replacement."""
-        return self._rng.choice(len(self._probability), self._count, p=self._probability)
-
-
 class Trainer:
     """One fine-tuning run over fixed labels."""
 
-    def __init__(self, tower: TwoTower, items: Tokens, *, train: TowerSet, validation: TowerSet, config: TrainConfig) -> None:
+    def __init__(
+        self, tower: TwoTower, items: Tokens, *, train: TowerSet, validation: TowerSet, config: TrainConfig, on_sale: OnSale | None = None
+    ) -> None:
         self.tower, self.items, self.train, self.validation, self.config = tower, items, train, validation, config
         self.rank, self.world = int(os.environ.get("RANK", 0)), world_size()
         self.rng = np.random.default_rng([config.seed, self.rank])
-        self.sampler = Sampler(train.labels, len(items), config, self.rng)
+        self.sampler = NegativeSampler(train.labels, on_sale or OnSale.always(len(items)), config, self.rng)
         self.pools = torch.zeros(len(items), tower.vector_size)
         freeze_below(tower, config.trainable_layers)
         tower.warm[[row for label in train.labels for row in label.items]] = 1.0
@@ -117,20 +105,17 @@ class Trainer:
         return float(loss.detach())
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """Assembles the step of some labels: one random target each, and the sampled negatives."""
+        """Assembles the step of some labels: one random target each, and what competes with it."""
         labels = [self.train.labels[row] for row in rows]
         targets = np.array([self.rng.choice(label.items) for label in labels], np.int64)
-        negatives = self.sampler.negatives()
-        pool = np.concatenate([targets, negatives])
-        wrong = np.array([[row in label.bought or row in label.items for row in pool.tolist()] for label in labels])
-        np.fill_diagonal(wrong, False)
+        drawn = self.sampler.draw(labels, targets)
         return Batch(
             *self.train.tokens.pad(rows),
             *self.items.pad(targets),
-            torch.from_numpy(pool),
-            self.pools[negatives],
-            torch.from_numpy(self.sampler.log_q[pool]),
-            torch.from_numpy(wrong),
+            torch.from_numpy(drawn.rows),
+            self.pools[drawn.rows[len(rows) :]],
+            torch.from_numpy(drawn.log_q),
+            torch.from_numpy(drawn.wrong),
         )
 
     def validate(self) -> float:
