@@ -20,6 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from features.item_table import FloatArray
 from training.progress import bar
+from training.softmax import mean_log_normaliser
 
 Rows = npt.NDArray[np.int64]
 _POOL_BATCHES = 8
@@ -150,15 +151,14 @@ class SequenceTower(nn.Module):
 def next_item_loss(tower: SequenceTower, rows: Tensor, filled: Tensor, targets: Tensor, *, kept: Tensor | None) -> Tensor:
     """Returns the cross-entropy over the full catalogue with label smoothing, averaged over the filled steps.
 
-    The smoothed part is the mean logit, a product with the mean item vector: so the [steps, n] logits are passed over once.
+    The smoothed part is the mean logit, which is a product with the mean item vector.
     """
-    config, items = tower.config, tower.item_vectors(kept)
+    smoothing, items = tower.config.label_smoothing, tower.item_vectors(kept)
     users, wanted = tower(rows, filled, items)[filled], targets[filled]
     bias = tower.popularity * tower.known[:, 0]
     target = (users * items[wanted]).sum(-1) + bias[wanted]
     average = users @ items.mean(0) + bias.mean()
-    total = tower.scores(users, items).logsumexp(-1)
-    loss: Tensor = (total - (1 - config.label_smoothing) * target - config.label_smoothing * average).mean()
+    loss: Tensor = mean_log_normaliser(users, items, bias) - ((1 - smoothing) * target + smoothing * average).mean()
     return loss
 
 
