@@ -7,8 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli.context import shop
-from cli.models import pair
+from cli.context import pair, shop
 from features.settings import Settings
 
 _out = Console()
@@ -21,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 def dataset(
     out: Annotated[Path, typer.Option(help="Folder for the shards; a killed run goes on there.")] = Path(".data/set"),
-    assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the training configuration, name=value; repeatable.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the training configuration, name=value; repeatable.")
+    ] = None,
 ) -> None:
     """Writes every label of this shop with what was known just before it, as Parquet: for models made elsewhere.
 

@@ -12,7 +12,7 @@ from psycopg.rows import TupleRow
 from rich.console import Console
 from rich.table import Table
 
-from cli.context import console, note, shop
+from cli.context import console, note, pair, shop
 from features.models import Activation, OnUnready
 from features.settings import Settings
 
@@ -56,7 +56,7 @@ def train(
     if preset not in presets:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
     try:
-        config = presets[preset]().with_values(dict(_pair(text) for text in assign or []))
+        config = presets[preset]().with_values(dict(pair(text) for text in assign or []))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--set") from None
     with shop(Settings) as settings:
@@ -175,13 +175,6 @@ def replicas() -> None:
         _out.print("Replicas wait, NOT_SERVING, until those with other settings that decide a slate have left: stop one kind or the other.")
     if len({replica.config for replica in found if replica.live}) > 1:
         _out.print("[red]The live replicas differ in the settings that decide a slate:[/red] they answer differently.")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise typer.BadParameter(f"{text!r} is not name=value", param_hint="--set")
-    return name, value
 
 
 def _newest(settings: Settings) -> Path:

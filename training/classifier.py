@@ -6,7 +6,6 @@ own beside the two towers: trained and measured on the same visits, split by tim
 
 import copy
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertFor
 
 from features.settings import Settings
 from training.config import TrainConfig
-from training.dataset import Customers, Shop, behaviour_texts, join_customers, open_shop, split_of
+from training.dataset import Shop, behaviour_texts, join_customers, open_shop, split_of
 from training.export import export_graph
 from training.labels import Label, choose_labels, keys_of
 from training.metrics import area_under_curve
@@ -86,10 +85,8 @@ def train_classifier(settings: Settings, config: TrainConfig, *, now: datetime |
     with psycopg.connect(shop.dsn) as connection:
         on_sale = read_on_sale(connection, shop.table, shop.log)
     sampler = NegativeSampler(labels.tower, on_sale, config, rng)
-    with tempfile.TemporaryDirectory(prefix="concord-customers-") as folder:
-        customers = join_customers(shop, keys_of([*labels.tower, *labels.validation]), Path(folder))
-        training = make_pairs(shop, labels.tower, customers, tokenizer, sampler=sampler, config=config, rng=rng)
-        validation = make_pairs(shop, labels.validation, customers, tokenizer, sampler=sampler, config=config, rng=rng)
+    training = make_pairs(shop, labels.tower, tokenizer, sampler=sampler, config=config, rng=rng)
+    validation = make_pairs(shop, labels.validation, tokenizer, sampler=sampler, config=config, rng=rng)
     model = new_classifier(config)
     metrics, steps = fit(model, training, validation, config=config)
     save_file(model.state_dict(), run_dir / "classifier.safetensors")
@@ -111,19 +108,13 @@ def new_classifier(config: TrainConfig) -> BertForSequenceClassification:
 
 
 def make_pairs(
-    shop: Shop,
-    labels: Sequence[Label],
-    customers: Customers,
-    tokenizer: Tokenizer,
-    *,
-    sampler: NegativeSampler,
-    config: TrainConfig,
-    rng: np.random.Generator,
+    shop: Shop, labels: Sequence[Label], tokenizer: Tokenizer, *, sampler: NegativeSampler, config: TrainConfig, rng: np.random.Generator
 ) -> Pairs:
     """Returns one taken item per label, and ``classifier_negatives`` others drawn by how often items are taken.
 
     Drawing negatives like positives keeps the classifier from learning mere popularity.
     """
+    customers = join_customers(shop.store, keys_of(labels))
     texts: list[tuple[str, str]] = []
     clicked: list[int] = []
     for label, behaviour in zip(labels, behaviour_texts(shop, keys_of(labels), customers, config.behaviour_limit), strict=True):

@@ -1,11 +1,13 @@
 """Point-in-time rows: what was known of customers and items just before a label, joined by Feast on PostgreSQL."""
 
 import bisect
-import itertools
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,11 @@ from training.descriptions import Descriptions, read_descriptions
 from training.events import EventLog, Micros, read_events, to_micros
 from training.join import Column, Job, join, moment_of
 from training.progress import bar, quiet
-from training.shards import Shards, batches
+from training.shards import Shards
 
 SERVICE = "ranking_v1"
 _BEHAVIOURS = ("recent_items", "recent_actions", "recent_channels", "recent_times", "recent_texts")
-# Of 50 behaviours each: some 15 MB as Python values.
-_CUSTOMERS_PER_READ = 1_024
+_GROUPS_IN_MEMORY = 4
 
 
 class TrainingDataError(Exception):
@@ -62,18 +63,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Shop:
-    """All a run reads of the shop: items as of any time (``table``: the newest epoch), the event log and the Feast store."""
+    """All a run reads of the shop: the newest epoch's items and how they were described before, the event log and the Feast store."""
 
-    settings: Settings
-    descriptions: Descriptions
     table: ItemTable
     log: EventLog
     store: FeatureStore
-
-    @property
-    def dsn(self) -> str:
-        """The shop's PostgreSQL."""
-        return self.settings.postgres_dsn
+    dsn: str
+    descriptions: Descriptions
 
 
 def open_shop(settings: Settings) -> Shop:
@@ -88,7 +84,7 @@ def open_shop(settings: Settings) -> Shop:
         log = read_events(connection, table)
     if not len(table) or not len(log):
         raise TrainingDataError(f"{len(table)} items and {len(log)} events: import both first")
-    return Shop(settings, descriptions, table, log, open_store(settings))
+    return Shop(table, log, open_store(settings), settings.postgres_dsn, descriptions)
 
 
 def newest_table(connection: "psycopg.Connection[tuple[Any, ...]]") -> ItemTable:
@@ -136,44 +132,53 @@ def split_between(begin: Micros, last: Micros, config: TrainConfig) -> Split:
 
 
 class Customers:
-    """What was known of customers at their times, on disk; only those being read are in memory."""
+    """What was known of customers at their times: on disk, by (customer, time); only the groups read last are in memory.
+
+    Looking up in the order of time, as labels are, reads each group once.
+    """
 
     def __init__(self, shards: Shards) -> None:
+        index = shards.index()
+        self._ends, self._places = [end for end, _ in index], [place for _, place in index]
         self._shards = shards
+        self._group = lru_cache(maxsize=_GROUPS_IN_MEMORY)(self._read)
 
-    def of(self, keys: Iterable[tuple[str, Micros]]) -> Iterator[Customer]:
-        """Yields the customer of each (customer, time), in order; quick where keys ascend by time, as those of labels do.
+    def __getitem__(self, key: tuple[str, Micros]) -> Customer:
+        """Returns the customer; raises KeyError for a key that was not joined."""
+        place = bisect.bisect_left(self._ends, (key[1], key[0]))
+        if place == len(self._ends):
+            raise KeyError(key)
+        return self._group(place)[key]
 
-        Raises:
-            KeyError: the key was not joined.
-        """
-        for part in batches(keys, _CUSTOMERS_PER_READ):
-            found = {(row["user_id"], row["at"]): _customer(row) for row in self._shards.find(set(part))}
-            for key in part:
-                yield found[key]
+    def _read(self, place: int) -> dict[tuple[str, Micros], Customer]:
+        return {(row["user_id"], row["at"]): _customer(row) for row in self._shards.read(*self._places[place]).to_pylist()}
 
 
-def join_customers(shop: Shop, keys: Iterable[tuple[str, Micros]], folder: Path) -> Customers:
+def join_customers(store: FeatureStore, keys: Iterable[tuple[str, Micros]], folder: Path | None = None) -> Customers:
     """Joins what was known of each (customer, time) strictly before that time.
 
     Args:
-        shop: the shop.
+        store: the shop's Feast store.
         keys: read once, in any order; the same one may come again.
-        folder: keeps what was joined, and lets a killed join of the same keys go on.
+        folder: keeps what was joined, and lets a killed join of the same keys go on; by default it is gone with the result.
     """
-    return Customers(join(customer_job(shop.settings, shop.store), keys, folder))
+    if folder is not None:
+        return Customers(join(customer_job(store), keys, folder))
+    temporary = Path(tempfile.mkdtemp(prefix="concord-customers-"))
+    customers = Customers(join(customer_job(store), keys, temporary))
+    weakref.finalize(customers, shutil.rmtree, temporary, ignore_errors=True)
+    return customers
 
 
-def customer_job(settings: Settings, store: FeatureStore, carried: Sequence[Column] = ()) -> Job:
+def customer_job(store: FeatureStore, carried: Sequence[Column] = ()) -> Job:
     """Returns the join of everything that the contract's service takes from the views on customers."""
-    return Job(settings, _references(store, "user_activity", "user_profile"), carried=carried)
+    return Job(store, _references(store, "user_activity", "user_profile"), carried=carried)
 
 
 def behaviour_texts(shop: Shop, keys: Iterable[tuple[str, Micros]], customers: Customers, limit: int) -> Iterator[str]:
     """Yields the behaviour text of each (customer, time), items called as they were before it; empty where there is nothing to say."""
-    ours, theirs = itertools.tee(keys)
-    for (_, time), customer in zip(ours, customers.of(theirs), strict=True):
-        yield behaviour_text(customer.activity, shop.descriptions.before(time).title_of, limit=limit)
+    for key in keys:
+        yield behaviour_text(customers[key].activity, shop.descriptions.before(key[1]).title_of, limit=limit)
 
 
 class Snapshots:
@@ -204,7 +209,7 @@ def take_snapshots(shop: Shop, *, start: Micros, cut: Micros, every_days: int) -
             take_snapshot(connection, moment_of(time))
             connection.commit()
     popularity = {time: np.zeros((len(shop.table), len(POPULARITY)), np.float32) for time in times}
-    job = Job(shop.settings, _references(shop.store, "item_popularity"), key="item_id")
+    job = Job(shop.store, _references(shop.store, "item_popularity"), key="item_id")
     keys = ((item, time + 1) for time in times for item in shop.table.ids)  # a row is from strictly before its time
     with tempfile.TemporaryDirectory(prefix="concord-snapshots-") as folder:
         _fill(popularity, join(job, keys, Path(folder), "join item snapshots"), shop.table)

@@ -24,14 +24,18 @@ _RELATIONS = "SELECT item_id, related_item_id, weight, valid_from, valid_to FROM
 
 
 @dataclass(frozen=True)
-class _Described:
+class Described:
+    """What an epoch, published at a time, said of the item in a row."""
+
     row: int
     published: Micros
     description: Description
 
 
 @dataclass(frozen=True)
-class _Edge:
+class Edge:
+    """A relation between two item ids, and the epochs that hold it: from one, to before another."""
+
     source: str
     target: str
     weight: float
@@ -46,9 +50,9 @@ class Descriptions:
     holds, for an imported history is older than its catalogue; and before the first epoch of all, its relations.
     """
 
-    def __init__(self, table: ItemTable, *, items: Sequence[_Described], epochs: Mapping[int, Micros], edges: Sequence[_Edge]) -> None:
+    def __init__(self, table: ItemTable, *, items: Sequence[Described], epochs: Mapping[int, Micros], edges: Sequence[Edge]) -> None:
         self._table, self._epochs, self._edges = table, epochs, edges
-        self._items: dict[int, list[_Described]] = {}
+        self._items: dict[int, list[Described]] = {}
         for described in items:
             self._items.setdefault(described.row, []).append(described)
         # Until the second description of an item takes effect the first one holds; so it is with the relations of the first epoch.
@@ -74,6 +78,6 @@ class Descriptions:
 def read_descriptions(connection: Connection[TupleRow], table: ItemTable) -> Descriptions:
     """Reads what earlier epochs said of the items of ``table``, which must be of the newest epoch."""
     rows = connection.execute(_DESCRIPTIONS).fetchall()
-    items = [_Described(table.rows[row[0]], row[1], Description(*row[2:])) for row in rows if row[0] in table.rows]
+    items = [Described(table.rows[row[0]], row[1], Description(*row[2:])) for row in rows if row[0] in table.rows]
     epochs = {row[0]: row[1] for row in connection.execute(_EPOCHS)}
-    return Descriptions(table, items=items, epochs=epochs, edges=[_Edge(*row) for row in connection.execute(_RELATIONS)])
+    return Descriptions(table, items=items, epochs=epochs, edges=[Edge(*row) for row in connection.execute(_RELATIONS)])

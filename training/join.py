@@ -24,7 +24,6 @@ from feast import FeatureStore
 from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
-from features.settings import Settings
 from features.store import joining_store
 from training.events import Micros
 from training.progress import bar, quiet
@@ -65,14 +64,14 @@ class Job:
     """What to join.
 
     Attributes:
-        settings: the shop.
+        store: the shop's Feast store.
         features: references ``view:feature``, all of views with the one join key ``key``.
         key: ``user_id`` or ``item_id``.
         carried: columns that travel along, beside the key and ``at``.
         rows_per_shard: rows of a shard, and at most so many are held at a time.
     """
 
-    settings: Settings
+    store: FeatureStore
     features: Sequence[str]
     key: str = "user_id"
     carried: Sequence[Column] = ()
@@ -94,10 +93,10 @@ def join(job: Job, rows: Iterable[tuple[Any, ...]], folder: Path, stage: str = "
         stage: what the progress bar is called.
     """
     shards = Shards(folder, job.key)
-    with _scratch(job.settings.postgres_dsn) as (connection, name):
+    with _scratch(job.store) as (connection, name):
         with quiet():
-            store = joining_store(job.settings, name)
-            schema = schema_of(job, store)
+            store = joining_store(job.store, name)
+            schema = schema_of(job)
         _take_in(connection, job, rows)
         shards.begin(_plan(connection, job, schema))
         sizes = connection.execute("SELECT shard, count(*), max(turn) + 1 FROM entity_rows GROUP BY shard ORDER BY shard").fetchall()
@@ -108,9 +107,9 @@ def join(job: Job, rows: Iterable[tuple[Any, ...]], folder: Path, stage: str = "
     return shards
 
 
-def schema_of(job: Job, store: FeatureStore) -> pa.Schema:
+def schema_of(job: Job) -> pa.Schema:
     """Returns the schema of a job's shards; what a column means stands in its metadata, in Feast's words where it is a feature."""
-    known = {f"{view.name}:{field.name}": field for view in store.list_feature_views() for field in view.features}
+    known = {f"{view.name}:{field.name}": field for view in job.store.list_feature_views() for field in view.features}
     fields = [pa.field(column.name, column.arrow, metadata={"description": column.meaning}) for column in job.columns]
     for ref in job.features:
         feature = known[ref]
@@ -124,10 +123,11 @@ def moment_of(time: Micros) -> datetime:
 
 
 @contextlib.contextmanager
-def _scratch(dsn: str) -> Iterator[tuple[Connection[TupleRow], str]]:
+def _scratch(store: FeatureStore) -> Iterator[tuple[Connection[TupleRow], str]]:
     """Yields a connection whose first schema is a new one, which goes with it; schemas of killed joins go too."""
-    schema = f"{_PREFIX}{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(dsn, autocommit=True) as connection:
+    schema, offline = f"{_PREFIX}{uuid.uuid4().hex[:12]}", store.config.offline_store
+    address = {"host": offline.host, "port": offline.port, "dbname": offline.database, "sslmode": offline.sslmode}
+    with psycopg.connect(**address, user=offline.user, password=offline.password, autocommit=True) as connection:
         _clear(connection)
         connection.execute("SELECT pg_advisory_lock(hashtext(%s))", [schema])
         connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))

@@ -8,7 +8,6 @@ joined as of its label. Only an export refits the collaborative weights on every
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,14 +81,14 @@ def train(settings: Settings, config: TrainConfig, *, now: datetime | None = Non
         with rank_zero_first():
             shop = open_shop(settings)
             split = split_of(shop.log, config)
-            labels = choose_labels(shop.log, split, config)
             # Before the customers are joined: their profiles are snapshots too, and a ranker that trained without them
             # meets them for the first time in production (Online Retail: NDCG@10 0.120 instead of 0.130 on the same run).
             start = split.begin if config.split == "session" else split.ranker_start
             snapshots = None if rank else take_snapshots(shop, start=start, cut=split.cut, every_days=config.snapshot_days)
+            labels = choose_labels(shop.log, split, config)
             # The others find what the first has joined, and go on at once.
             keys = keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout])
-            customers = join_customers(shop, keys, run_dir / _JOINED)
+            customers = join_customers(shop.store, keys, run_dir / _JOINED)
         trained, report = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir)
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
@@ -126,9 +125,8 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
     labels = _held_out(shop.log, trained.config, moment, own_cut=record.cut)
     start = min((label.time for label in labels), default=moment)
     snapshots = take_snapshots(shop, start=start, cut=moment, every_days=trained.config.snapshot_days)
-    with tempfile.TemporaryDirectory(prefix="concord-customers-") as folder:
-        customers = join_customers(shop, keys_of(labels), Path(folder))
-        queries = _holdout_queries(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=_vectors_by(trained))
+    customers = join_customers(shop.store, keys_of(labels))
+    queries = _holdout_queries(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=_vectors_by(trained))
     if rankings:
         evaluation.write_rankings(queries, trained.ranker, rankings)
     return evaluation.metrics_of(queries, trained.ranker)
@@ -247,7 +245,7 @@ def _queries(
 ) -> list[Query]:
     """Prepares labels from ``until`` on, with descriptions and collaborative weights of strictly before it."""
     config, table = trained.config, shop.descriptions.before(until)
-    known = list(customers.of(keys_of(labels)))
+    known = [customers[key] for key in keys_of(labels)]
     users = user_vectors(trained.tower, trained.tokenizer, [customer.activity for customer in known], table=table, config=config)
     weights = collaborative.fit(shop.log, len(shop.table), until=until, config=config)
     model = Model(vectors(table), weights, SignalConfig(config.half_life_days))

@@ -16,7 +16,7 @@ from features.item_table import ItemTable
 from features.settings import Settings
 from training.config import TrainConfig
 from training.dataset import Split, TrainingDataError, customer_job, newest_table, open_store, split_between
-from training.events import Micros, stream_events
+from training.events import Micros, stream_events, to_micros
 from training.join import Column, join
 from training.labels import Label, all_labels
 
@@ -52,7 +52,7 @@ def write_set(settings: Settings, config: TrainConfig, folder: Path) -> SetRepor
         table = newest_table(connection)
         split = split_between(*_window(connection), config)
         connection.commit()
-        shards = join(customer_job(settings, store, _CARRIED), _rows(connection, table, split, config), folder)
+        shards = join(customer_job(store, _CARRIED), _rows(connection, table, split, config), folder)
     if not len(shards):
         raise TrainingDataError("no visit follows another: there is nothing to learn from")
     columns = _columns(shards.paths()[0])
@@ -67,11 +67,10 @@ def write_set(settings: Settings, config: TrainConfig, folder: Path) -> SetRepor
 
 
 def _window(connection: "psycopg.Connection[tuple[Any, ...]]") -> tuple[Micros, Micros]:
-    query = "SELECT (extract(epoch FROM min(occurred_at)) * 1000000)::bigint, (extract(epoch FROM max(occurred_at)) * 1000000)::bigint FROM events"
-    first, last = connection.execute(query).fetchone() or (None, None)
+    first, last = connection.execute("SELECT min(occurred_at), max(occurred_at) FROM events").fetchone() or (None, None)
     if first is None or last is None:
         raise TrainingDataError("0 events: import them first")
-    return first, last
+    return to_micros(first), to_micros(last)
 
 
 def _rows(
