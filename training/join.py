@@ -135,7 +135,7 @@ def _scratch(store: FeatureStore) -> Iterator[tuple[Connection[TupleRow], str]]:
         try:
             yield connection, schema
         finally:
-            if not connection.broken:
+            if not connection.closed:
                 connection.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(schema)))
 
 

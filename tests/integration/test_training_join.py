@@ -151,8 +151,8 @@ def test_memory_does_not_grow_with_the_rows(new_shop: NewShop, tmp_path: Path) -
         connection.execute("INSERT INTO users (user_id, version) SELECT 'h' || n, 70 FROM generate_series(0, 7) n")
         connection.execute(
             "INSERT INTO events (user_id, event_id, channel, action, item_id, text, occurred_at) "
-            "SELECT 'h' || n, gen_random_uuid(), 'web', 'view', 'item' || m, repeat('words ', 20), %s::timestamptz + m * '1 minute'::interval "
-            "FROM generate_series(0, 7) n, generate_series(1, 70) m",
+            "SELECT 'h' || n, gen_random_uuid(), 'web', 'view', 'item' || m, repeat('words ', 20), "
+            "%s::timestamptz + m * interval '1 minute' FROM generate_series(0, 7) n, generate_series(1, 70) m",
             [START],
         )
     environment = os.environ | {"CONCORD_POSTGRES_DSN": settings.postgres_dsn, "CONCORD_REDIS_URL": settings.redis_url}
