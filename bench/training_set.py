@@ -37,7 +37,8 @@ _USERS = "INSERT INTO users (user_id, version) SELECT 'c' || n, %s FROM generate
 _EVENTS = """
 INSERT INTO events (user_id, event_id, channel, action, item_id, value, quantity, occurred_at)
 SELECT 'c' || n, gen_random_uuid(), (ARRAY['web', 'app', 'store'])[1 + m %% 3],
-       (ARRAY['view', 'view', 'add_to_cart', 'purchase'])[1 + m %% 4], 'item' || (n * 31 + m * m * 17) %% 5000, 9.5, 1, %s::timestamptz + ((n %% 1000) + m * 6000) * interval '1 minute'
+       (ARRAY['view', 'view', 'add_to_cart', 'purchase'])[1 + m %% 4], 'item' || (n * 31 + m * m * 17) %% 5000, 9.5, 1,
+       %s::timestamptz + ((n %% 1000) + m * 6000) * interval '1 minute'
 FROM generate_series(1, %s) n, generate_series(0, %s) m
 """
 _KEYS = "SELECT user_id, occurred_at FROM events WHERE occurred_at > %s::timestamptz + interval '3000 minutes' LIMIT %s"

@@ -96,11 +96,13 @@ class NegativeSampler:
         owners: list[int] = []
         log_qs: list[float] = []
         for place, label in enumerate(labels):
-            open_rows = [row for row in label.shown if on_sale[place, row] and row not in label.items]
-            chosen = self._rng.permutation(open_rows)[:_SHOWN_PER_LABEL].astype(np.int64)
-            rows += chosen.tolist()
-            owners += [place] * len(chosen)
-            log_qs += [np.log(len(chosen) / (len(open_rows) or 1) / self._config.exposure_negatives)] * len(chosen)
+            gone = {*label.bought, *label.items, *label.taken}
+            candidates = [row for row in label.shown if on_sale[place, row] and row not in gone]
+            count = min(len(candidates), _SHOWN_PER_LABEL)
+            if count:
+                rows += self._rng.permutation(candidates)[:count].tolist()
+                owners += [place] * count
+                log_qs += [float(np.log(count / len(candidates) / self._config.exposure_negatives))] * count
         log_q = np.tile(np.array(log_qs, np.float32), (len(labels), 1))
         wrong = np.arange(len(labels))[:, None] != np.array(owners, np.int64)[None, :]
         return Drawn(
