@@ -160,7 +160,7 @@ def rewrite_the_future(world: World, seed: int) -> None:
         version = publish_epoch(connection)
         connection.execute("UPDATE index_epochs SET published_at = %s WHERE index_version = %s", [turn, version])
         connection.execute(
-            "INSERT INTO offer_history VALUES (%s, %s, 1, 'EUR', NULL, '{}', true, %s)", [rng.choice(ITEMS), 1_000 + seed, turn]
+            "INSERT INTO offer_history VALUES (%s, %s, 1, 'EUR', NULL, '{}', true, %s)", [ITEMS[seed], 1_000 + seed, turn]
         )
 
 
