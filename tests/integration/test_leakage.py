@@ -105,8 +105,8 @@ def vectors_of(table: ItemTable) -> FloatArray:
 def rows_before(world: World, keys: list[tuple[str, int]]) -> Rows:
     """Everything a training row is made of, by kind, for (customer, time) up to the world's turn."""
     shop = open_shop(world.settings)
+    snapshots = take_snapshots(shop, start=min(at for _, at in keys), cut=to_micros(CUT), every_days=5)
     customers = join_customers(shop.store, keys)
-    snapshots = take_snapshots(shop, start=min(at for _, at in keys), cut=to_micros(CUT), every_days=14)
     with psycopg.connect(shop.dsn) as connection:
         on_sale = read_on_sale(connection, shop.table, shop.log)
         known = {key: frozenset(shop.table.rows[item] for item in customers[key].activity.purchased_items) for key in keys}
@@ -178,10 +178,10 @@ def test_the_future_can_be_rewritten_without_a_row_changing(world: World) -> Non
     keys = keys_up_to(world)
     assert keys[-1][1] == world.turn
     before = rows_before(world, keys)
-    assert len(before["features"]) > 60
+    assert sum(len(row) > 0 for row in before["features"].values()) > 30
     assert sum(row != b"()" for row in before["exposures"].values()) > 20
     for rows in before.values():
-        assert len(set(rows.values())) > 1 or rows in (before["descriptions"], before["on sale"])
+        assert len(set(rows.values())) > 4 or rows in (before["descriptions"], before["on sale"])
     rewrite_the_future(world, seed=1)
     assert differing(before, rows_before(world, keys)) == set()
 
