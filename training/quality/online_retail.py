@@ -9,23 +9,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from features.item_table import FloatArray
-from training.basket_features import GROUPS, basket_features
+from training.basket_features import basket_features
 from training.basket_log import PurchaseLog, past, purchase_log
 from training.baskets import BasketConfig, BasketRanker, rank, train
-from training.checkpoint import new_tower
-from training.config import TrainConfig
-from training.encode import pools
+from training.encode import pretrained_vectors
 from training.events import to_micros
 from training.progress import bar
+from training.quality.next_item import PARTS, centred
 from training.quality.result import QualityResult
-from training.text import base_name, load_tokenizer, tokenize
+from training.text import base_name
 
 FILE = "online_retail.parquet"
-ENSEMBLE = "ensemble"
 _HOME = "United Kingdom"
 _COLUMNS = ["InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID", "Country"]
-_TITLE_TOKENS = 32
 
 
 def run(data: Path, *, seed: int, cut: str = "2011-11-01", without: frozenset[str] = frozenset()) -> QualityResult:
@@ -35,18 +31,18 @@ def run(data: Path, *, seed: int, cut: str = "2011-11-01", without: frozenset[st
         data: folder that holds ``online_retail.parquet``.
         seed: of everything random; the same seed gives the same rankings on the same processor type and number of threads.
         cut: ISO 8601 date or time in the set's own clock.
-        without: what to leave out for an ablation: "text", "sequence", "collaborative", "recency", or "ensemble" for one network only.
+        without: parts left out, of PARTS, for the ablation; without "ensemble" one network ranks.
 
     Raises:
         ValueError: ``without`` names something else, or there is too little before the cut to learn from.
     """
     began = time.monotonic()
-    if unknown := without - GROUPS - {ENSEMBLE}:
-        raise ValueError(f"cannot leave out {', '.join(sorted(unknown))}: choose from {', '.join(sorted(GROUPS | {ENSEMBLE}))}")
-    config = replace(BasketConfig(), nets=1) if ENSEMBLE in without else BasketConfig()
+    if unknown := without - set(PARTS):
+        raise ValueError(f"cannot leave out {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    config = replace(BasketConfig(), nets=1) if "ensemble" in without else BasketConfig()
     end = to_micros(pd.Timestamp(cut).to_pydatetime())
     log = read_purchases(data / FILE).before(end)
-    titles = np.zeros((len(log.items), 1), np.float32) if "text" in without else title_vectors(log.titles)
+    titles = np.zeros((len(log.items), 1), np.float32) if "text" in without else centred(pretrained_vectors(log.titles))
     trained = train(log, titles, end=end, config=config, seed=seed, without=without)
     known = past(log, end)
     features = basket_features(known, titles, without=without)
@@ -74,8 +70,10 @@ def read_purchases(path: Path) -> PurchaseLog:
     """Reads the purchases of known customers: rows with a customer, a quantity and a price above zero, as the judge takes them.
 
     Raises:
-        FileNotFoundError: the set is not there.
+        FileNotFoundError: the set is not there; the message names it.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is not in {path.parent}")
     frame = pd.read_parquet(path, columns=_COLUMNS)
     frame = frame[frame["CustomerID"].notna() & (frame["Quantity"] > 0) & (frame["UnitPrice"] > 0)]
     columns = {
@@ -89,16 +87,6 @@ def read_purchases(path: Path) -> PurchaseLog:
         "abroad": frame["Country"] != _HOME,
     }
     return purchase_log(pd.DataFrame(columns))
-
-
-def title_vectors(titles: Sequence[str]) -> FloatArray:
-    """Returns float32[n, d]: unit vectors of titles by the frozen pretrained BERT, less the mean that all titles share."""
-    config = TrainConfig(dropout=0.0)
-    tower = new_tower(config, 1).eval()
-    pooled = pools(tower, tokenize(load_tokenizer(config.base_model), titles, _TITLE_TOKENS), "titles").numpy()
-    centred = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
-    centred -= centred.mean(0)
-    return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9), np.float32)
 
 
 def linear_weights(nets: Sequence[BasketRanker], names: Sequence[str]) -> dict[str, float]:
