@@ -70,7 +70,7 @@ def test_only_known_groups_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_a_missing_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="online_retail.parquet is not in"):
+    with pytest.raises(FileNotFoundError, match=r"online_retail\.parquet is not in"):
         run(tmp_path, seed=0)
 
 
