@@ -159,9 +159,7 @@ def rewrite_the_future(world: World, seed: int) -> None:
         upsert_relations(connection, [Relation(ITEMS[0], ITEMS[1], "complement", rng.random()), Relation(ITEMS[4], ITEMS[5], "complement")])
         version = publish_epoch(connection)
         connection.execute("UPDATE index_epochs SET published_at = %s WHERE index_version = %s", [turn, version])
-        connection.execute(
-            "INSERT INTO offer_history VALUES (%s, %s, 1, 'EUR', NULL, '{}', true, %s)", [ITEMS[seed], 1_000 + seed, turn]
-        )
+        connection.execute("INSERT INTO offer_history VALUES (%s, %s, 1, 'EUR', NULL, '{}', true, %s)", [ITEMS[seed], 1_000 + seed, turn])
 
 
 def differing(before: Rows, after: Rows) -> set[str]:
