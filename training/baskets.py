@@ -202,7 +202,8 @@ class BasketRanker(nn.Module):
 
     def score(self, features: Tensor, context: Tensor) -> Tensor:
         """Returns scores float32[u, w] of features [u, w, f] and context [u, c] as they come."""
-        return self(*self.normal(features, context))
+        scores: Tensor = self(*self.normal(features, context))
+        return scores
 
 
 def list_loss(scores: Tensor, lists: Lists) -> Tensor:
