@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.export import Dim
@@ -33,6 +33,7 @@ from training.run import prepare_torch
 from training.text import TINY, activity_texts, base_path, load_tokenizer, tiny_config
 
 _EVALUATION_BATCH = 64
+_WEIGHTS, _CONFIG = "classifier.safetensors", "classifier.json"
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def train_classifier(settings: Settings, config: TrainConfig, *, now: datetime |
     validation = make_pairs(shop, labels.validation, tokenizer, config=config, rng=rng)
     model = new_classifier(config)
     metrics, steps = fit(model, training, validation, config=config)
-    save_file(model.state_dict(), run_dir / "classifier.safetensors")
-    config.save(run_dir / "classifier.json")
+    save_file(model.state_dict(), run_dir / _WEIGHTS)
+    config.save(run_dir / _CONFIG)
     metrics["parity"] = export_classifier(model, validation, run_dir / "classifier.onnx")
     (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return ClassifierResult(run_dir, metrics, time.monotonic() - started, steps)
@@ -99,6 +100,18 @@ def new_classifier(config: TrainConfig) -> BertForSequenceClassification:
         if config.base_model == TINY:
             return BertForSequenceClassification(tiny_config(bert))
         return AutoModelForSequenceClassification.from_pretrained(path, config=bert, dtype=torch.float32)
+
+
+def load_classifier(run_dir: Path) -> tuple[BertForSequenceClassification, TrainConfig]:
+    """Reads a trained classifier and its configuration.
+
+    Raises:
+        FileNotFoundError: the folder is not a finished run of the classifier.
+    """
+    config = TrainConfig.load(run_dir / _CONFIG)
+    model = new_classifier(config)
+    model.load_state_dict(load_file(run_dir / _WEIGHTS))
+    return model.eval(), config
 
 
 def make_pairs(shop: Shop, labels: Sequence[Label], tokenizer: Tokenizer, *, config: TrainConfig, rng: np.random.Generator) -> Pairs:
@@ -118,8 +131,13 @@ def make_pairs(shop: Shop, labels: Sequence[Label], tokenizer: Tokenizer, *, con
         for row, answer in [(int(rng.choice(label.items)), 1), *((row, 0) for row in drawn)]:
             texts.append((behaviour, shop.table.titles[row]))
             clicked.append(answer)
+    return encode_pairs(tokenizer, texts, clicked, config=config)
+
+
+def encode_pairs(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], clicked: Sequence[int], *, config: TrainConfig) -> Pairs:
+    """Returns the tokens of (behaviours, candidate) texts; long behaviours are cut, candidates are not."""
     tokenizer.enable_truncation(config.user_tokens + config.item_tokens, strategy="only_first")
-    encoded = tokenizer.encode_batch(texts)
+    encoded = tokenizer.encode_batch(list(texts))
     tokenizer.no_truncation()
     return Pairs(tuple(tuple(e.ids) for e in encoded), tuple(tuple(e.type_ids) for e in encoded), torch.tensor(clicked, dtype=torch.int64))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from features.behaviour import Activity
 from features.item_table import FloatArray, ItemTable
 from training.config import TrainConfig
-from training.model import TwoTower
+from training.model import Tower
 from training.progress import bar
 from training.text import Tokens, activity_texts, tokenize
 
@@ -18,7 +18,7 @@ _BATCH = 64
 
 
 @torch.inference_mode()
-def pools(tower: TwoTower, tokens: Tokens, stage: str, *, padded: bool = True) -> Tensor:
+def pools(tower: Tower, tokens: Tokens, stage: str, *, padded: bool = True) -> Tensor:
     """Returns the pooled encoder outputs float32[n, h] of n texts.
 
     Without padding a batch holds texts of one length, so that each equals the server's single run to rounding.
@@ -34,7 +34,7 @@ def pools(tower: TwoTower, tokens: Tokens, stage: str, *, padded: bool = True) -
 
 @torch.inference_mode()
 def user_vectors(
-    tower: TwoTower, tokenizer: Tokenizer, activities: Sequence[Activity], *, table: ItemTable, config: TrainConfig
+    tower: Tower, tokenizer: Tokenizer, activities: Sequence[Activity], *, table: ItemTable, config: TrainConfig
 ) -> FloatArray:
     """Returns float32[n, d]: unit user vectors, zero for a customer with nothing to read."""
     texts = activity_texts(activities, table, config.behaviour_limit)
@@ -46,7 +46,7 @@ def user_vectors(
 
 
 @torch.inference_mode()
-def item_vectors(tower: TwoTower, tokens: Tokens, rows: Sequence[int | None]) -> FloatArray:
+def item_vectors(tower: Tower, tokens: Tokens, rows: Sequence[int | None]) -> FloatArray:
     """Returns float32[n, d]: final item vectors; ``rows`` are the items' residuals, None for items never seen in training."""
     pooled = pools(tower, tokens, "item vectors", padded=False)
     vectors = tower.item_vector(pooled)

@@ -1,20 +1,35 @@
 """The two-tower model: one BERT reads items and customers; linear heads map both into one space of unit vectors."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
 from transformers import PreTrainedModel
 
 _MASKED = -1e4
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Averages the token vectors float[b, l, h] of the unmasked positions to float[b, h]."""
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+    """Averages the token vectors float[b, l, h] of the unmasked positions to float[b, h].
+
+    A product of matrices, not a sum over positions: ONNX Runtime sums a batch of one in another order than a larger one, and a
+    product with a single row in another order when there is padding. Both made vectors depend on the batch by 1e-7. With the
+    row of weights taken twice the exported graph gives the same bits in any batch, padded or not.
+    """
+    weights = mask.to(hidden.dtype)
+    summed = (weights.unsqueeze(1).expand(-1, 2, -1) @ hidden)[:, 0]
+    return summed / weights.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a student is to imitate: the teacher's logits float32[b, b + s] over the step's pool, and how much that weighs in [0, 1]."""
+
+    logits: Tensor
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class Batch:
         negative_pools: float32[s, h], pooled encoder outputs of the sampled items, from the last refresh.
         log_q: float32[b + s], log of the expected number of times each item is in the pool of such a step.
         wrong: bool[b, b + s], pairs that are no negatives: other targets of the label, and what its customer has already.
+        teacher: what to imitate beside the labels; None where nothing is distilled.
     """
 
     user_ids: Tensor
@@ -38,9 +54,31 @@ class Batch:
     negative_pools: Tensor
     log_q: Tensor
     wrong: Tensor
+    teacher: Teacher | None = None
 
 
-class TwoTower(nn.Module):
+class Tower(nn.Module):
+    """Whatever maps texts to customers' and items' vectors of one space."""
+
+    @property
+    @abstractmethod
+    def vector_size(self) -> int:
+        """Components of a vector, and of a pooled text."""
+
+    @abstractmethod
+    def pool(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns float32[b, h], texts int64[b, l] read by the encoder."""
+
+    @abstractmethod
+    def user_vector(self, pooled: Tensor) -> Tensor:
+        """Returns unit user vectors, float32[b, d]."""
+
+    @abstractmethod
+    def item_vector(self, pooled: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Returns unit item vectors, float32[b, d]; without ``rows`` those of items never seen."""
+
+
+class TwoTower(Tower):
     """Behaviour text and item text to vectors of one space.
 
     The heads start as identity and the residuals as zero, so training starts from the pretrained sentence space. The
@@ -77,6 +115,11 @@ class TwoTower(nn.Module):
         """Components of a vector."""
         return self.user_head.out_features
 
+    @property
+    def temperature(self) -> Tensor:
+        """What the cosines are divided by in the softmax, a learned number."""
+        return self.log_temperature.exp().clamp(0.01, 1.0)
+
     def pool(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns float32[b, h], the mean-pooled encoder output."""
         return mean_pool(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
@@ -91,19 +134,26 @@ class TwoTower(nn.Module):
         return normalize(mapped if rows is None else mapped + self.residual(rows) * self.warm[rows], dim=-1)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns the loss: softmax cross-entropy over the pool of items, corrected by log q (Yi et al., RecSys 2019)."""
+        """Returns the loss: softmax cross-entropy over the pool of items, corrected by log q (Yi et al., RecSys 2019).
+
+        With a teacher, part of it is the divergence from the teacher's softmax over the same pool (Hinton et al., 2015).
+        """
         users = self.user_vector(self.pool(batch.user_ids, batch.user_mask))
         pools = torch.cat([self.pool(batch.item_ids, batch.item_mask), batch.negative_pools])
         items = self.item_vector(pools, batch.item_rows)
-        temperature = self.log_temperature.exp().clamp(0.01, 1.0)
-        logits = users @ items.T / temperature - batch.log_q
-        return cross_entropy(logits.masked_fill(batch.wrong, _MASKED), torch.arange(len(users), device=users.device))
+        logits = (users @ items.T / self.temperature - batch.log_q).masked_fill(batch.wrong, _MASKED)
+        loss = cross_entropy(logits, torch.arange(len(users), device=users.device))
+        if batch.teacher is None:
+            return loss
+        taught = log_softmax(batch.teacher.logits.masked_fill(batch.wrong, _MASKED), dim=-1)
+        divergence = kl_div(log_softmax(logits, dim=-1), taught, reduction="batchmean", log_target=True)
+        return (1.0 - batch.teacher.weight) * loss + batch.teacher.weight * divergence
 
 
 class ExportedEncoder(nn.Module):
     """What the server runs: one pass of the encoder, both heads."""
 
-    def __init__(self, tower: TwoTower) -> None:
+    def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower
 

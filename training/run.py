@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from tokenizers import Tokenizer
 
 from features.bundle import Manifest
 from features.item_table import FloatArray
@@ -35,15 +37,18 @@ from training.dataset import (
     split_of,
     take_snapshots,
 )
+from training.distill import TowerData, train_towers
 from training.distributed import processes, rank_zero_first
 from training.encode import user_vectors
-from training.events import Micros, to_micros
-from training.export import BundleContext, write_bundle
+from training.events import Micros, from_micros, to_micros
+from training.export import BundleContext, export_encoder, write_bundle
 from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of
+from training.quantize import Encoding, Figures, measure_all, save
 from training.ranker import Ranker, train_ranker
 from training.scoring import Model, Query, make_queries
 from training.text import activity_texts, load_tokenizer, tokenize
-from training.train import TowerReport, TowerSet, Trainer
+from training.train import TowerReport, TowerSet
+from training.variants import Variant
 
 Customers = dict[tuple[str, Micros], Customer]
 
@@ -76,12 +81,15 @@ def train(settings: Settings, config: TrainConfig, *, now: datetime | None = Non
             snapshots = None if rank else take_snapshots(shop, start=split.ranker_start, cut=split.cut, every_days=config.snapshot_days)
         labels = choose_labels(shop.log, split, config)
         customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout]))
-        trained, report = _train_tower(shop, labels, customers, config=config, run_dir=run_dir)
+        trained, report, members = _train_tower(shop, labels, customers, config=config, run_dir=run_dir)
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
     trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained)
     metrics = evaluation.metrics_of(holdout, trained.ranker)
-    metrics |= {"tower_validation_ndcg_at_10": report.ndcg_at_10, "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10}
+    metrics |= members | {
+        "tower_validation_ndcg_at_10": report.ndcg_at_10,
+        "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10,
+    }
     seconds = time.monotonic() - started
     checkpoint.save(trained, RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds), run_dir)
     return TrainResult(run_dir, metrics, seconds, report.steps)
@@ -116,16 +124,29 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
     return evaluation.metrics_of(queries, trained.ranker)
 
 
-def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None = None) -> Manifest:
+def export(
+    settings: Settings, run_dir: Path, out: Path, *, variant: Variant = Variant.FP32, fp16: bool = False, now: datetime | None = None
+) -> Manifest:
     """Writes a run as a bundle into the folder ``out``, its collaborative weights refitted on all events up to now.
+
+    Args:
+        settings: the shop.
+        run_dir: a finished run.
+        out: the bundle's folder.
+        variant: form of the encoder that servers run.
+        fp16: also write the encoder in half precision, for servers on CUDA that ask for it.
+        now: creation time for the manifest; by default the clock's.
 
     Raises:
         FileNotFoundError: ``run_dir`` is not a finished run.
         ParityError: ONNX Runtime does not reproduce the model.
+        RefusedVariantError: the batch changes what the variant computes, or it gains nothing.
     """
     trained, record = checkpoint.load(run_dir)
     prepare_torch(trained.config)
     shop = open_shop(settings)
+    asked = variant is not Variant.FP32 or fp16
+    encoding = Encoding(variant, fp16, _validation(shop, trained, record)) if asked else None
     first, last = shop.log.window()
     weights = collaborative.fit(shop.log, len(shop.table), until=last + 1, config=trained.config)
     context = BundleContext(
@@ -137,7 +158,40 @@ def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None
         first_event=first,
         last_event=last,
     )
-    return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context)
+    return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context, encoding=encoding)
+
+
+def quantize(settings: Settings, run_dir: Path) -> list[Figures]:
+    """Measures every variant of a run's encoder on its validation labels, and keeps the figures in the run folder.
+
+    Raises:
+        FileNotFoundError: ``run_dir`` is not a finished run.
+    """
+    trained, record = checkpoint.load(run_dir)
+    prepare_torch(trained.config)
+    shop = open_shop(settings)
+    with TemporaryDirectory() as scratch:
+        graphs = {variant: Path(scratch) / f"{variant.value}.onnx" for variant in Variant}
+        fp32 = graphs.pop(Variant.FP32)
+        export_encoder(trained, fp32)
+        items, validation = trained.item_vectors(shop.table), _validation(shop, trained, record)
+        figures = list(measure_all(graphs, trained, encoder=fp32, table=shop.table, items=items, validation=validation).values())
+    save(figures, run_dir / "variants.json")
+    return figures
+
+
+def _validation(shop: Shop, trained: Trained, record: RunRecord) -> TowerSet:
+    """Returns the labels and texts that validated a run's tower."""
+    config = trained.config.with_cut(from_micros(record.cut))
+    labels = choose_labels(shop.log, split_of(shop.log, config), config).validation
+    return tower_set(shop, labels, join_customers(shop.store, keys_of(labels)), config=config, tokenizer=trained.tokenizer)
+
+
+def tower_set(shop: Shop, labels: Sequence[Label], customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer) -> TowerSet:
+    """Returns those labels whose customers' behaviours say something, with the tokens of what they say."""
+    texts = activity_texts([customers[key].activity for key in keys_of(labels)], shop.table, config.behaviour_limit)
+    kept = [row for row, text in enumerate(texts) if text]
+    return TowerSet([labels[row] for row in kept], tokenize(tokenizer, [texts[row] for row in kept], config.user_tokens))
 
 
 def prepare_torch(config: TrainConfig) -> None:
@@ -146,18 +200,21 @@ def prepare_torch(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
 
 
-def _train_tower(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path) -> tuple[Trained, TowerReport]:
-    tower, tokenizer = checkpoint.new_tower(config, len(shop.table)), load_tokenizer(config.base_model)
+def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer) -> TowerData:
+    """Returns what towers of this configuration learn from."""
+    train, validation = (
+        tower_set(shop, chosen, customers, config=config, tokenizer=tokenizer) for chosen in (labels.tower, labels.validation)
+    )
+    return TowerData(tokenize(tokenizer, shop.table.texts, config.item_tokens), train, validation)
 
-    def readable(chosen: Sequence[Label]) -> TowerSet:
-        texts = activity_texts([customers[key].activity for key in keys_of(chosen)], shop.table, config.behaviour_limit)
-        kept = [row for row, text in enumerate(texts) if text]
-        return TowerSet([chosen[row] for row in kept], tokenize(tokenizer, [texts[row] for row in kept], config.user_tokens))
 
-    items = tokenize(tokenizer, shop.table.texts, config.item_tokens)
-    trainer = Trainer(tower, items, train=readable(labels.tower), validation=readable(labels.validation), config=config)
-    report = trainer.run(run_dir / "tensorboard")
-    return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report
+def _train_tower(
+    shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path
+) -> tuple[Trained, TowerReport, dict[str, float]]:
+    tokenizer = load_tokenizer(config.base_model)
+    data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer)
+    tower, report, members = train_towers(data, config, run_dir / "tensorboard")
+    return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report, members
 
 
 def _train_ranker(

@@ -3,7 +3,7 @@
 import copy
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +72,15 @@ class Trainer:
         self.model: nn.Module = tower
         if self.world > 1:
             self.model = nn.parallel.DistributedDataParallel(tower)
+        self._on_validation: Callable[[int, float], None] | None = None
         self.optimizer = torch.optim.AdamW(_parameter_groups(tower, config))
 
-    def run(self, log_dir: Path) -> TowerReport:
-        """Trains until the epochs, steps, seconds or patience are used up, and leaves the best weights in the tower."""
+    def run(self, log_dir: Path, on_validation: Callable[[int, float], None] | None = None) -> TowerReport:
+        """Trains until the epochs, steps, seconds or patience are used up, and leaves the best weights in the tower.
+
+        ``on_validation`` is told the step and the NDCG@10 of every validation; what it raises ends the training.
+        """
+        self._on_validation = on_validation
         with quiet(), _summary_writer(log_dir, active=self.rank == 0) as writer:
             return self._run(writer)
 
@@ -145,6 +150,8 @@ class Trainer:
         score = self.validate()
         if writer:
             writer.add_scalar("validation/ndcg_at_10", score, step)
+        if self._on_validation:
+            self._on_validation(step, score)
         return (copy.deepcopy(self.tower.state_dict()), score, 0) if score > best else (weights, best, worse + 1)
 
     def _steps(self, total: int) -> Iterator[Sequence[int]]:
