@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -29,13 +28,10 @@ from scipy.special import log_softmax, softmax
 from features.behaviour import Activity, Behaviour, behaviour_text
 from features.sample_shop import Event, generate
 from training.active import Strategy, choose
-from training.checkpoint import new_tower
-from training.config import TrainConfig
-from training.encode import pools
+from training.encode import pretrained_vectors
 from training.events import to_micros
 from training.metrics import area_under_curve
 from training.progress import bar
-from training.text import load_tokenizer, tokenize
 
 Floats = npt.NDArray[np.float32]
 _NEGATIVES = 4
@@ -101,15 +97,11 @@ def intents(path: Path, rows: int) -> Examples:
     return Examples(vectors(frame["utterance"].tolist()), np.asarray(codes, np.int64), np.arange(len(frame)))
 
 
-@torch.inference_mode()
 def vectors(texts: list[str]) -> Floats:
     """Returns unit vectors of texts by the frozen, pretrained encoder; equal texts are read once."""
-    config = TrainConfig(user_tokens=64)
-    tower = new_tower(config, 1).eval()
     distinct = list(dict.fromkeys(texts))
-    read = tower.user_vector(pools(tower, tokenize(load_tokenizer(config.base_model), distinct, config.user_tokens), "texts")).numpy()
     place = {text: k for k, text in enumerate(distinct)}
-    return np.asarray(read[[place[text] for text in texts]], np.float32)
+    return pretrained_vectors(distinct)[[place[text] for text in texts]]
 
 
 class Learner:

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from features.behaviour import Activity
 from features.item_table import FloatArray, ItemTable
 from training.config import TrainConfig
-from training.model import Tower
+from training.model import Tower, TwoTower
 from training.progress import bar
 from training.text import Tokens, activity_texts, load_encoder, load_tokenizer, tokenize
 
