@@ -10,7 +10,7 @@ from training.checkpoint import new_tower
 from training.config import TrainConfig
 from training.encode import pools
 from training.ensemble import Ensemble
-from training.model import Batch, Teacher, Tower, TwoTower
+from training.model import Batch, Tower, TwoTower
 from training.text import Tokens, load_tokenizer
 from training.train import TowerReport, TowerSet, Trainer, mean_ndcg
 
@@ -46,7 +46,7 @@ class Distiller(Trainer):
         """Assembles a step as ever, with the teacher's logits over its pool; both softmaxes are corrected by log q alike."""
         made = super().batch(rows)
         logits = self._users[list(rows)] @ self._items[made.item_rows].T - made.log_q
-        return replace(made, teacher=Teacher(logits, self.config.distil_weight))
+        return replace(made, teacher=logits, teacher_weight=self.config.distil_weight)
 
 
 def train_towers(data: TowerData, config: TrainConfig, log_dir: Path) -> tuple[Tower, TowerReport, dict[str, float]]:

@@ -25,14 +25,6 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """What a student is to imitate: the teacher's logits float32[b, b + s] over the step's pool, and how much that weighs in [0, 1]."""
-
-    logits: Tensor
-    weight: float
-
-
-@dataclass(frozen=True)
 class Batch:
     """One training step: b labels against b in-batch and s sampled items.
 
@@ -43,7 +35,8 @@ class Batch:
         negative_pools: float32[s, h], pooled encoder outputs of the sampled items, from the last refresh.
         log_q: float32[b + s], log of the expected number of times each item is in the pool of such a step.
         wrong: bool[b, b + s], pairs that are no negatives: other targets of the label, and what its customer has already.
-        teacher: what to imitate beside the labels; None where nothing is distilled.
+        teacher: float32[b, b + s], a teacher's logits over the pool, to be imitated; None where nothing is distilled.
+        teacher_weight: share of that in the loss, from 0 to 1; the labels have the rest.
     """
 
     user_ids: Tensor
@@ -54,7 +47,8 @@ class Batch:
     negative_pools: Tensor
     log_q: Tensor
     wrong: Tensor
-    teacher: Teacher | None = None
+    teacher: Tensor | None = None
+    teacher_weight: float = 0.0
 
 
 class Tower(nn.Module):
@@ -145,9 +139,9 @@ class TwoTower(Tower):
         loss = cross_entropy(logits, torch.arange(len(users), device=users.device))
         if batch.teacher is None:
             return loss
-        taught = log_softmax(batch.teacher.logits.masked_fill(batch.wrong, _MASKED), dim=-1)
+        taught = log_softmax(batch.teacher.masked_fill(batch.wrong, _MASKED), dim=-1)
         divergence = kl_div(log_softmax(logits, dim=-1), taught, reduction="batchmean", log_target=True)
-        return (1.0 - batch.teacher.weight) * loss + batch.teacher.weight * divergence
+        return (1.0 - batch.teacher_weight) * loss + batch.teacher_weight * divergence
 
 
 class ExportedEncoder(nn.Module):

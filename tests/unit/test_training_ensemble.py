@@ -108,7 +108,7 @@ def test_a_student_that_answers_like_its_teacher_has_nothing_left_to_learn(data:
         assert float(student(batch)) == pytest.approx(0.0, abs=1e-4)
         torch.nn.init.normal_(student.user_head.weight, generator=torch.Generator().manual_seed(1))
         apart = float(student(batch))
-        half = float(student(replace(batch, teacher=replace(batch.teacher, weight=0.5))))
+        half = float(student(replace(batch, teacher_weight=0.5)))
         labels = float(student(replace(batch, teacher=None)))
     assert apart > 0.1
     assert half == pytest.approx((apart + labels) / 2, rel=1e-4)
