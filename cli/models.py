@@ -3,7 +3,7 @@
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import psycopg
 import typer
@@ -16,6 +16,9 @@ from cli.context import console, note, shop
 from features.models import Activation, OnUnready
 from features.settings import Settings
 
+if TYPE_CHECKING:
+    from training.config import TrainConfig
+
 _out = Console()
 _Run = Annotated[Path | None, typer.Option(help="A run folder; default: the newest one under the data folder.")]
 
@@ -25,6 +28,11 @@ class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
 
     recommend = "recommend"
     clicks = "clicks"
+    rating = "rating"
+
+
+# What a run folder calls each task.
+_TRAINED = {Task.recommend: "tower", Task.clicks: "classifier", Task.rating: "rating"}
 
 
 def register(app: typer.Typer) -> None:
@@ -39,33 +47,57 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    task: Annotated[Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier.")] = Task.recommend,
+    task: Annotated[
+        Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier; rating: the rating regression.")
+    ] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder that was broken off: goes on from its last checkpoint, as it was configured.")
+    ] = None,
 ) -> None:
     """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
     With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
+    With --task rating: the same with one output and mean squared error, on the ratings of rate and review events.
+
+    Among the fields: regime=full|top_k|frozen|lora|adalora|adapter (what of BERT is fine-tuned), optimizer=adamw|sgd,
+    schedule=linear|cosine|constant, label_smoothing, accumulation_steps, mixed_precision, device, checkpoint_steps, and
+    warmup_objective=mlm|contrastive with warmup_steps (self-supervised, before the labels). All: docs/training.md.
     """
-    from training.classifier import train_classifier
-    from training.config import TrainConfig
+    from training.classifier import Clicks
     from training.dataset import TrainingDataError
+    from training.pairs import train_pairs
+    from training.rating import Ratings
     from training.run import train as run
+    from training.runs import Begun
+
+    if resume and assign:
+        raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--set")
+    begun = Begun.load(resume) if resume else Begun(_TRAINED[task], _configured(preset, assign or []), 0)
+    heads = {head.name: head for head in (Clicks(), Ratings())}
+    with shop(Settings) as settings:
+        try:
+            if begun.task in heads:
+                result = train_pairs(settings, heads[begun.task], begun.config, resume=resume)
+            else:
+                result = run(settings, begun.config, resume=resume)
+        except TrainingDataError as error:
+            raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
+    _metrics(result.metrics)
+    _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+
+
+def _configured(preset: str, assign: list[str]) -> "TrainConfig":
+    from training.config import TrainConfig
 
     presets = {"demo": TrainConfig.demo, "full": TrainConfig.full, "tiny": TrainConfig.tiny}
     if preset not in presets:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
     try:
-        config = presets[preset]().with_values(dict(_pair(text) for text in assign or []))
+        return presets[preset]().with_values(dict(_pair(text) for text in assign))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--set") from None
-    with shop(Settings) as settings:
-        try:
-            result = run(settings, config) if task is Task.recommend else train_classifier(settings, config)
-        except TrainingDataError as error:
-            raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
-    _metrics(result.metrics)
-    _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
 
 
 def evaluate(
