@@ -28,6 +28,11 @@ class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
 
     recommend = "recommend"
     clicks = "clicks"
+    rating = "rating"
+
+
+# What a run folder calls each task.
+_TRAINED = {Task.recommend: "tower", Task.clicks: "classifier", Task.rating: "rating"}
 
 
 def register(app: typer.Typer) -> None:
@@ -42,28 +47,48 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    task: Annotated[Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier.")] = Task.recommend,
+    task: Annotated[
+        Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier; rating: the rating regression.")
+    ] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
     config_file: Annotated[Path | None, typer.Option("--config", help="A configuration instead of a preset, such as best.json.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
     ensemble: Annotated[int, typer.Option(min=1, help="Train this many towers, of seeds in a row, and average their scores.")] = 1,
     distil: Annotated[bool, typer.Option("--distil", help="Distil the ensemble into one tower, which is what is kept.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder that was broken off: goes on from its last checkpoint, as it was configured.")
+    ] = None,
 ) -> None:
     """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
     With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
+    With --task rating: the same with one output and mean squared error, on the ratings of rate and review events.
+
+    Among the fields: regime=full|top_k|frozen|lora|adalora|adapter (what of BERT is fine-tuned), optimizer=adamw|sgd,
+    schedule=linear|cosine|constant, label_smoothing, accumulation_steps, mixed_precision, device, checkpoint_steps, and
+    warmup_objective=mlm|contrastive with warmup_steps (self-supervised, before the labels). All: docs/training.md.
     """
-    from training.classifier import train_classifier
+    from training.classifier import Clicks
     from training.dataset import TrainingDataError
     from training.distill import TokenizerMismatchError
+    from training.pairs import train_pairs
+    from training.rating import Ratings
     from training.run import train as run
+    from training.runs import Begun
 
-    config = training_config(preset, config_file, assign or [], ensemble=ensemble, distil=distil)
-    if task is Task.clicks and config.ensemble > 1:
-        raise typer.BadParameter("the click classifier is one model", param_hint="--ensemble")
+    if resume and (assign or config_file or ensemble > 1 or distil):
+        raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--resume")
+    configured = training_config(preset, config_file, assign or [], ensemble=ensemble, distil=distil)
+    begun = Begun.load(resume) if resume else Begun(_TRAINED[task], configured, 0)
+    heads = {head.name: head for head in (Clicks(), Ratings())}
+    if begun.task in heads and begun.config.ensemble > 1:
+        raise typer.BadParameter(f"the {begun.task} is one model", param_hint="--ensemble")
     with shop(Settings) as settings:
         try:
-            result = run(settings, config) if task is Task.recommend else train_classifier(settings, config)
+            if begun.task in heads:
+                result = train_pairs(settings, heads[begun.task], begun.config, resume=resume)
+            else:
+                result = run(settings, begun.config, resume=resume)
         except TrainingDataError as error:
             raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
         except TokenizerMismatchError as error:

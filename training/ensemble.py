@@ -23,6 +23,11 @@ class Ensemble(Tower):
         return [tower for tower in self.towers if isinstance(tower, TwoTower)]
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.members[0].device
+
+    @property
     def vector_size(self) -> int:
         """Components of a vector: all members' together."""
         return sum(self._sizes)

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedModel
 
 from features.item_table import FloatArray
 from features.settings import Settings
 from training.active import Strategy, choose, entropy
-from training.classifier import Pairs, encode_pairs, load_classifier
+from training.classifier import Clicks
 from training.config import TrainConfig
 from training.dataset import Shop, join_customers, open_shop
 from training.events import to_micros
+from training.pairs import PairModel, Pairs, load
 from training.progress import bar
 from training.run import prepare_torch
 from training.text import activity_texts, load_tokenizer
@@ -91,7 +91,7 @@ def label_next(
     Raises:
         FileNotFoundError: the folder is no such run.
     """
-    model, config = load_classifier(run_dir)
+    model, config = load(run_dir, Clicks())
     prepare_torch(config)
     shop = open_shop(settings)
     done = set(labelled)
@@ -117,16 +117,16 @@ def label_next(
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, pairs: Pairs) -> tuple[FloatArray, FloatArray]:
+def score(model: PairModel, pairs: Pairs) -> tuple[FloatArray, FloatArray]:
     """Returns class probabilities float32[n, 2] and the last layer's [CLS] vectors float32[n, h]."""
     model.eval()
     probabilities = np.zeros((len(pairs), 2), np.float32)
-    embeddings = np.zeros((len(pairs), int(model.config.hidden_size)), np.float32)
+    embeddings = np.zeros((len(pairs), int(model.bert.config.hidden_size)), np.float32)
     order = sorted(range(len(pairs)), key=lambda row: len(pairs.ids[row]))
     for start in bar(range(0, len(order), _BATCH), "reading pairs"):
         rows = order[start : start + _BATCH]
         ids, mask, segments = pairs.pad(rows)
-        output = model(input_ids=ids, attention_mask=mask, token_type_ids=segments, output_hidden_states=True)
+        output = model.bert(input_ids=ids, attention_mask=mask, token_type_ids=segments, output_hidden_states=True)
         probabilities[rows] = output.logits.softmax(-1).numpy()
         embeddings[rows] = output.hidden_states[-1][:, 0].numpy()
     return probabilities, embeddings
@@ -141,4 +141,5 @@ def _encode(shop: Shop, pairs: Sequence[Pair], config: TrainConfig, now: datetim
     texts = dict(zip(users, written, strict=True))
     kept = [place for place, (user, item) in enumerate(pairs) if item in shop.table.rows and texts[user]]
     read = [(texts[pairs[place][0]], shop.table.titles[shop.table.rows[pairs[place][1]]]) for place in kept]
-    return encode_pairs(load_tokenizer(config.base_model), read, [0] * len(read), config=config), kept
+    unknown = torch.zeros(len(read), dtype=torch.int64)
+    return Pairs.of(read, unknown, load_tokenizer(config.base_model), config.user_tokens + config.item_tokens), kept

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,25 +38,29 @@ from training.dataset import (
     split_of,
     take_snapshots,
 )
-from training.distill import TowerData, train_towers
-from training.distributed import processes, rank_zero_first
+from training.distill import Places, TowerData, train_towers
+from training.distributed import agreed, processes, rank_zero_first
 from training.encode import user_vectors
 from training.events import Micros, from_micros, to_micros
 from training.export import BundleContext, export_encoder, write_bundle
 from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of
+from training.model import TwoTower
 from training.quantize import Encoding, Figures, measure_all, save
 from training.ranker import Ranker, train_ranker
+from training.regimes import Regime
+from training.runs import Begun, begin, checkpoints, finish
 from training.scoring import Model, Query, make_queries
 from training.text import activity_texts, load_tokenizer, tokenize
 from training.train import TowerReport, TowerSet
 from training.variants import Variant
+from training.warmup import past_activities, warm_up
 
 Customers = dict[tuple[str, Micros], Customer]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder, holdout metrics, wall-clock seconds and the tower's optimizer steps."""
+    """A finished run: its folder, metrics on what it did not see, wall-clock seconds and BERT's optimizer steps."""
 
     run_dir: Path
     metrics: dict[str, float]
@@ -63,25 +68,32 @@ class TrainResult:
     steps: int
 
 
-def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None) -> TrainResult:
+def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None, resume: Path | None = None) -> TrainResult:
     """Trains and evaluates a model; the run folder is ``<data_dir>/runs/<time>``.
 
+    Args:
+        settings: the shop.
+        config: how.
+        now: names the run folder; by default the time of the call.
+        resume: a run folder that was broken off, to go on from its last checkpoint with its own configuration.
+
     Raises:
-        TrainingDataError: no items, no events, the Feast repository is not applied, or too few events before the cut.
+        TrainingDataError: no items, no events, the Feast repository is not applied, too few events before the cut, or others
+            than when the run to resume began.
     """
     started = time.monotonic()
     prepare_torch(config)
-    run_dir = settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}"
-    with processes() as rank:
+    with processes(config) as rank:
+        run_dir = agreed(resume or settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}")
         with rank_zero_first():
             shop = open_shop(settings)
-            split = split_of(shop.log, config)
+            split = begin(run_dir, Begun("tower", config, split_of(shop.log, config).cut)).split(shop.log)
             # Before the customers are joined: their profiles are snapshots too, and a ranker that trained without them
             # meets them for the first time in production (Online Retail: NDCG@10 0.120 instead of 0.130 on the same run).
             snapshots = None if rank else take_snapshots(shop, start=split.ranker_start, cut=split.cut, every_days=config.snapshot_days)
         labels = choose_labels(shop.log, split, config)
         customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout]))
-        trained, report, members = _train_tower(shop, labels, customers, config=config, run_dir=run_dir)
+        trained, report, members = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir)
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
     trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained)
@@ -92,6 +104,7 @@ def train(settings: Settings, config: TrainConfig, *, now: datetime | None = Non
     }
     seconds = time.monotonic() - started
     checkpoint.save(trained, RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds), run_dir)
+    finish(run_dir)
     return TrainResult(run_dir, metrics, seconds, report.steps)
 
 
@@ -195,8 +208,9 @@ def tower_set(shop: Shop, labels: Sequence[Label], customers: Customers, *, conf
 
 
 def prepare_torch(config: TrainConfig) -> None:
-    """Sets threads and seeds."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    """Sets threads and seeds; the processes of one machine share its cores."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.threads or cores or 1)
     torch.manual_seed(config.seed)
 
 
@@ -209,11 +223,20 @@ def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: Trai
 
 
 def _train_tower(
-    shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path
+    shop: Shop, split: Split, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path
 ) -> tuple[Trained, TowerReport, dict[str, float]]:
     tokenizer = load_tokenizer(config.base_model)
     data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer)
-    tower, report, members = train_towers(data, config, run_dir / "tensorboard")
+
+    def prepare(tower: TwoTower, member: TrainConfig, name: str) -> Regime:
+        regime = Regime(tower.encoder, member.regime or "top_k", member)
+        if member.warmup_objective != "none" and not list(checkpoints(run_dir, name).glob("step-*")):
+            histories = past_activities(shop, until=split.ranker_start, config=member)
+            warm_up(tower, histories, shop.table, config=member, folder=checkpoints(run_dir, f"warmup-{name}"))
+        return regime
+
+    places = Places(run_dir / "tensorboard", partial(checkpoints, run_dir))
+    tower, report, members = train_towers(data, config, places, prepare)
     return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report, members
 
 

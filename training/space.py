@@ -25,6 +25,12 @@ _FIXED = frozenset(
         "ensemble",
         "ensemble_models",
         "distil_weight",
+        "device",
+        "mixed_precision",
+        "checkpoint_steps",
+        "warmup_objective",
+        "warmup_steps",
+        "warmup_customers",
     }
 )
 _FIXED_PREFIXES = ("ranker_", "ease_", "collaborative_", "classifier_")

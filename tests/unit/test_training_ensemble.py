@@ -15,7 +15,7 @@ from tests.unit.training_shop import item_table, tower_data
 from training import checkpoint
 from training.checkpoint import RunRecord, Trained, new_model, new_tower
 from training.config import TrainConfig
-from training.distill import Distiller, TokenizerMismatchError, TowerData, train_towers, validate
+from training.distill import Distiller, Places, TokenizerMismatchError, TowerData, train_towers, validate
 from training.encode import pools
 from training.ensemble import Ensemble
 from training.export import write_bundle
@@ -133,14 +133,14 @@ def test_a_student_learns_its_teachers_softmax(data: TowerData, tmp_path: Path) 
 
 def test_every_member_has_its_own_seed_and_model_and_the_report_says_how_each_did(data: TowerData, tmp_path: Path) -> None:
     config = replace(CONFIG, epochs=1, max_steps=2, ensemble=2)
-    ensemble, report, figures = train_towers(data, config, tmp_path)
+    ensemble, report, figures = train_towers(data, config, Places(tmp_path))
     assert isinstance(ensemble, Ensemble)
     first, second = ensemble.members
     assert not torch.equal(first.user_head.weight, second.user_head.weight)
     assert set(figures) == {"tower_0_validation_ndcg_at_10", "tower_1_validation_ndcg_at_10", "ensemble_validation_ndcg_at_10"}
     assert report.ndcg_at_10 == figures["ensemble_validation_ndcg_at_10"] == validate(ensemble, data)
     assert report.steps == 4
-    student, taught, same = train_towers(data, replace(config, distil_weight=0.5), tmp_path)
+    student, taught, same = train_towers(data, replace(config, distil_weight=0.5), Places(tmp_path))
     assert isinstance(student, TwoTower)
     assert same == figures
     assert taught.steps == 6
@@ -157,7 +157,7 @@ def test_towers_that_read_other_tokens_are_no_ensemble(data: TowerData, tmp_path
     changed.add_tokens(["porcelain"])
     changed.save(str(other))
     with pytest.raises(TokenizerMismatchError, match="reads other tokens"):
-        train_towers(data, replace(CONFIG, ensemble=2, ensemble_models=f"tiny,{other.parent}"), tmp_path)
+        train_towers(data, replace(CONFIG, ensemble=2, ensemble_models=f"tiny,{other.parent}"), Places(tmp_path))
 
 
 @pytest.mark.parametrize("values", [{"distil_weight": 1.5}, {"ensemble": 0}])
