@@ -24,7 +24,7 @@ def job(*words: str) -> "subprocess.CompletedProcess[str]":
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 
@@ -75,15 +75,13 @@ def test_two_runs_of_one_seed_are_equal_to_the_bit_and_of_another_are_not(whole:
 
 
 def test_adalora_resumes_with_its_ranks(tmp_path: Path) -> None:
+    """The checkpoint is that of the ninth step, when the ranks are fixed already; the two steps after it are done twice."""
     config = replace(CONFIG, regime="adalora", adapter_rank=2)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    train(config, whole)
-    done = job("-m", "tests.integration.tower_job", str(killed), "--kill-at", "8", "--set", "regime=adalora", "--set", "adapter_rank=2")
-    assert done.returncode == -9, done.stderr
-    train(config, killed)
-    assert equal_weights(whole, killed)
+    whole = train(config, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000009"]
+    weights = load_file(tmp_path / "tower.safetensors")
+    assert train(config, tmp_path).losses == whole.losses
+    assert all(np.array_equal(value, weights[name]) for name, value in load_file(tmp_path / "tower.safetensors").items())
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
