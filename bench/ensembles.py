@@ -58,18 +58,18 @@ def data_of(settings: Settings, config: TrainConfig) -> tuple[TowerData, TowerDa
     return data, tower_data(shop, replace(labels, validation=holdout), customers, config=config, tokenizer=tokenizer)
 
 
-def train_all(data: TowerData, config: TrainConfig, folder: Path) -> dict[str, Tower]:
+def train_all(data: TowerData, config: TrainConfig) -> dict[str, Tower]:
     """Returns the members, their ensemble and the student by name."""
     members = []
     for number in range(config.ensemble):
         member = config.member(number)
         prepare_torch(member)
         members.append(new_tower(member, len(data.items)))
-        Trainer(members[-1], data.items, train=data.train, validation=data.validation, config=member).run(folder / f"tower{number}")
+        Trainer(members[-1], data.items, train=data.train, validation=data.validation, config=member).run()
     ensemble = Ensemble(members).eval()
     prepare_torch(config)
     student = new_tower(config, len(data.items))
-    Distiller(student, ensemble, data, config).run(folder / "student")
+    Distiller(student, ensemble, data, config).run()
     return {f"tower {number}": tower for number, tower in enumerate(members)} | {"ensemble": ensemble, "distilled": student}
 
 
@@ -98,7 +98,7 @@ def main() -> None:
         settings = load_settings(Settings)
         sample_shop(settings, Path(name) / "sample", options.users)
         data, held_out = data_of(settings, config)
-        towers = train_all(data, config, Path(name) / "tensorboard")
+        towers = train_all(data, config)
         figures = {what: (validate(tower, data), validate(tower, held_out)) for what, tower in towers.items()}
     singles = np.array([figures[f"tower {k}"] for k in range(options.size)])
     table = Table("tower alone, NDCG@10", f"validation ({len(data.validation.labels)})", f"holdout ({len(held_out.validation.labels)})")

@@ -120,8 +120,7 @@ def fine_tuned(tower: TwoTower, on: Ground, share: float, config: TrainConfig) -
     trainer = Trainer(copied, on.items, train=part, validation=TowerSet([], Tokens(())), config=config)
     trainer.validate()  # reads the items once, for the sampled negatives
     trainer.loop.plan = replace(trainer.loop.plan, steps=config.max_steps, every=0)
-    with tempfile.TemporaryDirectory() as log:
-        trainer.run(Path(log))
+    trainer.run()
     return measured(copied, on), count
 
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.context import shop
-from cli.models import newest_run, training_config
+from cli.models import training_config
+from cli.reports import newest_run
 from features.settings import Settings
 
 if TYPE_CHECKING:

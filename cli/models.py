@@ -1,4 +1,4 @@
-"""Commands on models and the replicas that answer with them: train, evaluate, export, publish, activate, list."""
+"""Commands on models and the replicas that answer with them: train, export, publish, activate, list."""
 
 import time
 from enum import Enum
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.context import console, note, shop
+from cli.reports import Run, newest_run, print_metrics
 from features.models import Activation, OnUnready
 from features.settings import Settings
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
 
 _out = Console()
-_Run = Annotated[Path | None, typer.Option(help="A run folder; default: the newest one under the data folder.")]
 
 
 class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
@@ -31,6 +31,14 @@ class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
     rating = "rating"
 
 
+class Track(str, Enum):  # noqa: UP042 - likewise
+    """Who may follow a run."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
 # What a run folder calls each task.
 _TRAINED = {Task.recommend: "tower", Task.clicks: "classifier", Task.rating: "rating"}
 
@@ -38,7 +46,6 @@ _TRAINED = {Task.recommend: "tower", Task.clicks: "classifier", Task.rating: "ra
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command(epilog="Example: concord train --preset full --set cut=2011-11-01")(train)
-    app.command(epilog="Example: concord evaluate --rankings rankings.jsonl")(evaluate)
     app.command(epilog="Example: concord export --out .data/bundle")(export)
     app.command(epilog="Example: concord publish .data/bundle")(publish)
     app.command(epilog="Example: concord activate 20260131-0123456789")(activate)
@@ -58,6 +65,7 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="A run folder that was broken off: goes on from its last checkpoint, as it was configured.")
     ] = None,
+    track: Annotated[list[Track] | None, typer.Option(help="Who follows the run, repeatable; default: tensorboard.")] = None,
 ) -> None:
     """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
@@ -75,6 +83,7 @@ def train(
     from training.rating import Ratings
     from training.run import train as run
     from training.runs import Begun
+    from training.tracking import TrackerMissingError
 
     if resume and (assign or config_file or ensemble > 1 or distil):
         raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--resume")
@@ -83,17 +92,22 @@ def train(
     heads = {head.name: head for head in (Clicks(), Ratings())}
     if begun.task in heads and begun.config.ensemble > 1:
         raise typer.BadParameter(f"the {begun.task} is one model", param_hint="--ensemble")
+    if track and begun.task in heads:
+        raise typer.BadParameter(f"only the training of recommendations is followed, not the {begun.task}", param_hint="--track")
     with shop(Settings) as settings:
         try:
             if begun.task in heads:
                 result = train_pairs(settings, heads[begun.task], begun.config, resume=resume)
             else:
-                result = run(settings, begun.config, resume=resume)
+                trackers = [each.value for each in track or (Track.tensorboard,)]
+                result = run(settings, begun.config, resume=resume, track=trackers)
+        except TrackerMissingError as error:
+            raise typer.BadParameter(str(error), param_hint="--track") from None
         except TrainingDataError as error:
             raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
         except TokenizerMismatchError as error:
             raise typer.BadParameter(str(error), param_hint="--set") from None
-    _metrics(result.metrics)
+    print_metrics(result.metrics)
     _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
 
 
@@ -116,23 +130,8 @@ def training_config(preset: str, config_file: Path | None, assign: list[str], *,
     return config.distilled() if distil else config
 
 
-def evaluate(
-    run_dir: _Run = None,
-    rankings: Annotated[Path | None, typer.Option(help="Write each customer's ranking as JSON lines: user, items.")] = None,
-    cut: Annotated[str, typer.Option(help="End of the training period, ISO 8601; default: the run's own.")] = "",
-) -> None:
-    """Evaluates a run on the time split, beside popularity."""
-    from datetime import datetime
-
-    from training.run import evaluate as run
-
-    with shop(Settings) as settings:
-        metrics = run(settings, run_dir or newest_run(settings), rankings=rankings, cut=datetime.fromisoformat(cut) if cut else None)
-    _metrics(metrics)
-
-
 def export(
-    run_dir: _Run = None,
+    run_dir: Run = None,
     out: Annotated[Path, typer.Option(help="Folder for the bundle; replaced.")] = Path(".data/bundle"),
     encoder: Annotated[str, typer.Option(help="Form of the encoder: fp32, fused, int8, int4 or static; see concord quantize.")] = "fp32",
     fp16: Annotated[bool, typer.Option("--fp16", help="Add the encoder in half precision, for CONCORD_ONNX_PRECISION=fp16.")] = False,
@@ -245,22 +244,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not separator:
         raise typer.BadParameter(f"{text!r} is not name=value", param_hint="--set")
     return name, value
-
-
-def newest_run(settings: Settings, pattern: str = "*/config.json") -> Path:
-    """Returns the newest run folder that holds a file of this pattern; by default those that recommend.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    runs = sorted((settings.data_dir / "runs").glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise FileNotFoundError(f"no run under {settings.data_dir / 'runs'}; `concord train` makes one")
-    return runs[-1].parent
-
-
-def _metrics(metrics: dict[str, float]) -> None:
-    table = Table("metric", "value")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}")
-    _out.print(table)

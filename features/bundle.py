@@ -18,6 +18,8 @@ TOKENIZER = "tokenizer.json"
 ITEMS = "items.npz"
 COLLABORATIVE = "collaborative.npz"
 GOLDEN = "golden.npz"
+CARD_HTML = "model_card.html"  # the cards are for people: no server reads them
+CARD_MARKDOWN = "model_card.md"
 REQUIRED_FILES = (ENCODER, RANKER, TOKENIZER, ITEMS, COLLABORATIVE, GOLDEN)
 
 

@@ -83,11 +83,28 @@ def load(run_dir: Path) -> tuple[Trained, RunRecord]:
     Raises:
         FileNotFoundError: the folder is not a finished run.
     """
-    values = json.loads((run_dir / _RECORD).read_text())
-    record = RunRecord(**values | {"item_ids": tuple(values["item_ids"])})
-    config = TrainConfig.load(run_dir / _CONFIG)
+    record, config = load_record(run_dir), load_config(run_dir)
     tower = new_model(config, len(record.item_ids))
     tower.load_state_dict(load_file(run_dir / _TOWER))
     ranker = Ranker(config.ranker_hidden)
     ranker.load_state_dict(load_file(run_dir / _RANKER))
     return Trained(config, tower.eval(), load_tokenizer(config.base_model), ranker.eval(), record.item_ids), record
+
+
+def load_record(run_dir: Path) -> RunRecord:
+    """Reads what a run was and measured.
+
+    Raises:
+        FileNotFoundError: the folder is not a finished run.
+    """
+    values = json.loads((run_dir / _RECORD).read_text())
+    return RunRecord(**values | {"item_ids": tuple(values["item_ids"])})
+
+
+def load_config(run_dir: Path) -> TrainConfig:
+    """Reads a run's configuration.
+
+    Raises:
+        FileNotFoundError: the folder is not a run.
+    """
+    return TrainConfig.load(run_dir / _CONFIG)

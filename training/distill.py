@@ -13,6 +13,7 @@ from training.ensemble import Ensemble
 from training.model import Batch, Tower, TwoTower
 from training.regimes import Regime
 from training.text import Tokens, load_tokenizer
+from training.tracking import Prefixed, Tracker
 from training.train import TowerReport, TowerSet, Trainer, mean_ndcg
 
 
@@ -71,9 +72,9 @@ class Distiller(Trainer):
 
 @dataclass(frozen=True)
 class Places:
-    """Where trainings leave what they write: TensorBoard's folder, and the folder of checkpoints by the tower's name, None for none."""
+    """Where trainings leave what they write: who follows them, and the folder of checkpoints by the tower's name, None for none."""
 
-    logs: Path
+    tracker: Tracker
     checkpoints: Callable[[str], Path] | None = None
 
     def of(self, name: str) -> Path | None:
@@ -138,7 +139,7 @@ def _train(
         )
     else:
         trainer = Distiller(tower, teacher, data, config, regime=regime, checkpoints=places.of(name))
-    return trainer.run(places.logs if name == "tower" else places.logs / name)
+    return trainer.run(places.tracker if name == "tower" else Prefixed(places.tracker, name))
 
 
 @torch.inference_mode()

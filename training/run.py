@@ -39,18 +39,24 @@ from training.dataset import (
     take_snapshots,
 )
 from training.distill import Places, TowerData, train_towers
-from training.distributed import agreed, processes, rank_zero_first
+from training.distributed import agreed, is_first, processes, rank_zero_first
 from training.encode import user_vectors
+from training.evaluate import Visits
 from training.events import Micros, from_micros, to_micros
 from training.export import BundleContext, export_encoder, write_bundle
+from training.facts import facts_of
 from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of
 from training.model import TwoTower
 from training.quantize import Encoding, Figures, measure_all, save
 from training.ranker import Ranker, train_ranker
 from training.regimes import Regime
+from training.results import Evaluation
+from training.run_card import add_card
 from training.runs import Begun, begin, checkpoints, finish
 from training.scoring import Model, Query, make_queries
+from training.segments import visits_of
 from training.text import activity_texts, load_tokenizer, tokenize
+from training.tracking import Tracker, open_trackers
 from training.train import TowerReport, TowerSet
 from training.variants import Variant
 from training.warmup import past_activities, warm_up
@@ -68,7 +74,14 @@ class TrainResult:
     steps: int
 
 
-def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None, resume: Path | None = None) -> TrainResult:
+def train(
+    settings: Settings,
+    config: TrainConfig,
+    *,
+    now: datetime | None = None,
+    resume: Path | None = None,
+    track: Sequence[str] = ("tensorboard",),
+) -> TrainResult:
     """Trains and evaluates a model; the run folder is ``<data_dir>/runs/<time>``.
 
     Args:
@@ -76,15 +89,27 @@ def train(settings: Settings, config: TrainConfig, *, now: datetime | None = Non
         config: how.
         now: names the run folder; by default the time of the call.
         resume: a run folder that was broken off, to go on from its last checkpoint with its own configuration.
+        track: who follows the run, of ``training.tracking.TRACKERS``.
 
     Raises:
+        TrackerMissingError: the package of a tracker is not installed.
         TrainingDataError: no items, no events, the Feast repository is not applied, too few events before the cut, or others
             than when the run to resume began.
     """
+    run_dir = resume or settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}"
+    with open_trackers(track, run_dir, active=is_first()) as tracker:
+        tracker.params(config.record())
+        result = _train(settings, config, run_dir, tracker=tracker)
+        for name, value in result.metrics.items():
+            tracker.scalar(f"holdout/{name}", value, result.steps)
+    return result
+
+
+def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: Tracker) -> TrainResult:
     started = time.monotonic()
     prepare_torch(config)
     with processes(config) as rank:
-        run_dir = agreed(resume or settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}")
+        run_dir = agreed(run_dir)
         with rank_zero_first():
             shop = open_shop(settings)
             split = begin(run_dir, Begun("tower", config, split_of(shop.log, config).cut)).split(shop.log)
@@ -93,22 +118,25 @@ def train(settings: Settings, config: TrainConfig, *, now: datetime | None = Non
             snapshots = None if rank else take_snapshots(shop, start=split.ranker_start, cut=split.cut, every_days=config.snapshot_days)
         labels = choose_labels(shop.log, split, config)
         customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout]))
-        trained, report, members = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir)
+        trained, report, members = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir, tracker=tracker)
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
-    trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained)
-    metrics = evaluation.metrics_of(holdout, trained.ranker)
+    trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained, tracker=tracker)
+    found = evaluation.measure(holdout, trained.ranker, _visits(shop, labels.holdout, customers, config=config, cut=split.cut))
+    metrics = evaluation.metrics_of(found)
     metrics |= members | {
         "tower_validation_ndcg_at_10": report.ndcg_at_10,
         "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10,
     }
     seconds = time.monotonic() - started
     checkpoint.save(trained, RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds), run_dir)
+    found.save(run_dir)
+    facts_of(shop, split, labels, config).save(run_dir)
     finish(run_dir)
     return TrainResult(run_dir, metrics, seconds, report.steps)
 
 
-def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None, cut: datetime | None = None) -> dict[str, float]:
+def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None, cut: datetime | None = None) -> Evaluation:
     """Measures a run on each customer's first purchase visit after ``cut`` (by default its own), all customers included.
 
     Args:
@@ -134,7 +162,7 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
     queries = _queries(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=moment)
     if rankings:
         evaluation.write_rankings(queries, trained.ranker, rankings)
-    return evaluation.metrics_of(queries, trained.ranker)
+    return evaluation.measure(queries, trained.ranker, _visits(shop, labels, customers, config=trained.config, cut=moment))
 
 
 def export(
@@ -171,7 +199,8 @@ def export(
         first_event=first,
         last_event=last,
     )
-    return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context, encoding=encoding)
+    manifest = write_bundle(out, trained, table=shop.table, collaborative=weights, context=context, encoding=encoding)
+    return add_card(out, manifest, run_dir)
 
 
 def quantize(settings: Settings, run_dir: Path) -> list[Figures]:
@@ -223,7 +252,7 @@ def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: Trai
 
 
 def _train_tower(
-    shop: Shop, split: Split, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path
+    shop: Shop, split: Split, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path, tracker: Tracker
 ) -> tuple[Trained, TowerReport, dict[str, float]]:
     tokenizer = load_tokenizer(config.base_model)
     data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer)
@@ -235,13 +264,13 @@ def _train_tower(
             warm_up(tower, histories, shop.table, config=member, folder=checkpoints(run_dir, f"warmup-{name}"))
         return regime
 
-    places = Places(run_dir / "tensorboard", partial(checkpoints, run_dir))
+    places = Places(tracker, partial(checkpoints, run_dir))
     tower, report, members = train_towers(data, config, places, prepare)
     return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report, members
 
 
 def _train_ranker(
-    shop: Shop, split: Split, labels: Labels, customers: Customers, *, snapshots: Snapshots, trained: Trained
+    shop: Shop, split: Split, labels: Labels, customers: Customers, *, snapshots: Snapshots, trained: Trained, tracker: Tracker
 ) -> tuple[Trained, list[Query]]:
     """Trains the ranker on labels that neither tower nor collaborative weights have seen; also returns the holdout's queries."""
     config, vectors = trained.config, trained.item_vectors(shop.table)
@@ -249,9 +278,15 @@ def _train_ranker(
     for start, end in split.folds(config.ranker_folds):
         fold = [label for label in labels.ranker if start <= label.time < end]
         queries += _queries(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=start)
-    ranker = train_ranker(queries, config)
+    ranker = train_ranker(queries, config, tracker=tracker)
     holdout = _queries(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=split.cut)
     return Trained(config, trained.tower, trained.tokenizer, ranker, trained.item_ids), holdout
+
+
+def _visits(shop: Shop, labels: Sequence[Label], customers: Customers, *, config: TrainConfig, cut: Micros) -> Visits:
+    """Looks up what reports tell the holdout's customers apart by."""
+    histories = {user: [b.channel for b in customers[user, time].activity.behaviours] for user, time in keys_of(labels)}
+    return visits_of(shop.dsn, labels, histories, items=shop.table.ids, actions=config.actions(config.target_actions), cut=cut)
 
 
 def _queries(

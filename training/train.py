@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from features.item_table import FloatArray
 from training.config import TrainConfig
 from training.dataset import TrainingDataError
-from training.distributed import is_first
 from training.encode import pools
 from training.labels import Label
 from training.loop import Loop, Plan, decayed
@@ -22,6 +20,7 @@ from training.model import Batch, TwoTower
 from training.progress import quiet
 from training.regimes import Regime
 from training.text import Tokens
+from training.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -98,19 +97,20 @@ class Trainer:
         """The tower."""
         return self.tower
 
-    def run(self, log_dir: Path, on_validation: Callable[[int, float], None] | None = None) -> TowerReport:
+    def run(self, tracker: Tracker | None = None, on_validation: Callable[[int, float], None] | None = None) -> TowerReport:
         """Trains until the epochs, steps, seconds or patience are used up, and leaves the best weights, merged, in the tower.
 
-        ``on_validation`` is told the step and the NDCG@10 of every validation after the first step; what it raises ends the training.
+        ``tracker`` follows losses and validations. ``on_validation`` is told the step and the NDCG@10 of every validation after the
+        first step; what it raises ends the training.
 
         Raises:
             TrainingDataError: a checkpoint to go on from was made on other labels or items.
         """
-        with quiet(), _summary_writer(log_dir, active=is_first()) as writer:
+        with quiet():
 
             def log(name: str, value: float, step: int) -> None:
-                if writer:
-                    writer.add_scalar(name, value, step)
+                if tracker:
+                    tracker.scalar(name, value, step)
                 if on_validation and step and name == "validation/ndcg_at_10":
                     on_validation(step, value)
 
@@ -188,9 +188,3 @@ def mean_ndcg(users: FloatArray, items: FloatArray, labels: Sequence[Label]) -> 
         allowed[list(label.bought)] = False
         scores.append(ndcg(best_rows(items @ vector, allowed, 10), set(label.items)))
     return float(np.mean(scores)) if scores else 0.0
-
-
-def _summary_writer(log_dir: Path, *, active: bool) -> AbstractContextManager[Any]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(log_dir)) if active else nullcontext()

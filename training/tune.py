@@ -21,6 +21,7 @@ from training.progress import bar, quiet
 from training.run import prepare_torch, tower_data
 from training.space import Space
 from training.text import load_tokenizer
+from training.tracking import open_trackers
 from training.train import Trainer
 
 DEFAULT_SPACE = (
@@ -144,7 +145,8 @@ def objective_of(
                 raise optuna.TrialPruned
 
         trainer = Trainer(tower, data.items, train=data.train, validation=data.validation, config=config)
-        return trainer.run(folder / "tensorboard" / f"trial{trial.number}", told).ndcg_at_10
+        with open_trackers(("tensorboard",), folder / f"trial{trial.number}") as tracker:
+            return trainer.run(tracker, told).ndcg_at_10
 
     return objective
 

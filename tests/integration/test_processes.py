@@ -313,6 +313,7 @@ def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings)
         "quantize",
         "label-next",
         "evaluate",
+        "card",
         "export",
         "publish",
         "activate",

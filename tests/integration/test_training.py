@@ -13,31 +13,25 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from features.bundle import read_bundle
+from features.bundle import Manifest, read_bundle
 from server.inference.model import load_model
 from server.settings import ServerSettings
 from tests.integration import serving
-from tests.integration.fixtures import NewShop
 from tests.integration.test_processes import environment, run
 from training.config import TrainConfig
 from training.dataset import open_shop
+from training.evaluate import metrics_of
 from training.pairs import train_pairs
 from training.rating import Ratings, read_ratings
-from training.run import TrainResult, evaluate, export, train
-
-
-@pytest.fixture(scope="module")
-def trained(new_shop: NewShop, tmp_path_factory: pytest.TempPathFactory) -> tuple[ServerSettings, TrainResult]:
-    settings = new_shop()
-    serving.fill(settings, tmp_path_factory.mktemp("sample"))
-    return settings, train(settings, replace(TrainConfig.tiny(), evaluation_users=0))
+from training.run import TrainResult, evaluate, train
+from training.tracking import HISTORY, read_history
 
 
 def test_evaluating_a_run_again_gives_the_figures_it_was_saved_with(trained: tuple[ServerSettings, TrainResult], tmp_path: Path) -> None:
     """Fails when a feature is missing while training and there later (or the reverse), as profiles once were."""
     settings, result = trained
     rankings = tmp_path / "rankings.jsonl"
-    everybody = evaluate(settings, result.run_dir, rankings=rankings)
+    everybody = metrics_of(evaluate(settings, result.run_dir, rankings=rankings))
     assert everybody["evaluated_users"] == result.metrics["evaluated_users"]
     lines = [json.loads(line) for line in rankings.read_text().splitlines()]
     assert len(lines) >= everybody["evaluated_users"]
@@ -51,9 +45,10 @@ def test_the_model_beats_popularity_clearly(trained: tuple[ServerSettings, Train
     assert metrics["ndcg_at_10"] > 3 * max(metrics["popularity_ndcg_at_10"], 0.01)
 
 
-def test_the_bundle_names_its_contract_window_and_parity(trained: tuple[ServerSettings, TrainResult], tmp_path: Path) -> None:
-    settings, result = trained
-    manifest = export(settings, result.run_dir, tmp_path / "bundle")
+def test_the_bundle_names_its_contract_window_and_parity(
+    trained: tuple[ServerSettings, TrainResult], bundled: tuple[Path, Manifest]
+) -> None:
+    result, manifest = trained[1], bundled[1]
     assert manifest.contract.name == "ranking_v1"
     assert {"encoder", "encoder_ragged_batch", "ranker"} <= set(manifest.parity)
     assert max(manifest.parity.values()) < 1e-4
@@ -98,7 +93,7 @@ def test_a_search_finds_a_configuration_and_an_ensemble_trains_with_it(trained: 
     result = train(settings, config, now=datetime(2026, 1, 1, tzinfo=UTC))
     assert result.metrics["tower_validation_ndcg_at_10"] == result.metrics["ensemble_validation_ndcg_at_10"]
     assert {"tower_0_validation_ndcg_at_10", "tower_1_validation_ndcg_at_10"} <= set(result.metrics)
-    assert evaluate(settings, result.run_dir)["evaluated_users"] > 20
+    assert len(evaluate(settings, result.run_dir).users) > 20
     distilled = run(settings, "train", "--distil", "--preset", "tiny")
     assert distilled.returncode == 2
     assert "nothing to distil" in distilled.stderr
@@ -138,6 +133,9 @@ def test_a_training_killed_and_resumed_ends_with_the_figures_of_one_that_was_not
     assert record["metrics"] == pytest.approx(result.metrics, abs=1e-9)
     assert record["steps"] == result.steps
     assert not list(run_dir.glob("begun*"))
+    assert [step for step, _ in read_history(run_dir / HISTORY)["train/loss"]] == list(
+        range(1, result.steps + 1)
+    )  # one curve over the kill
     again = CliRunner().invoke(app, ["train", "--resume", str(run_dir)])
     assert isinstance(again.exception, FileNotFoundError)
     assert CliRunner().invoke(app, ["train", "--resume", str(run_dir), "--set", "seed=1"]).exit_code == 2

@@ -65,7 +65,7 @@ def train(config: TrainConfig, folder: Path, *, kill_at: int = 0) -> TowerReport
     """Trains, or goes on with what was broken off in the folder."""
     made = trainer(config, folder)
     made.kill_at = kill_at
-    report = made.run(folder / "tensorboard")
+    report = made.run()
     if is_first():
         (folder / "losses.json").write_text(json.dumps(report.losses))
         save_file(made.tower.state_dict(), folder / "tower.safetensors")

@@ -22,6 +22,7 @@ from training.export import write_bundle
 from training.model import Tower, TwoTower
 from training.ranker import Ranker
 from training.text import load_tokenizer
+from training.tracking import Trackers
 from training.train import Trainer
 
 CONFIG = replace(TrainConfig.tiny(), epochs=12, max_steps=0, patience=99, learning_rate=1e-3, dropout=0.0, negative_count=8)
@@ -118,14 +119,14 @@ def test_a_student_learns_its_teachers_softmax(data: TowerData, tmp_path: Path) 
     members = []
     for seed in (1, 2):
         members.append(new_tower(replace(CONFIG, seed=seed), 12))
-        Trainer(members[-1], data.items, train=data.train, validation=data.validation, config=CONFIG).run(tmp_path)
+        Trainer(members[-1], data.items, train=data.train, validation=data.validation, config=CONFIG).run()
     ensemble = Ensemble(members).eval()
     with torch.inference_mode():
         users = ensemble.logits_user(pools(ensemble, data.train.tokens, "users"))
         wanted = (users @ vectors(ensemble, data)[1].T).log_softmax(-1)
     student = new_tower(replace(CONFIG, seed=7), 12)
     before = float(torch.nn.functional.kl_div(softmax(student, data), wanted, log_target=True, reduction="batchmean"))
-    report = Distiller(student, ensemble, data, replace(CONFIG, distil_weight=1.0)).run(tmp_path)
+    report = Distiller(student, ensemble, data, replace(CONFIG, distil_weight=1.0)).run()
     after = float(torch.nn.functional.kl_div(softmax(student, data), wanted, log_target=True, reduction="batchmean"))
     assert report.steps > 0
     assert after < 0.5 * before
@@ -133,14 +134,14 @@ def test_a_student_learns_its_teachers_softmax(data: TowerData, tmp_path: Path) 
 
 def test_every_member_has_its_own_seed_and_model_and_the_report_says_how_each_did(data: TowerData, tmp_path: Path) -> None:
     config = replace(CONFIG, epochs=1, max_steps=2, ensemble=2)
-    ensemble, report, figures = train_towers(data, config, Places(tmp_path))
+    ensemble, report, figures = train_towers(data, config, Places(Trackers()))
     assert isinstance(ensemble, Ensemble)
     first, second = ensemble.members
     assert not torch.equal(first.user_head.weight, second.user_head.weight)
     assert set(figures) == {"tower_0_validation_ndcg_at_10", "tower_1_validation_ndcg_at_10", "ensemble_validation_ndcg_at_10"}
     assert report.ndcg_at_10 == figures["ensemble_validation_ndcg_at_10"] == validate(ensemble, data)
     assert report.steps == 4
-    student, taught, same = train_towers(data, replace(config, distil_weight=0.5), Places(tmp_path))
+    student, taught, same = train_towers(data, replace(config, distil_weight=0.5), Places(Trackers()))
     assert isinstance(student, TwoTower)
     assert same == figures
     assert taught.steps == 6
@@ -157,7 +158,7 @@ def test_towers_that_read_other_tokens_are_no_ensemble(data: TowerData, tmp_path
     changed.add_tokens(["porcelain"])
     changed.save(str(other))
     with pytest.raises(TokenizerMismatchError, match="reads other tokens"):
-        train_towers(data, replace(CONFIG, ensemble=2, ensemble_models=f"tiny,{other.parent}"), Places(tmp_path))
+        train_towers(data, replace(CONFIG, ensemble=2, ensemble_models=f"tiny,{other.parent}"), Places(Trackers()))
 
 
 @pytest.mark.parametrize("values", [{"distil_weight": 1.5}, {"ensemble": 0}])

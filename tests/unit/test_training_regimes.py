@@ -108,7 +108,7 @@ def test_adalora_ends_with_the_mean_rank_it_was_given(tokenizer) -> None:  # typ
 @pytest.mark.parametrize("regime", PEFT)
 def test_a_run_is_saved_loaded_and_exported_as_any_other(tokenizer, regime: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     made, table = trainer(tokenizer, regime), item_table()
-    made.run(tmp_path / "log")
+    made.run()
     config = replace(configured(regime), ranker_hidden=8)
     trained = Trained(config, made.tower, tokenizer, Ranker(8).eval(), table.ids)
     (tmp_path / "run").mkdir()
