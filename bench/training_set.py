@@ -27,8 +27,8 @@ from features.schema import migrate
 from features.settings import Settings, load_settings
 from features.store import apply_repository, feature_store
 from training.dataset import customer_job
-from training.events import to_micros
-from training.join import Job, join, moment_of
+from training.events import from_micros, to_micros
+from training.join import Job, join
 from training.progress import quiet
 
 EVENTS_PER_CUSTOMER = 21  # the first has no past: 20 rows a customer
@@ -69,7 +69,7 @@ def keys(dsn: str, count: int) -> Iterator[tuple[str, int]]:
 
 def plain_seconds(job: Job, some: list[tuple[str, int]]) -> float:
     """Joins the same keys the usual way: one data frame, uploaded by Feast's SDK."""
-    frame = pd.DataFrame([{"user_id": user, "event_timestamp": moment_of(at - 1)} for user, at in some])
+    frame = pd.DataFrame([{"user_id": user, "event_timestamp": from_micros(at - 1)} for user, at in some])
     started = time.monotonic()
     with quiet():
         joined = job.store.get_historical_features(entity_df=frame, features=list(job.features)).to_arrow()

@@ -1,34 +1,20 @@
 """An audit as one HTML page: plots drawn by matplotlib, inline, with no resource from elsewhere."""
 
-import io
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
-from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from features.page import BAD, GOOD, GREY, plot, render
 from server.audit.report import KINDS, AuditReport, Outcome
 
 _TEMPLATE = Path(__file__).with_name("audit_page.html.j2")
-_GOOD, _BAD, _GREY = "#2a7f62", "#c8452f", "#9aa3ad"
-_COLOURS = {Outcome.EQUAL: _GOOD, Outcome.DIFFERS: _BAD, Outcome.NOT_REPLAYABLE: _GREY}
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa3ad",
-}
+_COLOURS = {Outcome.EQUAL: GOOD, Outcome.DIFFERS: BAD, Outcome.NOT_REPLAYABLE: GREY}
 _LISTED = 500
 _BARS = 40
 
@@ -41,9 +27,8 @@ def page(report: AuditReport, *, project: str) -> str:
         ("Staleness of logged answers", "Age of the oldest event that an answer did not reflect yet.", _svg(report, _staleness)),
         ("Prices and stock", "Shown prices, stock flags and channels against the catalogue at their offer_version.", _svg(report, _offers)),
     ]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_TEMPLATE.read_text())
-    return template.render(
+    return render(
+        _TEMPLATE,
         project=project,
         report=report,
         plots=plots,
@@ -63,16 +48,7 @@ def _replays(report: AuditReport) -> list[tuple[str, int, int, int]]:
 
 
 def _svg(report: AuditReport, draw: Callable[[Axes, AuditReport], bool]) -> str:
-    """Draws one plot; ids are salted with its name, because several plots share the page."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": draw.__name__}):
-        figure = Figure(figsize=(6.4, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        if not draw(axes, report):
-            axes.set_axis_off()
-            axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", color=_GREY, fontsize=12)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True)
-    return re.sub(r"\A.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
+    return plot(lambda axes: draw(axes, report), name=draw.__name__)
 
 
 def _agreement(axes: Axes, report: AuditReport) -> bool:
@@ -80,7 +56,7 @@ def _agreement(axes: Axes, report: AuditReport) -> bool:
         return False
     channels = sorted(report.by_channel, reverse=True)
     ratios = [report.by_channel[channel].ratio for channel in channels]
-    bars = axes.barh(channels, ratios, color=[_GOOD if ratio == 1 else _BAD for ratio in ratios], height=0.6)
+    bars = axes.barh(channels, ratios, color=[GOOD if ratio == 1 else BAD for ratio in ratios], height=0.6)
     axes.bar_label(
         bars, [f"{100 * ratio:.4g} % of {report.by_channel[name].asked}" for name, ratio in zip(channels, ratios, strict=True)], padding=4
     )
@@ -123,7 +99,7 @@ def _staleness(axes: Axes, report: AuditReport) -> bool:
     names = ["none", *(f"{edge:g} s" if edge >= 1 else f"{1000 * edge:g} ms" for edge in edges[1:]), "more"]
     found = Counter(bisect_left(edges, value) for value in seconds)
     counts = [found[k] for k in range(len(names))]
-    bars = axes.bar(names, counts, color=[_GOOD, *[_GREY] * (len(names) - 1)], width=0.8)
+    bars = axes.bar(names, counts, color=[GOOD, *[GREY] * (len(names) - 1)], width=0.8)
     axes.bar_label(bars, [str(count) if count else "" for count in counts], padding=2, fontsize=9)
     axes.tick_params(axis="x", labelrotation=45, labelsize=9)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -136,8 +112,8 @@ def _offers(axes: Axes, report: AuditReport) -> bool:
     if not names:
         return False
     counts = [report.offers[name] for name in names]
-    colours = {"equal": _GOOD, "unknown": _GREY}
-    bars = axes.barh([name.replace("_", " ") for name in names], counts, color=[colours.get(name, _BAD) for name in names], height=0.6)
+    colours = {"equal": GOOD, "unknown": GREY}
+    bars = axes.barh([name.replace("_", " ") for name in names], counts, color=[colours.get(name, BAD) for name in names], height=0.6)
     axes.bar_label(bars, [f"{count:,}" for count in counts], padding=4)
     axes.set_xscale("symlog")  # one mismatch among a million must be seen; the labels say how many
     axes.xaxis.set_visible(False)

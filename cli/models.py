@@ -1,9 +1,9 @@
-"""Commands on models and the replicas that answer with them: train, evaluate, export, publish, activate, list."""
+"""Commands on models and the replicas that answer with them: train, export, publish, activate, list."""
 
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import psycopg
 import typer
@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.context import console, note, pair, shop
+from cli.reports import Run, newest_run, print_metrics
 from features.models import Activation, OnUnready
 from features.settings import Settings
 
+if TYPE_CHECKING:
+    from training.config import TrainConfig
+
 _out = Console()
-_Run = Annotated[Path | None, typer.Option(help="A run folder; default: the newest one under the data folder.")]
 
 
 class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
@@ -25,12 +28,24 @@ class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
 
     recommend = "recommend"
     clicks = "clicks"
+    rating = "rating"
+
+
+class Track(str, Enum):  # noqa: UP042 - likewise
+    """Who may follow a run."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
+# What a run folder calls each task.
+_TRAINED = {Task.recommend: "tower", Task.clicks: "classifier", Task.rating: "rating"}
 
 
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command(epilog="Example: concord train --preset full --set cut=2011-11-01")(train)
-    app.command(epilog="Example: concord evaluate --rankings rankings.jsonl")(evaluate)
     app.command(epilog="Example: concord export --out .data/bundle")(export)
     app.command(epilog="Example: concord publish .data/bundle")(publish)
     app.command(epilog="Example: concord activate 20260131-0123456789")(activate)
@@ -39,61 +54,108 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    task: Annotated[Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier.")] = Task.recommend,
+    task: Annotated[
+        Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier; rating: the rating regression.")
+    ] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
+    config_file: Annotated[Path | None, typer.Option("--config", help="A configuration instead of a preset, such as best.json.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
+    ensemble: Annotated[int, typer.Option(min=1, help="Train this many towers, of seeds in a row, and average their scores.")] = 1,
+    distil: Annotated[bool, typer.Option("--distil", help="Distil the ensemble into one tower, which is what is kept.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder that was broken off: goes on from its last checkpoint, as it was configured.")
+    ] = None,
+    track: Annotated[list[Track] | None, typer.Option(help="Who follows the run, repeatable; default: tensorboard.")] = None,
 ) -> None:
     """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
     With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
+    With --task rating: the same with one output and mean squared error, on the ratings of rate and review events.
+
+    Among the fields: regime=full|top_k|frozen|lora|adalora|adapter (what of BERT is fine-tuned), optimizer=adamw|sgd,
+    schedule=linear|cosine|constant, label_smoothing, accumulation_steps, mixed_precision, device, checkpoint_steps, and
+    warmup_objective=mlm|contrastive with warmup_steps (self-supervised, before the labels). All: docs/training.md.
     """
-    from training.classifier import train_classifier
-    from training.config import TrainConfig
+    from training.classifier import Clicks
     from training.dataset import TrainingDataError
+    from training.distill import TokenizerMismatchError
+    from training.pairs import train_pairs
+    from training.rating import Ratings
     from training.run import train as run
+    from training.runs import Begun
+    from training.tracking import TrackerMissingError
+
+    if resume and (assign or config_file or ensemble > 1 or distil):
+        raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--resume")
+    configured = training_config(preset, config_file, assign or [], ensemble=ensemble, distil=distil)
+    begun = Begun.load(resume) if resume else Begun(_TRAINED[task], configured, 0)
+    heads = {head.name: head for head in (Clicks(), Ratings())}
+    if begun.task in heads and begun.config.ensemble > 1:
+        raise typer.BadParameter(f"the {begun.task} is one model", param_hint="--ensemble")
+    if track and begun.task in heads:
+        raise typer.BadParameter(f"only the training of recommendations is followed, not the {begun.task}", param_hint="--track")
+    with shop(Settings) as settings:
+        try:
+            if begun.task in heads:
+                result = train_pairs(settings, heads[begun.task], begun.config, resume=resume)
+            else:
+                trackers = [each.value for each in track or (Track.tensorboard,)]
+                result = run(settings, begun.config, resume=resume, track=trackers)
+        except TrackerMissingError as error:
+            raise typer.BadParameter(str(error), param_hint="--track") from None
+        except TrainingDataError as error:
+            raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
+        except TokenizerMismatchError as error:
+            raise typer.BadParameter(str(error), param_hint="--set") from None
+    print_metrics(result.metrics)
+    _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+
+
+def training_config(preset: str, config_file: Path | None, assign: list[str], *, ensemble: int = 1, distil: bool = False) -> "TrainConfig":
+    """Returns the configuration that options name: a preset or a file, changed by ``--set``, ``--ensemble`` and ``--distil``."""
+    from training.config import TrainConfig
 
     presets = {"demo": TrainConfig.demo, "full": TrainConfig.full, "tiny": TrainConfig.tiny}
     if preset not in presets:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
+    values = dict(pair(text) for text in assign)
+    if ensemble > 1:
+        values["ensemble"] = str(ensemble)
     try:
-        config = presets[preset]().with_values(dict(pair(text) for text in assign or []))
+        config = (TrainConfig.load(config_file) if config_file else presets[preset]()).with_values(values)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--set") from None
-    with shop(Settings) as settings:
-        try:
-            result = run(settings, config) if task is Task.recommend else train_classifier(settings, config)
-        except TrainingDataError as error:
-            raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
-    _metrics(result.metrics)
-    _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
-
-
-def evaluate(
-    run_dir: _Run = None,
-    rankings: Annotated[Path | None, typer.Option(help="Write each customer's ranking as JSON lines: user, items.")] = None,
-    cut: Annotated[str, typer.Option(help="End of the training period, ISO 8601; default: the run's own.")] = "",
-) -> None:
-    """Evaluates a run on the time split, beside popularity."""
-    from datetime import datetime
-
-    from training.run import evaluate as run
-
-    with shop(Settings) as settings:
-        metrics = run(settings, run_dir or _newest(settings), rankings=rankings, cut=datetime.fromisoformat(cut) if cut else None)
-    _metrics(metrics)
+    if distil and config.ensemble == 1:
+        raise typer.BadParameter("one tower has nothing to distil: give --ensemble", param_hint="--distil")
+    return config.distilled() if distil else config
 
 
 def export(
-    run_dir: _Run = None,
+    run_dir: Run = None,
     out: Annotated[Path, typer.Option(help="Folder for the bundle; replaced.")] = Path(".data/bundle"),
+    encoder: Annotated[str, typer.Option(help="Form of the encoder: fp32, fused, int8, int4 or static; see concord quantize.")] = "fp32",
+    fp16: Annotated[bool, typer.Option("--fp16", help="Add the encoder in half precision, for CONCORD_ONNX_PRECISION=fp16.")] = False,
 ) -> None:
     """Exports a run as an ONNX bundle and checks that it computes what PyTorch computed."""
+    from training.quantize import RefusedVariantError
     from training.run import export as run
+    from training.variants import Variant
 
+    if encoder not in list(Variant):
+        raise typer.BadParameter(f"{encoder!r} is none of {', '.join(Variant)}", param_hint="--encoder")
     with shop(Settings) as settings:
-        manifest = run(settings, run_dir or _newest(settings), out)
+        try:
+            manifest = run(settings, run_dir or newest_run(settings), out, variant=Variant(encoder), fp16=fp16)
+        except RefusedVariantError as error:
+            raise typer.BadParameter(str(error), param_hint="--encoder") from None
     differences = ", ".join(f"{name} {value:.1e}" for name, value in manifest.parity.items())
     _out.print(f"model version {manifest.model_version} in {out}; largest differences from PyTorch: {differences}")
+    for name, measured in manifest.invariance.items():
+        told = ", ".join(f"{what} {'bit-equal' if one.bit_equal else f'{one.largest_difference:.1e}'}" for what, one in measured.items())
+        _out.print(f"{name} by what the batch changes: {told}")
+    for name in ("encoder_validation_ndcg_loss", "encoder_fp16_validation_ndcg_loss"):
+        if name in manifest.metrics:
+            _out.print(f"{name} {manifest.metrics[name]:+.4f}")
 
 
 def publish(bundle: Annotated[Path, typer.Argument(help="A bundle folder.")] = Path(".data/bundle")) -> None:
@@ -175,17 +237,3 @@ def replicas() -> None:
         _out.print("Replicas wait, NOT_SERVING, until those with other settings that decide a slate have left: stop one kind or the other.")
     if len({replica.config for replica in found if replica.live}) > 1:
         _out.print("[red]The live replicas differ in the settings that decide a slate:[/red] they answer differently.")
-
-
-def _newest(settings: Settings) -> Path:
-    runs = sorted((settings.data_dir / "runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise FileNotFoundError(f"no run under {settings.data_dir / 'runs'}; `concord train` makes one")
-    return runs[-1].parent
-
-
-def _metrics(metrics: dict[str, float]) -> None:
-    table = Table("metric", "value")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}")
-    _out.print(table)

@@ -25,8 +25,8 @@ from features.settings import Settings
 from features.store import contract_of, feature_store
 from training.config import TrainConfig
 from training.descriptions import Descriptions, read_descriptions
-from training.events import EventLog, Micros, read_events, to_micros
-from training.join import Column, Job, join, moment_of
+from training.events import EventLog, Micros, from_micros, read_events, to_micros
+from training.join import Column, Job, join
 from training.progress import bar, quiet
 from training.shards import Shards
 
@@ -52,7 +52,8 @@ class Split:
     """Times that divide the event log, microseconds of Unix time.
 
     The tower trains on visits in [begin, ranker_start), the ranker on those in [ranker_start, cut), which also validate
-    the tower; the holdout is what follows the cut. A split by sessions has no such times: there, both are the end.
+    the tower; the holdout is what follows the cut. A split by sessions has no such times: there, all three
+    are the end: the cut, or that of the log.
     """
 
     begin: Micros
@@ -123,9 +124,11 @@ def split_of(log: EventLog, config: TrainConfig) -> Split:
 def split_between(begin: Micros, last: Micros, config: TrainConfig) -> Split:
     """Returns the split of a log whose first and last events are given; raises as ``split_of``."""
     end = last + 1
-    if config.split == "session":
+    if config.split == "session" and not config.cut:
         return Split(begin, end, end, end)
     cut = to_micros(datetime.fromisoformat(config.cut)) if config.cut else end - int((end - begin) * config.holdout_fraction)
+    if config.split == "session" and begin < cut:
+        return Split(begin, min(cut, end), min(cut, end), min(cut, end))
     if not begin < cut < end:
         raise TrainingDataError(f"the cut {config.cut or config.holdout_fraction} is not inside the events' period")
     return Split(begin, cut - int((cut - begin) * config.ranker_fraction), cut, end)
@@ -206,7 +209,7 @@ def take_snapshots(shop: Shop, *, start: Micros, cut: Micros, every_days: int) -
     times = [cut - 1 - k * step for k in range((cut - start) // step + 2)]
     with psycopg.connect(shop.dsn) as connection:
         for time in bar(times, "feature snapshots"):
-            take_snapshot(connection, moment_of(time))
+            take_snapshot(connection, from_micros(time))
             connection.commit()
     popularity = {time: np.zeros((len(shop.table), len(POPULARITY)), np.float32) for time in times}
     job = Job(shop.store, _references(shop.store, "item_popularity"), key="item_id")

@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,11 @@ def to_micros(moment: datetime) -> Micros:
     """Returns a time in microseconds of Unix time, exactly; a time without an offset is UTC."""
     delta = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH
     return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def from_micros(time: Micros) -> datetime:
+    """Returns the time (UTC) of what ``to_micros`` gave."""
+    return _EPOCH + timedelta(microseconds=time)
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,6 @@ class EventLog:
         if not len(self):
             raise ValueError("there are no events to train on")
         return int(self.time.min()), int(self.time.max())
-
-    def before(self, time: Micros) -> "EventLog":
-        """Returns the log as it stood just before ``time``; customers keep their codes, visits their numbers."""
-        kept = self.time < time
-        columns = {name: getattr(self, name)[kept] for name in ("user", "item", "action", "time", "visit")}
-        return EventLog(self.users, **columns)
 
 
 def read_events(connection: Connection[TupleRow], table: ItemTable) -> EventLog:

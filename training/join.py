@@ -14,7 +14,6 @@ import contextlib
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
 from features.store import joining_store
-from training.events import Micros
+from training.events import from_micros
 from training.progress import bar, quiet
 from training.shards import Shards
 
@@ -117,11 +116,6 @@ def schema_of(job: Job) -> pa.Schema:
     return pa.schema(fields)
 
 
-def moment_of(time: Micros) -> datetime:
-    """Returns microseconds of Unix time as an aware time, exactly."""
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=time)
-
-
 @contextlib.contextmanager
 def _scratch(store: FeatureStore) -> Iterator[tuple[Connection[TupleRow], str]]:
     """Yields a connection whose first schema is a new one, which goes with it; schemas of killed joins go too."""
@@ -165,7 +159,7 @@ def _take_in(connection: Connection[TupleRow], job: Job, rows: Iterable[tuple[An
     connection.execute(sql.SQL("CREATE UNLOGGED TABLE given ({}, event_timestamp timestamptz)").format(types))
     with connection.cursor().copy(sql.SQL("COPY given ({}, event_timestamp) FROM STDIN").format(names)) as copy:
         for row in rows:
-            copy.write_row((*row, moment_of(row[1] - 1)))
+            copy.write_row((*row, from_micros(row[1] - 1)))
     placed = sql.SQL(_PLACED).format(key=sql.Identifier(job.key), calls=sql.Literal(_KEYS_PER_CALL), rows=sql.Literal(job.rows_per_shard))
     connection.execute(placed)
     connection.execute("DROP TABLE given")

@@ -39,3 +39,7 @@ class Ragged(Sequence[tuple[int, ...]]):
             raise IndexError(place)
         k = int(place) % len(self)
         return tuple(self._numbers[self._ends[k - 1] if k else 0 : self._ends[k]].tolist())
+
+    def __repr__(self) -> str:
+        """Returns the sequences themselves: equal ones look equal, which digests rely on."""
+        return f"Ragged({list(self)!r})"

@@ -16,6 +16,7 @@ from training.config import TrainConfig
 from training.metrics import ndcg
 from training.progress import bar
 from training.scoring import Query
+from training.tracking import Tracker, Trackers
 
 _LISTS_PER_STEP = 64
 _VALIDATION_SHARE = 0.2
@@ -82,8 +83,9 @@ def list_loss(scores: Tensor, filled: Tensor, wanted: Tensor) -> Tensor:
     return -((log_p * wanted).sum(-1) / wanted.sum(-1)).mean()
 
 
-def train_ranker(queries: Sequence[Query], config: TrainConfig) -> Ranker:
+def train_ranker(queries: Sequence[Query], config: TrainConfig, *, tracker: Tracker | None = None) -> Ranker:
     """Trains on the earlier queries and stops early on the last fifth of them, by time."""
+    tracker = tracker or Trackers()
     torch.manual_seed(config.seed)
     ranker = Ranker(config.ranker_hidden, dropout=config.ranker_dropout)
     ordered = sorted(queries, key=lambda query: query.label.time)
@@ -95,9 +97,10 @@ def train_ranker(queries: Sequence[Query], config: TrainConfig) -> Ranker:
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=config.ranker_learning_rate, weight_decay=config.ranker_weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
     best, weights, worse = -1.0, copy.deepcopy(ranker.state_dict()), 0
-    for _ in bar(range(config.ranker_epochs), "ranker"):
-        _epoch(ranker, lists, optimizer, generator)
+    for epoch in bar(range(1, config.ranker_epochs + 1), "ranker"):
+        tracker.scalar("ranker/loss", _epoch(ranker, lists, optimizer, generator), epoch)
         score = validate(ranker, validation)
+        tracker.scalar("ranker/validation_ndcg_at_10", score, epoch)
         best, weights, worse = (score, copy.deepcopy(ranker.state_dict()), 0) if score > best else (best, weights, worse + 1)
         if worse >= config.ranker_patience:
             break
@@ -105,13 +108,17 @@ def train_ranker(queries: Sequence[Query], config: TrainConfig) -> Ranker:
     return ranker.eval()
 
 
-def _epoch(ranker: Ranker, lists: Lists, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+def _epoch(ranker: Ranker, lists: Lists, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> float:
+    """Passes over the lists once and returns the mean loss of the steps."""
     ranker.train()
+    losses: list[float] = []
     for rows in torch.split(torch.randperm(len(lists.features), generator=generator), _LISTS_PER_STEP):
         loss = list_loss(ranker(lists.features[rows]), lists.filled[rows], lists.wanted[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        losses.append(float(loss.detach()))
+    return float(np.mean(losses))
 
 
 def validate(ranker: Ranker, queries: Sequence[Query]) -> float:

@@ -12,10 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psycopg
 import torch
+from tokenizers import Tokenizer
 
 from features.bundle import Manifest
 from features.item_table import FloatArray, ItemTable
@@ -38,19 +41,32 @@ from training.dataset import (
     split_of,
     take_snapshots,
 )
-from training.distributed import of_the_first, processes, rank_zero_first
+from training.distill import Places, TowerData, train_towers
+from training.distributed import agreed, is_first, processes, rank_zero_first
 from training.encode import user_vectors
-from training.events import EventLog, Micros, to_micros
-from training.export import BundleContext, write_bundle
+from training.evaluate import Visits
+from training.events import Micros, from_micros, to_micros
+from training.export import BundleContext, export_encoder, write_bundle
 from training.exposures import with_exposures
-from training.labels import Label, Labels, all_labels, choose_labels, folds, holdout_labels, keys_of
-from training.on_sale import read_on_sale
+from training.facts import facts_of
+from training.labels import Label, Labels, all_labels, choose_labels, folds, keys_of
+from training.model import TwoTower
+from training.on_sale import OnSale, read_on_sale
+from training.quantize import Encoding, Figures, measure_all, save
 from training.ragged import Ragged
 from training.ranker import Ranker, train_ranker
+from training.regimes import Regime
+from training.results import Evaluation
+from training.run_card import add_card
+from training.runs import Begun, begin, checkpoints, finish
 from training.scoring import Model, Query, make_queries
+from training.segments import visits_of
 from training.shards import batches
 from training.text import Tokens, load_tokenizer, tokenize
-from training.train import TowerReport, TowerSet, Trainer
+from training.tracking import Tracker, open_trackers
+from training.train import TowerReport, TowerSet
+from training.variants import Variant
+from training.warmup import past_activities, warm_up
 
 Vectors = Callable[[ItemTable], FloatArray]
 _JOINED = "customers"
@@ -59,7 +75,7 @@ _LABELS_AT_ONCE = 4_096
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder, holdout metrics, wall-clock seconds and the tower's optimizer steps."""
+    """A finished run: its folder, metrics on what it did not see, wall-clock seconds and BERT's optimizer steps."""
 
     run_dir: Path
     metrics: dict[str, float]
@@ -67,20 +83,45 @@ class TrainResult:
     steps: int
 
 
-def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None) -> TrainResult:
+def train(
+    settings: Settings,
+    config: TrainConfig,
+    *,
+    now: datetime | None = None,
+    resume: Path | None = None,
+    track: Sequence[str] = ("tensorboard",),
+) -> TrainResult:
     """Trains and evaluates a model; the run folder is ``<data_dir>/runs/<time>``.
 
+    Args:
+        settings: the shop.
+        config: how.
+        now: names the run folder; by default the time of the call.
+        resume: a run folder that was broken off, to go on from its last checkpoint with its own configuration.
+        track: who follows the run, of ``training.tracking.TRACKERS``.
+
     Raises:
-        TrainingDataError: no items, no events, the Feast repository is not applied, or too few events before the cut.
+        TrackerMissingError: the package of a tracker is not installed.
+        TrainingDataError: no items, no events, the Feast repository is not applied, too few events before the cut, or others
+            than when the run to resume began.
     """
+    run_dir = resume or settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}"
+    with open_trackers(track, run_dir, active=is_first()) as tracker:
+        tracker.params(config.record())
+        result = _train(settings, config, run_dir, tracker=tracker)
+        for name, value in result.metrics.items():
+            tracker.scalar(f"holdout/{name}", value, result.steps)
+    return result
+
+
+def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: Tracker) -> TrainResult:
     started = time.monotonic()
     prepare_torch(config)
-    run_dir = settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}"
-    with processes() as rank:
-        run_dir = Path(of_the_first(str(run_dir)))
+    with processes(config) as rank:
+        run_dir = agreed(run_dir)
         with rank_zero_first():
             shop = open_shop(settings)
-            split = split_of(shop.log, config)
+            split = begin(run_dir, Begun("tower", config, split_of(shop.log, config).cut)).split(shop.log)
             # Before the customers are joined: their profiles are snapshots too, and a ranker that trained without them
             # meets them for the first time in production (Online Retail: NDCG@10 0.120 instead of 0.130 on the same run).
             start = split.begin if config.split == "session" else split.ranker_start
@@ -89,22 +130,29 @@ def train(settings: Settings, config: TrainConfig, *, now: datetime | None = Non
             # The others find what the first has joined, and go on at once.
             keys = keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout])
             customers = join_customers(shop.store, keys, run_dir / _JOINED)
-        trained, report = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir)
+        trained, report, members = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir, tracker=tracker)
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
-    trained, holdout = _train_ranker(shop, labels, customers, snapshots=snapshots, trained=trained)
-    shutil.rmtree(run_dir / _JOINED)  # it holds what customers did, which is to be forgotten with them
-    metrics = evaluation.metrics_of(holdout, trained.ranker)
-    metrics |= {"tower_validation_ndcg_at_10": report.ndcg_at_10, "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10}
+    trained, holdout = _train_ranker(shop, labels, customers, snapshots=snapshots, trained=trained, tracker=tracker)
+    found = evaluation.measure(holdout, trained.ranker, _visits(shop, labels.holdout, customers, config=config))
+    metrics = evaluation.metrics_of(found)
+    metrics |= members | {
+        "tower_validation_ndcg_at_10": report.ndcg_at_10,
+        "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10,
+    }
     seconds = time.monotonic() - started
     checkpoint.save(trained, RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds), run_dir)
+    found.save(run_dir)
+    facts_of(shop, split, labels, config).save(run_dir)
+    finish(run_dir)
+    shutil.rmtree(run_dir / _JOINED)  # it holds what customers did, which is to be forgotten with them
     return TrainResult(run_dir, metrics, seconds, report.steps)
 
 
-def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None, cut: datetime | None = None) -> dict[str, float]:
+def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None, cut: datetime | None = None) -> Evaluation:
     """Measures a run on each customer's first purchase visit after ``cut`` (by default its own), all customers included.
 
-    A run that was split by sessions is measured on the sessions it held out, and takes no other cut.
+    A run that was split by sessions is measured on the last sessions before that time.
 
     Args:
         settings: the shop.
@@ -122,26 +170,40 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
     if moment < record.cut:
         raise ValueError("the cut lies in the period this run was trained on")
     shop = open_shop(settings)
-    labels = _held_out(shop.log, trained.config, moment, own_cut=record.cut)
+    config = trained.config.with_cut(from_micros(moment))
+    labels = all_labels(shop.log, split_of(shop.log, config), config)[2]
     start = min((label.time for label in labels), default=moment)
-    snapshots = take_snapshots(shop, start=start, cut=moment, every_days=trained.config.snapshot_days)
+    snapshots = take_snapshots(shop, start=start, cut=moment, every_days=config.snapshot_days)
     customers = join_customers(shop.store, keys_of(labels))
     queries = _holdout_queries(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=_vectors_by(trained))
     if rankings:
         evaluation.write_rankings(queries, trained.ranker, rankings)
-    return evaluation.metrics_of(queries, trained.ranker)
+    return evaluation.measure(queries, trained.ranker, _visits(shop, labels, customers, config=config))
 
 
-def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None = None) -> Manifest:
+def export(
+    settings: Settings, run_dir: Path, out: Path, *, variant: Variant = Variant.FP32, fp16: bool = False, now: datetime | None = None
+) -> Manifest:
     """Writes a run as a bundle into the folder ``out``, its collaborative weights refitted on all events up to now.
+
+    Args:
+        settings: the shop.
+        run_dir: a finished run.
+        out: the bundle's folder.
+        variant: form of the encoder that servers run.
+        fp16: also write the encoder in half precision, for servers on CUDA that ask for it.
+        now: creation time for the manifest; by default the clock's.
 
     Raises:
         FileNotFoundError: ``run_dir`` is not a finished run.
         ParityError: ONNX Runtime does not reproduce the model.
+        RefusedVariantError: the batch changes what the variant computes, or it gains nothing.
     """
     trained, record = checkpoint.load(run_dir)
     prepare_torch(trained.config)
     shop = open_shop(settings)
+    asked = variant is not Variant.FP32 or fp16
+    encoding = Encoding(variant, fp16, _validation(shop, trained, record)) if asked else None
     first, last = shop.log.window()
     weights = collaborative.fit(shop.log, len(shop.table), until=last + 1, config=trained.config)
     context = BundleContext(
@@ -153,58 +215,105 @@ def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None
         first_event=first,
         last_event=last,
     )
-    return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context)
+    manifest = write_bundle(out, trained, table=shop.table, collaborative=weights, context=context, encoding=encoding)
+    return add_card(out, manifest, run_dir)
+
+
+def quantize(settings: Settings, run_dir: Path) -> list[Figures]:
+    """Measures every variant of a run's encoder on its validation labels, and keeps the figures in the run folder.
+
+    Raises:
+        FileNotFoundError: ``run_dir`` is not a finished run.
+    """
+    trained, record = checkpoint.load(run_dir)
+    prepare_torch(trained.config)
+    shop = open_shop(settings)
+    with TemporaryDirectory() as scratch:
+        graphs = {variant: Path(scratch) / f"{variant.value}.onnx" for variant in Variant}
+        fp32 = graphs.pop(Variant.FP32)
+        export_encoder(trained, fp32)
+        items, validation = trained.item_vectors(shop.table), _validation(shop, trained, record)
+        figures = list(measure_all(graphs, trained, encoder=fp32, table=shop.table, items=items, validation=validation).values())
+    save(figures, run_dir / "variants.json")
+    return figures
+
+
+def _validation(shop: Shop, trained: Trained, record: RunRecord) -> TowerSet:
+    """Returns the labels and texts that validated a run's tower."""
+    config = trained.config.with_cut(from_micros(record.cut))
+    labels = choose_labels(shop.log, split_of(shop.log, config), config).validation
+    return tower_set(shop, labels, join_customers(shop.store, keys_of(labels)), config=config, tokenizer=trained.tokenizer)
+
+
+def tower_set(
+    shop: Shop,
+    labels: Sequence[Label],
+    customers: Customers,
+    *,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    on_sale: OnSale | None = None,
+) -> TowerSet:
+    """Returns those labels whose customers' behaviours say something, with the tokens of what they say."""
+    kept: list[Label] = []
+    ids: list[Ragged] = []
+    for part in batches(labels, _LABELS_AT_ONCE):
+        texts = list(behaviour_texts(shop, keys_of(part), customers, config.behaviour_limit))
+        kept += [label for label, text in zip(part, texts, strict=True) if text]
+        ids.append(Ragged(tokenize(tokenizer, filter(None, texts), config.user_tokens).ids))
+    return TowerSet(kept, Tokens(Ragged.joined(ids)), on_sale)
 
 
 def prepare_torch(config: TrainConfig) -> None:
-    """Sets threads and seeds."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    """Sets threads and seeds; the processes of one machine share its cores."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.threads or cores or 1)
     torch.manual_seed(config.seed)
 
 
-def _held_out(log: EventLog, config: TrainConfig, cut: Micros, *, own_cut: Micros) -> Sequence[Label]:
-    if config.split != "session":
-        return holdout_labels(log, config.actions(config.target_actions), cut=cut)
-    if cut != own_cut:
-        raise ValueError("a run split by sessions has no cut")
-    known = log.before(own_cut)
-    return all_labels(known, split_of(known, config), config)[2]
+def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer, until: Micros) -> TowerData:
+    """Returns what towers of this configuration learn from.
 
-
-def _train_tower(
-    shop: Shop, split: Split, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path
-) -> tuple[Trained, TowerReport]:
-    tower, tokenizer = checkpoint.new_tower(config, len(shop.table)), load_tokenizer(config.base_model)
-
-    def readable(chosen: Sequence[Label]) -> TowerSet:
-        kept, ids = [], []
-        for part in batches(chosen, _LABELS_AT_ONCE):
-            texts = list(behaviour_texts(shop, keys_of(part), customers, config.behaviour_limit))
-            kept += [label for label, text in zip(part, texts, strict=True) if text]
-            ids.append(Ragged(tokenize(tokenizer, filter(None, texts), config.user_tokens).ids))
-        return TowerSet(kept, Tokens(Ragged.joined(ids)))
-
-    # One text per item for all of the tower's labels: that of the end of its period, which no later label can see changed.
-    items = tokenize(tokenizer, shop.descriptions.before(split.ranker_start).texts, config.item_tokens)
+    There is one text per item for all labels: that of strictly before ``until``, the end of the tower's period, which no label of the
+    validation, the ranker or the holdout can have changed.
+    """
     chosen = labels.tower
     with psycopg.connect(shop.dsn) as connection:
         on_sale = read_on_sale(connection, shop.table, shop.log)
         if config.exposure_negatives:
             chosen = with_exposures(connection, chosen, shop.table, shop.log)
-    trainer = Trainer(tower, items, train=readable(chosen), validation=readable(labels.validation), config=config, on_sale=on_sale)
-    report = trainer.run(run_dir / "tensorboard")
-    return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report
+    train = tower_set(shop, chosen, customers, config=config, tokenizer=tokenizer, on_sale=on_sale)
+    validation = tower_set(shop, labels.validation, customers, config=config, tokenizer=tokenizer)
+    return TowerData(tokenize(tokenizer, shop.descriptions.before(until).texts, config.item_tokens), train, validation)
+
+
+def _train_tower(
+    shop: Shop, split: Split, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path, tracker: Tracker
+) -> tuple[Trained, TowerReport, dict[str, float]]:
+    tokenizer = load_tokenizer(config.base_model)
+    data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer, until=split.ranker_start)
+
+    def prepare(tower: TwoTower, member: TrainConfig, name: str) -> Regime:
+        regime = Regime(tower.encoder, member.regime or "top_k", member)
+        if member.warmup_objective != "none" and not list(checkpoints(run_dir, name).glob("step-*")):
+            histories = past_activities(shop, until=split.ranker_start, config=member)
+            warm_up(tower, histories, shop.table, config=member, folder=checkpoints(run_dir, f"warmup-{name}"))
+        return regime
+
+    places = Places(tracker, partial(checkpoints, run_dir))
+    tower, report, members = train_towers(data, config, places, prepare)
+    return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report, members
 
 
 def _train_ranker(
-    shop: Shop, labels: Labels, customers: Customers, *, snapshots: Snapshots, trained: Trained
+    shop: Shop, labels: Labels, customers: Customers, *, snapshots: Snapshots, trained: Trained, tracker: Tracker
 ) -> tuple[Trained, list[Query]]:
     """Trains the ranker on labels that neither tower nor collaborative weights have seen; also returns the holdout's queries."""
     config, vectors = trained.config, _vectors_by(trained)
     queries: list[Query] = []
     for until, fold in folds(labels.ranker, config.ranker_folds):
         queries += _queries(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=until)
-    ranker = train_ranker(queries, config)
+    ranker = train_ranker(queries, config, tracker=tracker)
     holdout = _holdout_queries(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors)
     return Trained(config, trained.tower, trained.tokenizer, ranker, trained.item_ids), holdout
 
@@ -231,6 +340,12 @@ def _vectors_by(trained: Trained) -> Vectors:
         return known[table.texts]
 
     return vectors
+
+
+def _visits(shop: Shop, labels: Sequence[Label], customers: Customers, *, config: TrainConfig) -> Visits:
+    """Looks up what reports tell the holdout's customers apart by."""
+    histories = {user: [b.channel for b in customers[user, time].activity.behaviours] for user, time in keys_of(labels)}
+    return visits_of(shop.dsn, labels, histories, items=shop.table.ids, actions=config.actions(config.target_actions))
 
 
 def _queries(

@@ -4,8 +4,10 @@ import itertools
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
@@ -14,11 +16,15 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cli.stack import Stack, running_stack
+from features.bundle import Manifest
 from features.schema import migrate
 from features.store import apply_repository
 from server.settings import ServerSettings
 from tests.integration import serving
 from tests.integration.times import START
+
+if TYPE_CHECKING:
+    from training.run import TrainResult
 
 NewShop = Callable[[], ServerSettings]
 
@@ -95,6 +101,26 @@ def bundle(new_shop: NewShop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle")
     serving.train_tiny(settings, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def trained(new_shop: NewShop, tmp_path_factory: pytest.TempPathFactory) -> "tuple[ServerSettings, TrainResult]":
+    """A shop and a finished run of the tiny preset, measured on all its customers; made once a session, not to be changed."""
+    from training.config import TrainConfig
+    from training.run import train
+
+    settings = new_shop()
+    serving.fill(settings, tmp_path_factory.mktemp("sample"))
+    return settings, train(settings, replace(TrainConfig.tiny(), evaluation_users=0))
+
+
+@pytest.fixture(scope="session")
+def bundled(trained: "tuple[ServerSettings, TrainResult]", tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """The bundle that the run of ``trained`` was exported as."""
+    from training.run import export
+
+    folder = tmp_path_factory.mktemp("bundled")
+    return folder, export(trained[0], trained[1].run_dir, folder)
 
 
 @pytest.fixture(scope="module")

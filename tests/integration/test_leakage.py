@@ -27,9 +27,8 @@ from training import collaborative
 from training.config import TrainConfig
 from training.dataset import behaviour_texts, join_customers, open_shop, take_snapshots
 from training.descriptions import Descriptions
-from training.events import to_micros
+from training.events import from_micros, to_micros
 from training.exposures import with_exposures
-from training.join import moment_of
 from training.labels import TAKEN, Label, visit_labels
 from training.on_sale import read_on_sale
 from training.scoring import Model, make_query
@@ -132,7 +131,7 @@ def rows_before(world: World, keys: list[tuple[str, int]]) -> Rows:
 
 def rewrite_the_future(world: World, seed: int) -> None:
     """Appends, deletes and alters whatever happened at or after the turn; each kind at the very turn too."""
-    rng, turn, dsn = random.Random(seed), moment_of(world.turn), world.settings.postgres_dsn
+    rng, turn, dsn = random.Random(seed), from_micros(world.turn), world.settings.postgres_dsn
     record(dsn, rng, 150, start=turn + timedelta(minutes=1), end=CUT, users=(*USERS, "newcomer"))
     with psycopg.connect(dsn) as connection:
         for user in USERS:

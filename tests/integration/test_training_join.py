@@ -24,9 +24,9 @@ from tests.integration.times import START
 from training import join as joining
 from training.config import TrainConfig
 from training.dataset import customer_job, join_customers, open_shop
-from training.events import read_events, stream_events, to_micros
+from training.events import from_micros, read_events, stream_events, to_micros
 from training.exposures import with_exposures
-from training.join import join, moment_of
+from training.join import join
 from training.labels import Label, visit_labels
 from training.on_sale import read_on_sale
 from training.progress import quiet
@@ -68,7 +68,7 @@ def test_the_join_is_plain_feasts_join(filled: ServerSettings, tmp_path: Path) -
     ours = rows_of(tmp_path)
     assert len(shards.paths()) == -(-len(set(keys)) // 300)
     assert [(row["at"], row["user_id"].encode()) for row in ours] == sorted((at, user.encode()) for user, at in set(keys))
-    frame = pd.DataFrame([{"user_id": user, "at": at, "event_timestamp": moment_of(at - 1)} for user, at in set(keys)])
+    frame = pd.DataFrame([{"user_id": user, "at": at, "event_timestamp": from_micros(at - 1)} for user, at in set(keys)])
     with quiet():
         plain = feature_store(filled).get_historical_features(entity_df=frame, features=list(job.features)).to_arrow().to_pylist()
     theirs = {(row["user_id"], row["at"]): row for row in plain}

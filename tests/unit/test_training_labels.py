@@ -6,7 +6,7 @@ import pytest
 from tests.unit.training_shop import DAY, START, chain_log, event_log
 from training.config import TrainConfig
 from training.dataset import Split, TrainingDataError, split_of
-from training.events import to_micros
+from training.events import from_micros, to_micros
 from training.labels import all_labels, choose_labels, folds, holdout_labels, visit_labels
 
 
@@ -134,9 +134,13 @@ def test_no_visit_of_a_split_by_sessions_has_two_uses_and_the_order_is_kept() ->
     assert all(label.time < before[label.user_id] < last[label.user_id] for label in tower if label.user_id in before)
 
 
-def test_a_split_by_sessions_takes_no_cut() -> None:
-    with pytest.raises(ValueError, match="cut"):
-        TrainConfig(split="session", cut="2026-01-01")
+def test_a_split_by_sessions_ends_at_the_cut() -> None:
+    log = event_log([("a", "purchase", k, 10 * k, k) for k in range(4)])
+    config = TrainConfig(split="session").with_cut(from_micros(START + 25 * DAY))
+    tower, ranker, holdout = all_labels(log, split_of(log, config), config)
+    assert [label.items for label in holdout] == [(2,)]
+    assert [label.items for label in ranker] == [(1,)]
+    assert list(tower) == []
     with pytest.raises(ValueError, match="split"):
         TrainConfig(split="halves")
 
@@ -150,12 +154,3 @@ def test_folds_cut_by_time_and_know_nothing_of_their_own_labels() -> None:
     assert max(map(len, (part for _, part in parts))) - min(map(len, (part for _, part in parts))) <= 1
     assert folds([], 3) == []
     assert len(folds(labels[:2], 5)) == 2
-
-
-def test_a_log_cut_off_at_a_time_holds_what_came_before_it() -> None:
-    log = chain_log()
-    middle = int(np.median(log.time))
-    before = log.before(middle)
-    assert len(before) == int((log.time < middle).sum())
-    assert before.time.max() < middle
-    assert before.users == log.users

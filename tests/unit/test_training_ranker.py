@@ -15,7 +15,7 @@ from tests.unit.training_shop import DAY, START, activity_before, chain_log, ite
 from training.collaborative import fit
 from training.config import TrainConfig
 from training.dataset import Customer, Snapshots
-from training.evaluate import metrics_of, write_rankings
+from training.evaluate import Visit, Visits, measure, metrics_of, write_rankings
 from training.labels import holdout_labels, visit_labels
 from training.ranker import Ranker, list_loss, to_lists, train_ranker, validate
 from training.scoring import Model, Query, make_queries
@@ -56,7 +56,7 @@ def test_snapshots_are_strictly_before_a_label() -> None:
 
 
 def test_the_pipeline_beats_popularity_on_the_holdout(trained: Ranker) -> None:
-    metrics = metrics_of(queries(holdout=True), trained)
+    metrics = metrics_of(measure(queries(holdout=True), trained))
     assert metrics["ndcg_at_10"] > metrics["popularity_ndcg_at_10"] + 0.2
     assert metrics["candidate_recall"] == 1.0
     assert 0 < metrics["coverage"] <= 1
@@ -100,6 +100,20 @@ def test_validation_scores_all_lists_as_one_would(trained: Ranker) -> None:
 def test_without_a_useful_list_the_ranker_stays_untrained() -> None:
     ranker = train_ranker([], CONFIG)
     assert not ranker.training
+
+
+def test_probabilities_are_the_softmax_of_the_first_ten(trained: Ranker) -> None:
+    some = queries(holdout=True)[:5]
+    visits = Visits({some[0].label.user_id: Visit("app", ("app", "web"))})
+    found = measure(some, trained, visits).users
+    assert (found[0].channel, found[0].history_channels, found[1].channel) == ("app", ("app", "web"), "")
+    for user, query in zip(found, some, strict=True):
+        with torch.inference_mode():
+            scores = trained(torch.from_numpy(query.features)).double().numpy()
+        shares = dict(zip(query.candidates.rows.tolist(), np.exp(scores) / np.exp(scores).sum(), strict=True))
+        assert user.probabilities == pytest.approx([shares[row] for row in user.rankings[""][:10]], abs=1e-6)
+        assert user.bought_count == len(query.label.bought)
+        assert set(user.wanted) == {row for row in query.label.items if query.allowed[row]}
 
 
 def test_rankings_hold_every_customer_and_nothing_of_their_own(trained: Ranker, tmp_path: Path) -> None:

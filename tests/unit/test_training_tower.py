@@ -11,10 +11,12 @@ from tests.unit.training_shop import DAY, START, activity_before, chain_log, ite
 from training.checkpoint import new_tower
 from training.config import TrainConfig
 from training.labels import Label, visit_labels
-from training.model import TwoTower, freeze_below
+from training.model import TwoTower
 from training.negatives import NegativeSampler
 from training.on_sale import OnSale
+from training.regimes import freeze_below
 from training.text import Tokens, activity_texts, load_tokenizer, tokenize
+from training.tracking import HISTORY, Trackers, open_trackers, read_history
 from training.train import TowerSet, Trainer, mean_ndcg
 
 CONFIG = replace(TrainConfig.tiny(), epochs=30, max_steps=0, patience=99, learning_rate=1e-3, dropout=0.0, negative_count=8)
@@ -104,7 +106,7 @@ def test_the_same_seed_gives_the_same_losses(tokenizer) -> None:  # type: ignore
         made = trainer(tokenizer, replace(CONFIG, dropout=0.1))
         made.validate()
         made.tower.train()
-        return [made.step(list(range(8)), 0.2) for _ in range(4)]
+        return [made.loop.step([list(range(8))], 0.2) for _ in range(4)]
 
     torch.set_num_threads(1)
     assert losses() == losses()
@@ -112,26 +114,30 @@ def test_the_same_seed_gives_the_same_losses(tokenizer) -> None:  # type: ignore
 
 def test_training_teaches_the_chain_and_keeps_the_best_weights(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     made = trainer(tokenizer)
-    report = made.run(tmp_path)
+    with open_trackers((), tmp_path) as tracker:
+        report = made.run(tracker)
+    curves = read_history(tmp_path / HISTORY)
+    assert [step for step, _ in curves["train/loss"]] == list(range(1, report.steps + 1))
+    assert curves["validation/ndcg_at_10"][0] == (0, report.untrained_ndcg_at_10)
+    assert max(value for _, value in curves["validation/ndcg_at_10"]) == report.ndcg_at_10
     assert report.steps > 0
     assert report.ndcg_at_10 > report.untrained_ndcg_at_10 + 0.1
     assert made.validate() == pytest.approx(report.ndcg_at_10)
     assert not made.tower.training
-    assert any(tmp_path.iterdir())  # TensorBoard's log
 
 
-def test_training_that_does_harm_is_undone_and_stops(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_training_that_does_harm_is_undone_and_stops(tokenizer) -> None:  # type: ignore[no-untyped-def]
     made = trainer(tokenizer, replace(CONFIG, head_learning_rate=50.0, learning_rate=5.0, patience=2, validations_per_epoch=4))
     taught = made.tower.state_dict()["user_head.weight"].clone()
-    report = made.run(tmp_path)
+    report = made.run(Trackers())
     assert report.steps < 30 * (len(made.train.labels) // CONFIG.batch_size)
     assert report.ndcg_at_10 >= report.untrained_ndcg_at_10
     assert made.validate() == pytest.approx(report.ndcg_at_10)
     assert torch.equal(taught, made.tower.user_head.weight) == (report.ndcg_at_10 == report.untrained_ndcg_at_10)
 
 
-def test_a_bound_on_steps_is_kept(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    assert trainer(tokenizer, replace(CONFIG, max_steps=3)).run(tmp_path).steps == 3
+def test_a_bound_on_steps_is_kept(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    assert trainer(tokenizer, replace(CONFIG, max_steps=3)).run(Trackers()).steps == 3
 
 
 def test_frozen_layers_do_not_move_and_do_not_drop_out(tokenizer) -> None:  # type: ignore[no-untyped-def]
@@ -143,7 +149,7 @@ def test_frozen_layers_do_not_move_and_do_not_drop_out(tokenizer) -> None:  # ty
     assert not tower.encoder.embeddings.training
     assert top.training
     before = {name: value.clone() for name, value in tower.encoder.state_dict().items()}
-    made.step(list(range(8)), 0.2)
+    made.loop.step([list(range(8))], 0.2)
     moved = {name for name, value in tower.encoder.state_dict().items() if not torch.equal(value, before[name])}
     assert moved
     assert all(name.startswith("encoder.layer.1.") for name in moved)
@@ -151,7 +157,7 @@ def test_frozen_layers_do_not_move_and_do_not_drop_out(tokenizer) -> None:  # ty
 
 def test_all_layers_can_be_trained() -> None:
     tower = new_tower(CONFIG, 3)
-    freeze_below(tower, -1)
+    freeze_below(tower.encoder, -1)
     assert all(parameter.requires_grad for parameter in tower.parameters())
 
 
