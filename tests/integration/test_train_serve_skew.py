@@ -84,7 +84,8 @@ def watched(model: LoadedModel, asked: list[Any]) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 async def both(new_shop: NewShop, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Both]:
-    settings = new_shop()
+    # Patient: nobody closes a breaker here, and this fixture trains a model before Redis is asked.
+    settings = new_shop().model_copy(update={"redis_timeout_seconds": 30.0, "redis_slow_seconds": 30.0})
     serving.fill(settings, tmp_path_factory.mktemp("sample"))
     with psycopg.connect(settings.postgres_dsn) as connection:
         odd = [
