@@ -1,22 +1,23 @@
 """Commands on models and the replicas that answer with them: train, evaluate, export, publish, activate, list."""
 
-import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import psycopg
 import typer
-from psycopg import Connection
-from psycopg.rows import TupleRow
 from rich.console import Console
 from rich.table import Table
 
-from cli.context import console, note, shop
-from features.models import Activation, OnUnready
+from cli import update
+from cli.activation import move_pointer
+from cli.context import shop
+from features.models import OnUnready
 from features.settings import Settings
 
 _out = Console()
+_UPDATE = "With --since-last"
+_POLICY = ("replay_fraction", "holdout_fraction", "margin", "confidence", "certain", "min_customers")
 _Run = Annotated[Path | None, typer.Option(help="A run folder; default: the newest one under the data folder.")]
 
 
@@ -29,7 +30,7 @@ class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
 
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
-    app.command(epilog="Example: concord train --preset full --set cut=2011-11-01")(train)
+    app.command(epilog="Example: concord train --preset full --set cut=2011-11-01 or concord train --since-last --margin 0.002")(train)
     app.command(epilog="Example: concord evaluate --rankings rankings.jsonl")(evaluate)
     app.command(epilog="Example: concord export --out .data/bundle")(export)
     app.command(epilog="Example: concord publish .data/bundle")(publish)
@@ -39,14 +40,47 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
+    context: typer.Context,
     task: Annotated[Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier.")] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
+    since_last: Annotated[bool, typer.Option("--since-last", help="Update the active model with what has happened since it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.", rich_help_panel=_UPDATE)] = False,
+    margin: Annotated[
+        float, typer.Option(help="NDCG@10 by which the new model must be better to be activated.", rich_help_panel=_UPDATE)
+    ] = 0.0,
+    certain: Annotated[
+        bool, typer.Option("--certain", help="The interval's lower end, not the mean, must be above it.", rich_help_panel=_UPDATE)
+    ] = False,
+    confidence: Annotated[float, typer.Option(help="Of the interval around the difference, in (0, 1).", rich_help_panel=_UPDATE)] = 0.95,
+    replay_fraction: Annotated[
+        float, typer.Option(help="Share of older visits among those trained on, in [0, 1).", rich_help_panel=_UPDATE)
+    ] = 0.5,
+    holdout_fraction: Annotated[
+        float, typer.Option(help="Newest share of the time since the active model that is held out, in (0, 1).", rich_help_panel=_UPDATE)
+    ] = 0.5,
+    min_customers: Annotated[
+        int, typer.Option(min=2, help="With fewer customers to compare on, nothing is done.", rich_help_panel=_UPDATE)
+    ] = 30,
 ) -> None:
     """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
     With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
+
+    With --since-last: goes on from the active model's weights and configuration, on new visits and a replay of old ones; compares
+    both on the newest holdout, publishes the new model, and activates it if it wins. Without new events it does nothing.
     """
+    given = {name for name in context.params if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    if since_last:
+        if given & {"task", "preset"}:
+            raise typer.BadParameter("an update keeps the active model's task and configuration; --set changes fields of it")
+        values = dict(_pair(text) for text in assign or [])
+        policy = {name: value for name, value in context.params.items() if name in _POLICY}
+        with shop(Settings) as settings:
+            update.since_last(settings, policy, values=values, dry_run=dry_run)
+        return
+    if given & {"dry_run", *_POLICY}:
+        raise typer.BadParameter("that is an option of --since-last", param_hint=", ".join(sorted(given & {"dry_run", *_POLICY})))
     from training.classifier import train_classifier
     from training.config import TrainConfig
     from training.dataset import TrainingDataError
@@ -111,34 +145,8 @@ def activate(
     wait: Annotated[float, typer.Option(min=0, max=3600, help="How long the replicas may take, in seconds.")] = 30.0,
 ) -> None:
     """Has every running server load a published model, then moves the fleet's pointer to it; an earlier one is the roll-back."""
-    from features.bundle import fetch
-    from features.models import activate as run
-    from features.models import find_model
-
-    with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection:
-        fetch(find_model(connection, model_version).uri, settings.data_dir / "bundles" / model_version)
-        with console.status(f"preparing the replicas for {model_version}"):
-            activation = run(connection, model_version, on_unready=on_unready, wait_seconds=wait)
-        note(connection, "activate", target=f"model:{activation.model_version}")
-        followed = _followed(connection, activation)
-    _out.print(f"active: {activation.model_version} (before: {activation.previous or 'none'}, move {activation.activation})")
-    if not followed:
-        _out.print("No replica has confirmed it yet: they answer with it as soon as they reach PostgreSQL and Redis.")
-
-
-def _followed(connection: Connection[TupleRow], activation: Activation) -> bool:
-    """Waits until a replica answers with the move, which is when Redis tells all of them; True at once when none runs."""
-    from features.replicas import list_replicas
-
-    until = time.monotonic() + 5.0
-    while True:
-        live = [replica for replica in list_replicas(connection) if replica.live]
-        connection.commit()
-        if not live or any(replica.activation >= activation.activation for replica in live):
-            return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.05)
+    with shop(Settings) as settings:
+        move_pointer(settings, model_version, on_unready=on_unready, wait_seconds=wait)
 
 
 def models() -> None:

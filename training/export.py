@@ -23,6 +23,7 @@ from features.bundle import (
     RANKER,
     REQUIRED_FILES,
     TOKENIZER,
+    TRAINING,
     FeatureContract,
     Manifest,
     checksums,
@@ -37,6 +38,7 @@ from training.model import ExportedEncoder
 from training.progress import bar, quiet
 from training.ranker import Ranker
 from training.text import Tokens, base_name, tokenize
+from training.warm_start import Origin, save_origin
 
 # fp32 arithmetic in another order: 1e-6 is usual, a wrong graph is off by 1e-2 and more.
 _TOLERANCE = 1e-4
@@ -49,7 +51,10 @@ class ParityError(Exception):
 
 @dataclass(frozen=True)
 class BundleContext:
-    """What the manifest says beyond the model itself; times in microseconds of Unix time."""
+    """What the manifest says beyond the model itself; times in microseconds of Unix time.
+
+    ``ranker_start``, ``cut`` and ``warm_start`` are those of ``training.checkpoint.RunRecord``.
+    """
 
     name: str
     created_at: datetime
@@ -58,6 +63,8 @@ class BundleContext:
     cut: int
     first_event: int
     last_event: int
+    ranker_start: int = 0
+    warm_start: str = ""
 
 
 def write_bundle(
@@ -76,6 +83,7 @@ def write_bundle(
     vectors = trained.item_vectors(table)
     np.savez(folder / ITEMS, item_ids=np.array(table.ids, np.str_), content_hashes=np.array(table.content_hashes, np.str_), vectors=vectors)
     np.savez(folder / COLLABORATIVE, indptr=collaborative.indptr, indices=collaborative.indices, weights=collaborative.weights)
+    save_origin(Origin(trained, context.ranker_start, context.cut), folder / TRAINING)
     parity = write_golden(folder, trained, golden_texts(table))
     files = dict(checksums(folder))
     manifest = _manifest(trained, context, parity=parity, files=files)
@@ -86,7 +94,7 @@ def write_bundle(
 def _clear(folder: Path) -> None:
     if folder.exists():
         names = {path.name for path in folder.iterdir()}
-        if MANIFEST not in names and names - set(REQUIRED_FILES):  # an export that broke off leaves some of the files
+        if MANIFEST not in names and names - {*REQUIRED_FILES, TRAINING}:  # an export that broke off leaves some of the files
             raise FileExistsError(f"{folder} is not empty and no bundle")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,6 +244,7 @@ def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, flo
         | {
             "metrics_of": f"holdout after {_moment(context.cut).isoformat()}; tower and ranker trained before it",
             "collaborative_weights_of": "all events in the data window, refitted after the evaluation",
+            "warm_start": context.warm_start,
         },
         files=files,
     )

@@ -18,7 +18,7 @@ import torch
 from features.bundle import Manifest
 from features.item_table import FloatArray
 from features.settings import Settings
-from features.signals import SignalConfig
+from features.signals import CollaborativeWeights, SignalConfig
 from features.store import contract_of
 from training import checkpoint, collaborative
 from training import evaluate as evaluation
@@ -44,6 +44,7 @@ from training.ranker import Ranker, train_ranker
 from training.scoring import Model, Query, make_queries
 from training.text import activity_texts, load_tokenizer, tokenize
 from training.train import TowerReport, TowerSet, Trainer
+from training.warm_start import WarmStart, grown
 
 Customers = dict[tuple[str, Micros], Customer]
 
@@ -58,11 +59,18 @@ class TrainResult:
     steps: int
 
 
-def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None) -> TrainResult:
+def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None, warm: WarmStart | None = None) -> TrainResult:
     """Trains and evaluates a model; the run folder is ``<data_dir>/runs/<time>``.
+
+    Args:
+        settings: the shop.
+        config: how to train.
+        now: names the run folder; by default the time of the call.
+        warm: start from these weights, with these periods, instead of from the pretrained model.
 
     Raises:
         TrainingDataError: no items, no events, the Feast repository is not applied, or too few events before the cut.
+        ValueError: ``config`` asks for another network than that of ``warm``.
     """
     started = time.monotonic()
     prepare_torch(config)
@@ -70,20 +78,22 @@ def train(settings: Settings, config: TrainConfig, *, now: datetime | None = Non
     with processes() as rank:
         with rank_zero_first():
             shop = open_shop(settings)
-            split = split_of(shop.log, config)
+            split = warm.split if warm else split_of(shop.log, config)
             # Before the customers are joined: their profiles are snapshots too, and a ranker that trained without them
             # meets them for the first time in production (Online Retail: NDCG@10 0.120 instead of 0.130 on the same run).
             snapshots = None if rank else take_snapshots(shop, start=split.ranker_start, cut=split.cut, every_days=config.snapshot_days)
-        labels = choose_labels(shop.log, split, config)
+        labels = warm.labels(shop.log, config) if warm else choose_labels(shop.log, split, config)
+        start = grown(warm.origin.trained, shop.table.ids, config) if warm else None
         customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout]))
-        trained, report = _train_tower(shop, labels, customers, config=config, run_dir=run_dir)
+        trained, report = _train_tower(shop, labels, customers, config=config, run_dir=run_dir, start=start)
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
-    trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained)
+    trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained, start=start)
     metrics = evaluation.metrics_of(holdout, trained.ranker)
     metrics |= {"tower_validation_ndcg_at_10": report.ndcg_at_10, "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10}
     seconds = time.monotonic() - started
-    checkpoint.save(trained, RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds), run_dir)
+    record = RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds, split.ranker_start, warm.version if warm else "")
+    checkpoint.save(trained, record, run_dir)
     return TrainResult(run_dir, metrics, seconds, report.steps)
 
 
@@ -110,7 +120,7 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
     snapshots = take_snapshots(shop, start=moment, cut=moment, every_days=trained.config.snapshot_days)
     customers = join_customers(shop.store, keys_of(labels))
     vectors = trained.item_vectors(shop.table)
-    queries = _queries(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=moment)
+    queries = queries_of(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=moment)
     if rankings:
         evaluation.write_rankings(queries, trained.ranker, rankings)
     return evaluation.metrics_of(queries, trained.ranker)
@@ -136,6 +146,8 @@ def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None
         cut=record.cut,
         first_event=first,
         last_event=last,
+        ranker_start=record.ranker_start,
+        warm_start=record.warm_start,
     )
     return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context)
 
@@ -146,8 +158,11 @@ def prepare_torch(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
 
 
-def _train_tower(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path) -> tuple[Trained, TowerReport]:
-    tower, tokenizer = checkpoint.new_tower(config, len(shop.table)), load_tokenizer(config.base_model)
+def _train_tower(
+    shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path, start: Trained | None
+) -> tuple[Trained, TowerReport]:
+    tower = start.tower if start else checkpoint.new_tower(config, len(shop.table))
+    tokenizer = load_tokenizer(config.base_model)
 
     def readable(chosen: Sequence[Label]) -> TowerSet:
         texts = activity_texts([customers[key].activity for key in keys_of(chosen)], shop.table, config.behaviour_limit)
@@ -161,20 +176,20 @@ def _train_tower(shop: Shop, labels: Labels, customers: Customers, *, config: Tr
 
 
 def _train_ranker(
-    shop: Shop, split: Split, labels: Labels, customers: Customers, *, snapshots: Snapshots, trained: Trained
+    shop: Shop, split: Split, labels: Labels, customers: Customers, *, snapshots: Snapshots, trained: Trained, start: Trained | None
 ) -> tuple[Trained, list[Query]]:
     """Trains the ranker on labels that neither tower nor collaborative weights have seen; also returns the holdout's queries."""
     config, vectors = trained.config, trained.item_vectors(shop.table)
     queries: list[Query] = []
-    for start, end in split.folds(config.ranker_folds):
-        fold = [label for label in labels.ranker if start <= label.time < end]
-        queries += _queries(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=start)
-    ranker = train_ranker(queries, config)
-    holdout = _queries(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=split.cut)
+    for begin, end in split.folds(config.ranker_folds):
+        fold = [label for label in labels.ranker if begin <= label.time < end]
+        queries += queries_of(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=begin)
+    ranker = train_ranker(queries, config, start=start.ranker if start else None)
+    holdout = queries_of(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=split.cut)
     return Trained(config, trained.tower, trained.tokenizer, ranker, trained.item_ids), holdout
 
 
-def _queries(
+def queries_of(
     shop: Shop,
     labels: Sequence[Label],
     customers: Customers,
@@ -183,13 +198,14 @@ def _queries(
     trained: Trained,
     vectors: FloatArray,
     until: Micros,
+    weights: CollaborativeWeights | None = None,
 ) -> list[Query]:
-    """Prepares labels from ``until`` on, with collaborative weights fitted on everything strictly before it."""
+    """Prepares labels from ``until`` on, by default with collaborative weights fitted on everything strictly before it."""
     if not labels:
         return []
     config = trained.config
     known = [customers[key] for key in keys_of(labels)]
     users = user_vectors(trained.tower, trained.tokenizer, [customer.activity for customer in known], table=shop.table, config=config)
-    weights = collaborative.fit(shop.log, len(shop.table), until=until, config=config)
+    weights = weights or collaborative.fit(shop.log, len(shop.table), until=until, config=config)
     model = Model(vectors, weights, SignalConfig(config.half_life_days))
     return make_queries(labels, known, users, model=model, snapshots=snapshots)
