@@ -19,7 +19,7 @@ from training.labels import Label, Labels, choose_labels
 from training.ranker import Ranker
 from training.text import load_tokenizer
 
-# Tensors of the tower with a row per item.
+# Tensors with a row per item, by the end of their names.
 _PER_ITEM = ("residual.weight", "warm")
 
 
@@ -99,19 +99,19 @@ def grown(trained: Trained, item_ids: Sequence[str], config: TrainConfig) -> Tra
     kept = [(row, rows[item]) for row, item in enumerate(item_ids) if item in rows]
     old, fresh = trained.tower.state_dict(), tower.state_dict()
     moved = dict(old)
-    for name in _PER_ITEM:
+    for name in [name for name in fresh if name.endswith(_PER_ITEM) and name in old]:
         moved[name] = fresh[name].clone()
         moved[name][[new for new, _ in kept]] = old[name][[row for _, row in kept]]
-    _same_shapes({**fresh, **ranker.state_dict()}, {**moved, **trained.ranker.state_dict()})
+    _same_shapes(fresh, moved)
+    _same_shapes(ranker.state_dict(), trained.ranker.state_dict())
     tower.load_state_dict(moved)
     ranker.load_state_dict(trained.ranker.state_dict())
     return Trained(config, tower.eval(), trained.tokenizer, ranker.eval(), tuple(item_ids))
 
 
 def _same_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    shapes = {name: tuple(value.shape) for name, value in given.items()}
-    other = sorted(name for name, value in wanted.items() if shapes.get(name) != tuple(value.shape))
-    if other or len(wanted) != len(given):
+    left, right = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (wanted, given))
+    if other := sorted(name for name in {*left, *right} if left.get(name) != right.get(name)):
         raise ValueError(f"an update keeps the shape of the network it starts from; the configuration changes {', '.join(other[:3])}")
 
 
