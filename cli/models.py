@@ -79,8 +79,8 @@ def train(
         with shop(Settings) as settings:
             update.since_last(settings, policy, values=values, dry_run=dry_run)
         return
-    if given & {"dry_run", *_POLICY}:
-        raise typer.BadParameter("that is an option of --since-last", param_hint=", ".join(sorted(given & {"dry_run", *_POLICY})))
+    if alone := sorted(given & {"dry_run", *_POLICY}):
+        raise typer.BadParameter("only with --since-last", param_hint=", ".join(f"--{name.replace('_', '-')}" for name in alone))
     from training.classifier import train_classifier
     from training.config import TrainConfig
     from training.dataset import TrainingDataError

@@ -1,6 +1,7 @@
 """The parts of an update: who wins, what is replayed, what becomes of a changed catalogue, and which time each model may know."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from training.update import UpdatePolicy, update_split
 from training.warm_start import Origin, WarmStart, grown, load_origin, save_origin, with_replay
 
 CONFIG = TrainConfig.tiny()
+tokenizer = cache(load_tokenizer)  # half a second each
 
 
 def labels(count: int) -> list[Label]:
@@ -29,7 +31,7 @@ def model(items: int = 12, config: TrainConfig = CONFIG) -> Trained:
     tower = new_tower(config, items)
     torch.nn.init.normal_(tower.residual.weight)
     tower.warm[: items - 2] = 1.0
-    return Trained(config, tower.eval(), load_tokenizer("tiny"), Ranker(config.ranker_hidden).eval(), item_table(items).ids)
+    return Trained(config, tower.eval(), tokenizer("tiny"), Ranker(config.ranker_hidden).eval(), item_table(items).ids)
 
 
 # Who wins
