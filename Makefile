@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 STUBS := client/concord/v1/.generated
 PROTOS := $(wildcard protos/concord/v1/*.proto)
 
-.PHONY: help install stubs demo test test-unit fuzz audit chaos lint format serve sbom dependency-audit clean
+.PHONY: help install stubs demo test test-unit fuzz audit chaos quality lint format serve sbom dependency-audit clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ audit: install ## Prove the guarantees under load and faults, with counts; ends 
 chaos: install ## Break every process and store: the suite under injected faults, then 36 rows of faults (about 10 min).
 	INJECT_FAULTS=$(or $(SEED),7) $(BIN)/python -m pytest -q tests/integration/test_promise.py tests/integration/test_identity.py tests/faults/test_injected.py
 	$(BIN)/python -m tests.faults --seed $(or $(SEED),7)
+
+quality: install ## Train on a public set (SET=beauty|cold|online_retail, SEED=0) and write the judge's file (OUT=rankings.jsonl).
+	$(BIN)/python -m training.quality $(or $(SET),beauty) --seed $(or $(SEED),0) --out $(or $(OUT),rankings.jsonl) $(if $(DATA),--data $(DATA)) $(if $(WITHOUT),--without $(WITHOUT))
 
 lint: install ## Check style, types, arrows and configuration files.
 	$(BIN)/ruff check .

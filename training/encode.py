@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from features.behaviour import Activity
 from features.item_table import FloatArray, ItemTable
 from training.config import TrainConfig
 from training.model import TwoTower
 from training.progress import bar
-from training.text import Tokens, activity_texts, tokenize
+from training.text import Tokens, activity_texts, load_encoder, load_tokenizer, tokenize
 
 _BATCH = 64
 
@@ -30,6 +31,13 @@ def pools(tower: TwoTower, tokens: Tokens, stage: str, *, padded: bool = True) -
         result[rows] = tower.pool(*tokens.pad(rows))
     tower.train(was_training)
     return result
+
+
+def pretrained_vectors(texts: Sequence[str], *, base_model: str = "", tokens: int = 64) -> FloatArray:
+    """Returns float32[n, h]: unit vectors of texts by a pretrained encoder as it is; ``tokens`` are read of each text."""
+    tower = TwoTower(load_encoder(base_model, dropout=0.0), 0, temperature=1.0)
+    pooled = pools(tower, tokenize(load_tokenizer(base_model), texts, tokens), "text vectors")
+    return np.asarray(normalize(pooled, dim=-1).numpy(), np.float32)
 
 
 @torch.inference_mode()

@@ -323,7 +323,7 @@ async def test_a_replica_with_other_rules_answers_nobody_until_those_that_live_h
 
 async def test_of_two_replicas_with_different_rules_that_start_at_once_one_joins(new_shop: NewShop) -> None:
     settings = new_shop()
-    report = Report("", 0, 0, {}, {}, "", "")
+    report = Report("", 0, 0, {}, {}, "", "", online_away=False)
     async with postgres_pool(settings, postgres_breaker(settings, lambda _: None)) as pool:
         for turn in range(10):
             pair = [

@@ -17,7 +17,7 @@ from server.online.states import AheadOfOnlineError, UserStates
 from server.settings import ServerSettings
 from tests.integration.replicas import NewShop, Pair, replica, view, web
 
-REPORT = Report("m", 1, 1, {}, {}, "", online_away=False)
+REPORT = Report("m", 1, 1, {}, {}, "", "cpu", online_away=False)
 AWAY = replace(REPORT, online_away=True)
 
 

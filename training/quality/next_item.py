@@ -1,0 +1,175 @@
+"""Amazon Beauty, leave-one-out, and the same with items held out: two sequence towers, neighbours and text, blended.
+
+The published protocol: fitted on each sequence without its last two items, tuned on the second to last, ranked for the last
+item with the whole history before it, over the full catalogue. Nothing here looks at a last item before it is scored.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from features.item_table import FloatArray
+from training.blend import RECENCY, SIGNALS, SignalSource, fit_neighbours, fit_weights, rank
+from training.encode import pretrained_vectors
+from training.metrics import BoolArray, Tally
+from training.quality.result import QualityResult
+from training.sequence import Rows, SequenceConfig, SequenceTower, log_probabilities, train_sequence_tower
+
+ITEMS, SEQUENCES = "amazon_beauty_items.parquet", "amazon_beauty_sequences.parquet"
+PARTS = ("text", "sequence", "collaborative", "recency", "ensemble")
+TOWERS = (SequenceConfig(width=128, epochs=18), SequenceConfig(width=256, epochs=9))
+# Cold items are 5 % of the catalogue for tuning and 5 % for the test, the same ones whatever the run's seed.
+COLD_SHARE, COLD_SEED = 0.05, 0
+_COLD_IDENTITY_DROPOUT = 0.2
+_VALIDATION_USERS, _RANKED = 4_000, 50
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Users' item rows in order of time, with item ids and titles by row."""
+
+    users: list[str]
+    rows: list[Rows]
+    items: list[str]
+    titles: list[str]
+
+
+def load(data: Path) -> Sequences:
+    """Reads the set.
+
+    Raises:
+        FileNotFoundError: a file of the set is not in the folder; the message names it.
+    """
+    for name in (ITEMS, SEQUENCES):
+        if not (data / name).is_file():
+            raise FileNotFoundError(f"{name} is not in {data}")
+    items, sequences = pd.read_parquet(data / ITEMS), pd.read_parquet(data / SEQUENCES)
+    ids = items["item"].astype(str).tolist()
+    row = {item: place for place, item in enumerate(ids)}
+    rows = [np.array([row[str(item)] for item in sequence], np.int64) for sequence in sequences["items"]]
+    return Sequences(sequences["user"].astype(str).tolist(), rows, ids, items["title"].fillna("").astype(str).tolist())
+
+
+def run(
+    data: Path,
+    *,
+    seed: int,
+    without: frozenset[str] = frozenset(),
+    cold: bool = False,
+    configs: Sequence[SequenceConfig] = TOWERS,
+) -> QualityResult:
+    """Trains on the fit part, tunes on the second to last items and ranks for the last ones.
+
+    Args:
+        data: folder of the set.
+        seed: of towers, and of the users that weights are learned on.
+        without: parts left out, of PARTS, for the ablation.
+        cold: hold items out of all training, and rank them among the others.
+        configs: of the towers; their seeds follow from ``seed``.
+    """
+    started = time.monotonic()
+    shop = load(data)
+    tuning, test = cold_items(len(shop.items)) if cold else (np.zeros(len(shop.items), np.bool_),) * 2
+    fitted = [sequence[:-2][~(tuning | test)[sequence[:-2]]] for sequence in shop.rows]
+    text = np.zeros((len(shop.items), 0), np.float32) if "text" in without else centred(pretrained_vectors(shop.titles))
+    order = np.random.default_rng(seed).permutation([place for place, rows in enumerate(shop.rows) if not test[rows[-2]]])
+    tuned, measured = (half[:_VALIDATION_USERS] for half in np.array_split(order, 2))
+    configs = [replace(config, seed=len(configs) * seed + place) for place, config in enumerate(configs)]
+    if cold:
+        configs = [replace(config, identity_dropout=_COLD_IDENTITY_DROPOUT) for config in configs]
+    towers, curves = _train_towers(shop, fitted, text, configs=_chosen(configs, without), judged=measured)
+    neighbours = fit_neighbours(fitted, len(shop.items))
+    source = SignalSource(
+        towers=(lambda histories: mean_log_probabilities(towers, histories)) if towers else None,
+        neighbours=neighbours,
+        text=text,
+        cold=neighbours.counts == 0,
+        names=signal_names(without),
+    )
+    targets = [int(rows[-2]) for rows in shop.rows]
+    pasts = [rows[:-2] for rows in shop.rows]
+    weights = fit_weights(source, [pasts[k] for k in tuned], [targets[k] for k in tuned], excluded=test, seed=seed)
+    found = rank(source, weights, [pasts[k] for k in measured], excluded=test, count=_RANKED)
+    ranked = rank(source, weights, [rows[:-1] for rows in shop.rows], excluded=np.zeros_like(test), count=_RANKED)
+    details: dict[str, object] = {
+        "weights": dict(zip(source.columns, map(float, weights), strict=True)),
+        "towers": [asdict(tower.config) for tower in towers],
+        "tower_validation_ndcg_at_10": curves,
+        "items_without_interactions": int(source.cold.sum()),
+        "without": sorted(without),
+    }
+    if cold:
+        details["test"] = cold_metrics(ranked, [int(rows[-1]) for rows in shop.rows], test)
+    rankings = {user: [shop.items[row] for row in line] for user, line in zip(shop.users, ranked.tolist(), strict=True)}
+    return QualityResult(rankings, _metrics(found, [targets[k] for k in measured]), details, time.monotonic() - started)
+
+
+def cold_items(count: int) -> tuple[BoolArray, BoolArray]:
+    """Returns two masks bool[n] of disjoint random items: those held out for tuning and those held out for the test."""
+    order, share = np.random.default_rng(COLD_SEED).permutation(count), round(COLD_SHARE * count)
+    tuning, test = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
+    tuning[order[:share]], test[order[share : 2 * share]] = True, True
+    return tuning, test
+
+
+def cold_metrics(ranked: Rows, targets: Sequence[int], cold: BoolArray) -> dict[str, float]:
+    """Returns the metrics of users whose target is a held-out item and of all others, over the full catalogue, and their ratio."""
+    parts = {name: [k for k, target in enumerate(targets) if cold[target] == wanted] for name, wanted in (("cold", True), ("warm", False))}
+    values = {
+        f"{name}_{metric}": value
+        for name, part in parts.items()
+        for metric, value in (_metrics(ranked[part], [targets[k] for k in part]) | {"users": float(len(part))}).items()
+    }
+    return values | {"ratio": values["cold_ndcg_at_10"] / values["warm_ndcg_at_10"]}
+
+
+def centred(vectors: FloatArray) -> FloatArray:
+    """Returns unit vectors float32[n, t] around their mean: titles of one trade share most of their direction."""
+    moved = vectors - vectors.mean(0)
+    return np.asarray(moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-9), np.float32)
+
+
+def signal_names(without: frozenset[str]) -> tuple[str, ...]:
+    """Returns the signals that remain without some parts."""
+    return tuple(name for name, part in SIGNALS.items() if part not in without and not ("recency" in without and name in RECENCY))
+
+
+def mean_log_probabilities(towers: Sequence[SequenceTower], histories: Sequence[Rows]) -> FloatArray:
+    """Returns float32[u, n]: the logarithm of the towers' mean probability."""
+    total: FloatArray = np.logaddexp.reduce([log_probabilities(tower, histories) for tower in towers])
+    return total - np.float32(np.log(len(towers)))
+
+
+def _chosen(configs: Sequence[SequenceConfig], without: frozenset[str]) -> Sequence[SequenceConfig]:
+    if "sequence" in without:
+        return ()
+    return configs[:1] if "ensemble" in without else configs
+
+
+def _train_towers(
+    shop: Sequences, fitted: Sequence[Rows], text: FloatArray, *, configs: Sequence[SequenceConfig], judged: Rows
+) -> tuple[list[SequenceTower], list[list[float]]]:
+    histories, targets = [shop.rows[k][:-2] for k in judged], [int(shop.rows[k][-2]) for k in judged]
+
+    def validate(tower: SequenceTower) -> float:
+        scores = log_probabilities(tower, histories)
+        for line, history in zip(scores, histories, strict=True):
+            line[history] = -np.inf
+        place = (scores > scores[np.arange(len(targets)), targets][:, None]).sum(1)
+        return float(np.where(place < 10, 1 / np.log2(place + 2), 0).mean())
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pairs = [train_sequence_tower(fitted, text, config=config, validate=validate, device=device) for config in configs]
+    return [tower for tower, _ in pairs], [curve for _, curve in pairs]
+
+
+def _metrics(ranked: Rows, targets: Sequence[int]) -> dict[str, float]:
+    tally = Tally()
+    for line, target in zip(ranked.tolist(), targets, strict=True):
+        tally.add(line, {target})
+    return tally.means()

@@ -1,0 +1,20 @@
+"""What a quality run hands back: rankings for the judge, and what the run measured and was."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """One run on one set.
+
+    Attributes:
+        rankings: each customer's items, best first, 20 to 100 of them unless the catalogue has fewer left.
+        validation: metrics on the part that the run was tuned on, never on the judge's targets.
+        details: configuration, counts and weights, as JSON can hold them.
+        seconds: wall-clock time of the whole run.
+    """
+
+    rankings: dict[str, list[str]]
+    validation: dict[str, float]
+    details: dict[str, object]
+    seconds: float
