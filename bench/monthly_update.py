@@ -46,6 +46,7 @@ from training.config import TrainConfig
 from training.dataset import Shop, open_shop
 from training.events import to_micros
 from training.labels import holdout_labels
+from training.progress import quiet
 from training.run import export, train
 from training.text import base_path
 from training.update import Plan, UpdatePolicy, prepare, update
@@ -89,13 +90,22 @@ def split_rows(frame: pd.DataFrame, starts: Sequence[pd.Timestamp]) -> Iterator[
         before = edge
 
 
+def sample(frame: pd.DataFrame, *, share: float, items: int, seed: int) -> pd.DataFrame:
+    """Returns the rows of known customers, of a random ``share`` of them, and of the ``items`` articles on most invoices (0: all)."""
+    frame = frame[frame["CustomerID"].notna()]
+    customers = np.sort(frame["CustomerID"].unique())
+    chosen = np.random.default_rng(seed).choice(customers, round(len(customers) * share), replace=False)
+    often = frame.groupby("StockCode")["InvoiceNo"].nunique().sort_values(ascending=False, kind="stable")
+    return frame[frame["CustomerID"].isin(chosen) & frame["StockCode"].isin(often.index[: items or len(often)])]
+
+
 def shallow_base(folder: Path, layers: int) -> Path:
     """Writes the packaged MiniLM's embeddings and first layers as a base model of their own; three times as fast with 2 of 6."""
     from transformers import AutoModel
 
     source = Path(base_path(""))
-    model = AutoModel.from_pretrained(source, num_hidden_layers=layers)
-    model.save_pretrained(folder)
+    with quiet():
+        AutoModel.from_pretrained(source, num_hidden_layers=layers).save_pretrained(folder)
     shutil.copy(source / "tokenizer.json", folder)
     return folder
 
@@ -192,21 +202,21 @@ class Bench:
         return Contender(checkpoint.load(model.run_dir)[0], weights.remapped(rows, shop.table))
 
 
-def configuration(base: Path, *, steps: int, threads: int) -> TrainConfig:
-    """Returns the full preset cut down to what a month may cost here."""
+def configuration(base: Path, *, steps: int, threads: int, customers: int) -> TrainConfig:
+    """Returns the full preset cut down to what a month may cost here; steps instead of seconds, so that it is reproducible."""
     return replace(
         TrainConfig.full(),
         base_model=str(base),
         threads=threads,
-        trainable_layers=2,
-        user_tokens=48,
+        user_tokens=32,
         item_tokens=16,
         time_budget_s=0.0,
         max_steps=steps,
+        tower_labels=32 * steps,
         ranker_folds=1,
-        ranker_labels=800,
-        validation_labels=200,
-        evaluation_users=400,
+        ranker_labels=2 * customers,
+        validation_labels=customers // 2,
+        evaluation_users=customers,
     )
 
 
@@ -214,7 +224,9 @@ def run(arguments: argparse.Namespace, settings: Settings) -> list[Month]:
     """Plays the months and prints each as it is measured."""
     frame = pd.read_parquet(arguments.data / "online_retail.parquet")
     starts = months(arguments.first, arguments.last)
-    config = configuration(shallow_base(settings.data_dir / "base", arguments.layers), steps=arguments.steps, threads=arguments.threads)
+    base = shallow_base(settings.data_dir / "base", arguments.layers)
+    config = configuration(base, steps=arguments.steps, threads=arguments.threads, customers=arguments.customers)
+    frame = sample(frame, share=arguments.share, items=arguments.items, seed=config.seed)
     bench = Bench(settings, config, update_steps=arguments.update_steps, customers=arguments.customers)
     parts = split_rows(frame, starts)
     bench.arrive(*next(parts))
@@ -258,7 +270,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="MiniLM layers of the base model, of 6")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a model from scratch, 32 visits each")
     parser.add_argument("--update-steps", type=int, default=60, help="optimizer steps of an update")
-    parser.add_argument("--customers", type=int, default=400, help="customers evaluated a month at the most")
+    parser.add_argument("--customers", type=int, default=400, help="customers compared and evaluated a month at the most")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the customers that the shop consists of")
+    parser.add_argument("--items", type=int, default=0, help="articles of the shop, those on most invoices; 0: all")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0: one per core")
     parser.add_argument("--no-scratch", dest="scratch", action="store_false", help="leave out the models from scratch")
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -15,8 +16,9 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from concord import Concord, user
+from features.bundle import MANIFEST, TRAINING, Manifest, checksums, write_manifest
 from features.catalogue import Item, publish_epoch, upsert_items
-from features.importers import import_folder, load_mapping
+from features.importers import import_events, load_mapping
 from features.models import ModelVersion, list_models
 from features.sample_shop import generate, write
 from features.sample_shop.shop import Shop
@@ -24,12 +26,16 @@ from server.settings import ServerSettings
 from tests.integration import serving
 from tests.integration.fixtures import NewShop
 from tests.integration.test_processes import environment, run
-from tests.integration.times import NOW, START
-from training.config import TrainConfig
-from training.run import export, train
+from tests.integration.times import NOW
+from training.ranker import Ranker
+from training.warm_start import load_origin, save_origin
 
-# A first model that has hardly learned anything: one step of the tower, and a ranker as it was made.
-POOR = replace(TrainConfig.tiny(), max_steps=1, ranker_epochs=0, threads=1)
+# Budgets of an update in these tests: seconds, not minutes.
+SMALL = (
+    "--min-customers",
+    "10",
+    *(word for field in ("ranker_labels=80", "evaluation_users=40", "threads=1") for word in ("--set", field)),
+)
 
 
 @dataclass
@@ -37,14 +43,15 @@ class Growing:
     """A shop whose events arrive day by day, and the folder they are imported from."""
 
     settings: ServerSettings
-    made: Shop
+    future: Shop
     folder: Path
 
-    def arrive(self, until_day: int) -> None:
-        """Imports everything up to a day; what is there already is not stored twice."""
-        until = START + timedelta(days=until_day)
-        write(replace(self.made, events=tuple(event for event in self.made.events if event.occurred_at < until)), self.folder)
-        import_folder(self.settings.postgres_dsn, self.folder, load_mapping("sample_shop"), rejects=self.folder)
+    def arrive(self, days: int) -> None:
+        """Imports what happens within so many days after NOW; what is there already is not stored twice."""
+        events = tuple(event for event in self.future.events if event.occurred_at < NOW + timedelta(days=days))
+        write(replace(self.future, events=events), self.folder)
+        source, rejects = self.folder / "events.parquet", self.folder / "rejects.jsonl"
+        import_events(self.settings.postgres_dsn, source, load_mapping("sample_shop"), rejects=rejects)
 
     def models(self) -> list[ModelVersion]:
         """All published versions, newest first."""
@@ -59,23 +66,39 @@ class Growing:
     @property
     def runs(self) -> list[Path]:
         """The run folders, oldest first."""
-        return sorted((self.settings.data_dir / "runs").iterdir())
+        return sorted((self.settings.data_dir / "runs").glob("*"))
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the newest run says of itself."""
+        told: dict[str, Any] = json.loads((self.runs[-1] / "update.json").read_text())
+        return told
+
+
+def with_an_untrained_ranker(bundle: Path, folder: Path) -> Path:
+    """Writes a bundle whose model ranks badly: an update of it has something to win."""
+    shutil.copytree(bundle, folder)
+    origin = load_origin(folder / TRAINING)
+    ranker = Ranker(origin.trained.config.ranker_hidden)
+    ranker.mean, ranker.scale = origin.trained.ranker.mean, origin.trained.ranker.scale
+    save_origin(replace(origin, trained=replace(origin.trained, ranker=ranker)), folder / TRAINING)
+    manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    write_manifest(folder, manifest.model_copy(update={"model_version": "poor", "files": dict(checksums(folder))}))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def shop(new_shop: NewShop, tmp_path_factory: pytest.TempPathFactory) -> Growing:
-    """Fifty days of a shop, and no model."""
-    growing = Growing(new_shop(), generate(3, end=NOW, users=100, items=300), tmp_path_factory.mktemp("sample"))
-    growing.arrive(50)
-    return growing
+    """The sample shop as it is trained on, no model, and the months to come: the same customers and items, other visits."""
+    settings, folder = new_shop(), tmp_path_factory.mktemp("sample")
+    serving.fill(settings, folder)
+    return Growing(settings, generate(4, end=NOW + timedelta(days=90), users=150), folder)
 
 
 @pytest.fixture(scope="module")
-def updated(shop: Growing, tmp_path_factory: pytest.TempPathFactory) -> Growing:
+def updated(shop: Growing, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Growing:
     """The shop with a poor model, published and active."""
-    bundle = tmp_path_factory.mktemp("bundle")
-    export(shop.settings, train(shop.settings, POOR).run_dir, bundle)
-    serving.deploy(shop.settings, bundle)
+    serving.deploy(shop.settings, with_an_untrained_ranker(bundle, tmp_path_factory.mktemp("bundle") / "poor"))
     return shop
 
 
@@ -97,50 +120,48 @@ def test_without_an_active_model_there_is_nothing_to_update(command: Any) -> Non
     assert "no model is active" in done.output
 
 
-@pytest.mark.parametrize(
-    "words", [("--dry-run",), ("--margin", "0.1"), ("--since-last", "--preset", "tiny"), ("--since-last", "--task", "clicks")]
-)
-def test_options_that_do_not_belong_together_are_refused(command: Any, words: tuple[str, ...]) -> None:
-    done = command(*words)
+@pytest.mark.parametrize("words", ["--dry-run", "--margin 0.1", "--since-last --preset tiny", "--since-last --task clicks"])
+def test_options_that_do_not_belong_together_are_refused(command: Any, words: str) -> None:
+    done = command(*words.split())
     assert done.exit_code == 2
-    assert "--since-last" in done.output or "keeps the active model's" in done.output
+    assert "only with --since-last" in done.output or "keeps the active model's" in done.output
 
 
 def test_without_new_events_nothing_is_done(updated: Growing, command: Any) -> None:
-    before = (updated.models(), updated.runs)
     done = command("--since-last")
     assert (done.exit_code, "Nothing done: no events after" in done.output) == (0, True), done.output
-    assert (updated.models(), updated.runs) == before
+    assert (len(updated.models()), updated.runs) == (1, [])
 
 
 def test_too_few_new_events_are_left_for_later(updated: Growing, command: Any) -> None:
-    updated.arrive(51)
+    updated.arrive(5)
     done = command("--since-last")
     assert (done.exit_code, "30 are needed" in done.output) == (0, True), done.output
-    assert len(updated.models()) == 1
+    assert (len(updated.models()), updated.runs) == (1, [])
 
 
 def test_a_dry_run_and_a_wrong_configuration_change_nothing(updated: Growing, command: Any) -> None:
-    updated.arrive(70)
-    before = (updated.models(), updated.runs)
+    updated.arrive(30)
     done = command("--since-last", "--dry-run", "--replay-fraction", "0.25")
     assert (done.exit_code, "Dry run" in done.output) == (0, True), done.output
     assert "replayed" in done.output
     refused = command("--since-last", "--set", "ranker_hidden=8")
     assert (refused.exit_code, "shape of the network" in refused.output) == (2, True), refused.output
-    assert (updated.models(), updated.runs) == before
+    assert (len(updated.models()), updated.runs) == (1, [])
 
 
 def test_a_challenger_that_learns_nothing_ranks_as_the_champion_and_does_not_replace_it(updated: Growing, command: Any) -> None:
     """It starts from the champion's weights, then: with a learning rate of almost zero both rank alike, to the last place."""
     champion = updated.active
-    done = command("--since-last", "--set", "learning_rate=1e-12", "--set", "head_learning_rate=1e-12", "--set", "ranker_epochs=0")
+    fields = ("learning_rate=1e-12", "head_learning_rate=1e-12", "ranker_epochs=0", "max_steps=1")
+    done = command("--since-last", *SMALL, *(word for field in fields for word in ("--set", field)))
     assert (done.exit_code, "stays published and inactive" in done.output) == (0, True), done.output
     assert updated.active == champion
     (challenger,) = [model for model in updated.models() if not model.active]
-    report = json.loads((updated.runs[-1] / "update.json").read_text())
+    report = updated.report
     assert (report["champion"], report["challenger"], report["wins"]) == (champion, challenger.model_version, False)
     assert report["champion_metrics"] == report["challenger_metrics"]
+    assert report["champion_metrics"]["hr_at_10"] > 0
     assert report["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert report["counts"]["new_visits"] > 0
     assert report["counts"]["replayed_visits"] > 0
@@ -151,28 +172,26 @@ def test_a_challenger_that_learns_nothing_ranks_as_the_champion_and_does_not_rep
 
 
 def test_what_was_compared_already_is_not_trained_again(updated: Growing, command: Any) -> None:
-    runs = updated.runs
     done = command("--since-last")
     assert (done.exit_code, "and is not active" in done.output) == (0, True), done.output
-    assert (len(updated.models()), updated.runs) == (2, runs)
+    assert (len(updated.models()), len(updated.runs)) == (2, 1)
 
 
 async def test_a_better_challenger_is_activated_on_the_servers_that_run(updated: Growing) -> None:
     """With a catalogue that has changed since: one item more, one less."""
     champion, settings = updated.active, updated.settings
-    updated.arrive(90)
+    updated.arrive(40)
     with psycopg.connect(settings.postgres_dsn) as connection:
         upsert_items(connection, [Item("a-new-one", "Enamel mug", price_micros=9_000_000, currency="USD")])
         connection.execute("UPDATE items SET removed = true WHERE item_id = (SELECT min(item_id) FROM items WHERE item_id <> 'a-new-one')")
         publish_epoch(connection)
     async with serving.served(settings) as address:
-        words = ("train", "--since-last", "--set", "ranker_epochs=20", "--set", "max_steps=5")
-        done = await asyncio.to_thread(run, settings, *words)
+        done = await asyncio.to_thread(run, settings, "train", "--since-last", *SMALL, "--set", "max_steps=5")
         assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-        report = json.loads((updated.runs[-1] / "update.json").read_text())
+        report = updated.report
         assert report["wins"], done.stdout
         assert report["gain"]["mean"] > 0.02
         assert f"active: {report['challenger']} (before: {champion}" in done.stdout
         async with Concord(address, channel="web", timeout=10.0) as web:
-            answer = await web.recommend(user("u00001"), surface="home", limit=3)
+            answer = await web.recommend(user("u00002"), surface="home", limit=3)
     assert updated.active == report["challenger"] == answer.versions.model_version
