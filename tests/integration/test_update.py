@@ -3,6 +3,8 @@
 import asyncio
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -25,7 +27,7 @@ from features.sample_shop.shop import Shop
 from server.settings import ServerSettings
 from tests.integration import serving
 from tests.integration.fixtures import NewShop
-from tests.integration.test_processes import environment, run
+from tests.integration.test_processes import environment
 from tests.integration.times import NOW
 from training.ranker import Ranker
 from training.warm_start import load_origin, save_origin
@@ -186,12 +188,16 @@ async def test_a_better_challenger_is_activated_on_the_servers_that_run(updated:
         connection.execute("UPDATE items SET removed = true WHERE item_id = (SELECT min(item_id) FROM items WHERE item_id <> 'a-new-one')")
         publish_epoch(connection)
     async with serving.served(settings) as address:
-        done = await asyncio.to_thread(run, settings, "train", "--since-last", *SMALL, "--set", "max_steps=5")
-        assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+        words = ("-m", "cli.main", "train", "--since-last", *SMALL, "--set", "max_steps=5")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *words, env=environment(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        told, complained = (text.decode() for text in await process.communicate())
+        assert process.returncode == 0, told + complained[-2000:]
         report = updated.report
-        assert report["wins"], done.stdout
+        assert report["wins"], told
         assert report["gain"]["mean"] > 0.02
-        assert f"active: {report['challenger']} (before: {champion}" in done.stdout
+        assert f"active: {report['challenger']} (before: {champion}" in " ".join(told.split())
         async with Concord(address, channel="web", timeout=10.0) as web:
             answer = await web.recommend(user("u00002"), surface="home", limit=3)
     assert updated.active == report["challenger"] == answer.versions.model_version

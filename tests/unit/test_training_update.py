@@ -199,6 +199,8 @@ def test_a_warm_ranker_without_a_useful_list_is_the_one_it_was() -> None:
 def test_the_file_gives_back_the_model_and_leaves_out_what_is_the_base_models(tmp_path: Path) -> None:
     origin = Origin(model(), ranker_start=5, cut=7)
     save_origin(origin, tmp_path / "a")
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode  # servers of other users read it too
     loaded = load_origin(tmp_path / "a")
     assert (loaded.ranker_start, loaded.cut, loaded.trained.config, loaded.trained.item_ids) == (5, 7, CONFIG, origin.trained.item_ids)
     table, features = item_table(), torch.randn(5, 23)
