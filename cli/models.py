@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import psycopg
 import typer
@@ -15,6 +15,9 @@ from cli.context import shop
 from features.models import OnUnready
 from features.settings import Settings
 
+if TYPE_CHECKING:
+    from training.config import TrainConfig
+
 _out = Console()
 _UPDATE = "With --since-last"
 _POLICY = ("replay_fraction", "holdout_fraction", "margin", "confidence", "certain", "min_customers")
@@ -26,6 +29,11 @@ class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
 
     recommend = "recommend"
     clicks = "clicks"
+    rating = "rating"
+
+
+# What a run folder calls each task.
+_TRAINED = {Task.recommend: "tower", Task.clicks: "classifier", Task.rating: "rating"}
 
 
 def register(app: typer.Typer) -> None:
@@ -41,9 +49,14 @@ def register(app: typer.Typer) -> None:
 
 def train(
     context: typer.Context,
-    task: Annotated[Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier.")] = Task.recommend,
+    task: Annotated[
+        Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier; rating: the rating regression.")
+    ] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder that was broken off: goes on from its last checkpoint, as it was configured.")
+    ] = None,
     since_last: Annotated[bool, typer.Option("--since-last", help="Update the active model with what has happened since it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.", rich_help_panel=_UPDATE)] = False,
     margin: Annotated[
@@ -66,13 +79,18 @@ def train(
     """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
     With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
+    With --task rating: the same with one output and mean squared error, on the ratings of rate and review events.
+
+    Among the fields: regime=full|top_k|frozen|lora|adalora|adapter (what of BERT is fine-tuned), optimizer=adamw|sgd,
+    schedule=linear|cosine|constant, label_smoothing, accumulation_steps, mixed_precision, device, checkpoint_steps, and
+    warmup_objective=mlm|contrastive with warmup_steps (self-supervised, before the labels). All: docs/training.md.
 
     With --since-last: goes on from the active model's weights and configuration, on new visits and a replay of old ones; compares
     both on the newest holdout, publishes the new model, and activates it if it wins. Without new events it does nothing.
     """
     given = {name for name in context.params if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"}
     if since_last:
-        if given & {"task", "preset"}:
+        if given & {"task", "preset", "resume"}:
             raise typer.BadParameter("an update keeps the active model's task and configuration; --set changes fields of it")
         values = dict(_pair(text) for text in assign or [])
         policy = {name: value for name, value in context.params.items() if name in _POLICY}
@@ -81,25 +99,39 @@ def train(
         return
     if alone := sorted(given & {"dry_run", *_POLICY}):
         raise typer.BadParameter("only with --since-last", param_hint=", ".join(f"--{name.replace('_', '-')}" for name in alone))
-    from training.classifier import train_classifier
-    from training.config import TrainConfig
+    from training.classifier import Clicks
     from training.dataset import TrainingDataError
+    from training.pairs import train_pairs
+    from training.rating import Ratings
     from training.run import train as run
+    from training.runs import Begun
+
+    if resume and assign:
+        raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--set")
+    begun = Begun.load(resume) if resume else Begun(_TRAINED[task], _configured(preset, assign or []), 0)
+    heads = {head.name: head for head in (Clicks(), Ratings())}
+    with shop(Settings) as settings:
+        try:
+            if begun.task in heads:
+                result = train_pairs(settings, heads[begun.task], begun.config, resume=resume)
+            else:
+                result = run(settings, begun.config, resume=resume)
+        except TrainingDataError as error:
+            raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
+    _metrics(result.metrics)
+    _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+
+
+def _configured(preset: str, assign: list[str]) -> "TrainConfig":
+    from training.config import TrainConfig
 
     presets = {"demo": TrainConfig.demo, "full": TrainConfig.full, "tiny": TrainConfig.tiny}
     if preset not in presets:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
     try:
-        config = presets[preset]().with_values(dict(_pair(text) for text in assign or []))
+        return presets[preset]().with_values(dict(_pair(text) for text in assign))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--set") from None
-    with shop(Settings) as settings:
-        try:
-            result = run(settings, config) if task is Task.recommend else train_classifier(settings, config)
-        except TrainingDataError as error:
-            raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
-    _metrics(result.metrics)
-    _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
 
 
 def evaluate(

@@ -61,7 +61,8 @@ class Trained:
 def new_tower(config: TrainConfig, item_count: int) -> TwoTower:
     """Returns the untrained model: pretrained BERT, identity heads, no residuals."""
     torch.manual_seed(config.seed)
-    return TwoTower(load_encoder(config.base_model, dropout=config.dropout), item_count, temperature=config.temperature)
+    encoder = load_encoder(config.base_model, dropout=config.dropout)
+    return TwoTower(encoder, item_count, temperature=config.temperature, label_smoothing=config.label_smoothing)
 
 
 def save(trained: Trained, record: RunRecord, run_dir: Path) -> None:

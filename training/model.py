@@ -1,12 +1,16 @@
 """The two-tower model: one BERT reads items and customers; linear heads map both into one space of unit vectors."""
 
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, log_softmax, normalize
 from transformers import PreTrainedModel
+
+from training.distributed import gathered
+from training.regimes import rest_frozen
 
 _MASKED = -1e4
 
@@ -19,15 +23,16 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step: b labels against b in-batch and s sampled items.
+    """One training step: b labels against b in-batch and s sampled items; this process reads the texts of p of the labels.
 
     Attributes:
-        user_ids, user_mask: int64[b, l] behaviour texts.
-        item_ids, item_mask: int64[b, m] texts of the target items.
+        user_ids, user_mask: int64[p, l] behaviour texts.
+        item_ids, item_mask: int64[p, m] texts of the target items.
         item_rows: int64[b + s], rows of the targets, then of the sampled negatives.
         negative_pools: float32[s, h], pooled encoder outputs of the sampled items, from the last refresh.
         log_q: float32[b + s], log of the expected number of times each item is in the pool of such a step.
-        wrong: bool[b, b + s], pairs that are no negatives: other targets of the label, and what its customer has already.
+        wrong: bool[p, b + s], pairs that are no negatives: other targets of the label, and what its customer has already.
+        mine: places of this process's labels among the b.
     """
 
     user_ids: Tensor
@@ -38,6 +43,26 @@ class Batch:
     negative_pools: Tensor
     log_q: Tensor
     wrong: Tensor
+    mine: Sequence[int]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+def softmax_loss(logits: Tensor, wanted: Tensor, wrong: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Returns the mean cross-entropy of ``wanted`` int64[b] among logits float32[b, n] without those that are ``wrong`` bool[b, n].
+
+    Label smoothing spreads its share over the answers that are left, not over the wrong ones.
+    """
+    masked = logits.masked_fill(wrong, _MASKED)
+    loss = cross_entropy(masked, wanted)
+    if not label_smoothing:
+        return loss
+    spread = -log_softmax(masked, dim=-1).masked_fill(wrong, 0.0).sum(-1) / (~wrong).sum(-1)
+    return (1.0 - label_smoothing) * loss + label_smoothing * spread.mean()
 
 
 class TwoTower(nn.Module):
@@ -50,8 +75,9 @@ class TwoTower(nn.Module):
 
     warm: Tensor
 
-    def __init__(self, encoder: PreTrainedModel, item_count: int, *, temperature: float) -> None:
+    def __init__(self, encoder: PreTrainedModel, item_count: int, *, temperature: float, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        self.label_smoothing = label_smoothing
         size = int(encoder.config.hidden_size)
         self.encoder = encoder
         self.user_head = nn.Linear(size, size)
@@ -67,10 +93,13 @@ class TwoTower(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Switches dropout on or off; frozen layers stay without it, which also makes them a third cheaper to run."""
         super().train(mode)
-        for layer in (self.encoder.embeddings, *self.encoder.encoder.layer):
-            if not any(parameter.requires_grad for parameter in layer.parameters()):
-                layer.eval()
+        rest_frozen(self.encoder)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.log_temperature.device
 
     @property
     def vector_size(self) -> int:
@@ -92,12 +121,16 @@ class TwoTower(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the loss: softmax cross-entropy over the pool of items, corrected by log q (Yi et al., RecSys 2019)."""
-        users = self.user_vector(self.pool(batch.user_ids, batch.user_mask))
-        pools = torch.cat([self.pool(batch.item_ids, batch.item_mask), batch.negative_pools])
-        items = self.item_vector(pools, batch.item_rows)
-        temperature = self.log_temperature.exp().clamp(0.01, 1.0)
-        logits = users @ items.T / temperature - batch.log_q
-        return cross_entropy(logits.masked_fill(batch.wrong, _MASKED), torch.arange(len(users), device=users.device))
+        user_pools = self.pool(batch.user_ids, batch.user_mask)
+        targets = gathered(self.pool(batch.item_ids, batch.item_mask), batch.mine, len(batch.item_rows) - len(batch.negative_pools))
+        # In float32 whatever BERT runs in: a logit of 20 in bfloat16 is known to 0.125 only.
+        with torch.autocast(self.device.type, enabled=False):
+            users = self.user_vector(user_pools.float())
+            items = self.item_vector(torch.cat([targets.float(), batch.negative_pools]), batch.item_rows)
+            temperature = self.log_temperature.exp().clamp(0.01, 1.0)
+            logits = users @ items.T / temperature - batch.log_q
+            wanted = torch.tensor(list(batch.mine), device=self.device)
+            return softmax_loss(logits, wanted, batch.wrong, label_smoothing=self.label_smoothing)
 
 
 class ExportedEncoder(nn.Module):
@@ -111,13 +144,3 @@ class ExportedEncoder(nn.Module):
         """Returns user_vector and item_vector, float32[b, d], of texts int64[b, l]."""
         pooled = self.tower.pool(input_ids, attention_mask)
         return self.tower.user_vector(pooled), self.tower.item_vector(pooled)
-
-
-def freeze_below(tower: TwoTower, trainable_layers: int) -> None:
-    """Leaves only the top encoder layers (and heads, residuals, temperature) trainable; -1 leaves everything so."""
-    if trainable_layers < 0:
-        return
-    tower.encoder.requires_grad_(False)
-    layers = tower.encoder.encoder.layer
-    for layer in layers[len(layers) - min(trainable_layers, len(layers)) :]:
-        layer.requires_grad_(True)

@@ -30,28 +30,32 @@ from training.dataset import (
     Shop,
     Snapshots,
     Split,
+    TrainingDataError,
     join_customers,
     open_shop,
     split_of,
     take_snapshots,
 )
-from training.distributed import processes, rank_zero_first
+from training.distributed import agreed, processes, rank_zero_first
 from training.encode import user_vectors
 from training.events import Micros, to_micros
 from training.export import BundleContext, write_bundle
 from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of
 from training.ranker import Ranker, train_ranker
+from training.regimes import Regime
+from training.runs import Begun, begin, checkpoints, finish
 from training.scoring import Model, Query, make_queries
 from training.text import activity_texts, load_tokenizer, tokenize
 from training.train import TowerReport, TowerSet, Trainer
 from training.warm_start import WarmStart, grown
+from training.warmup import past_activities, warm_up
 
 Customers = dict[tuple[str, Micros], Customer]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder, holdout metrics, wall-clock seconds and the tower's optimizer steps."""
+    """A finished run: its folder, metrics on what it did not see, wall-clock seconds and BERT's optimizer steps."""
 
     run_dir: Path
     metrics: dict[str, float]
@@ -59,33 +63,37 @@ class TrainResult:
     steps: int
 
 
-def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None, warm: WarmStart | None = None) -> TrainResult:
+def train(
+    settings: Settings, config: TrainConfig, *, now: datetime | None = None, resume: Path | None = None, warm: WarmStart | None = None
+) -> TrainResult:
     """Trains and evaluates a model; the run folder is ``<data_dir>/runs/<time>``.
 
     Args:
         settings: the shop.
-        config: how to train.
+        config: how.
         now: names the run folder; by default the time of the call.
-        warm: start from these weights, with these periods, instead of from the pretrained model.
+        resume: a run folder that was broken off, to go on from its last checkpoint with its own configuration.
+        warm: start from these weights, with these periods, instead of from the pretrained model; not together with ``resume``.
 
     Raises:
-        TrainingDataError: no items, no events, the Feast repository is not applied, or too few events before the cut.
+        TrainingDataError: no items, no events, the Feast repository is not applied, too few events before the cut, or others
+            than when the run to resume began; or that was an update, which is planned anew instead.
         ValueError: ``config`` asks for another network than that of ``warm``.
     """
     started = time.monotonic()
     prepare_torch(config)
-    run_dir = settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}"
-    with processes() as rank:
+    with processes(config) as rank:
+        run_dir = agreed(resume or settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}")
         with rank_zero_first():
             shop = open_shop(settings)
-            split = warm.split if warm else split_of(shop.log, config)
+            split = _begin(run_dir, shop, config, warm)
             # Before the customers are joined: their profiles are snapshots too, and a ranker that trained without them
             # meets them for the first time in production (Online Retail: NDCG@10 0.120 instead of 0.130 on the same run).
             snapshots = None if rank else take_snapshots(shop, start=split.ranker_start, cut=split.cut, every_days=config.snapshot_days)
         labels = warm.labels(shop.log, config) if warm else choose_labels(shop.log, split, config)
         start = grown(warm.origin.trained, shop.table.ids, config) if warm else None
         customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout]))
-        trained, report = _train_tower(shop, labels, customers, config=config, run_dir=run_dir, start=start)
+        trained, report = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir, start=start)
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
     trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained, start=start)
@@ -94,6 +102,7 @@ def train(settings: Settings, config: TrainConfig, *, now: datetime | None = Non
     seconds = time.monotonic() - started
     record = RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds, split.ranker_start, warm.version if warm else "")
     checkpoint.save(trained, record, run_dir)
+    finish(run_dir)
     return TrainResult(run_dir, metrics, seconds, report.steps)
 
 
@@ -153,13 +162,25 @@ def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None
 
 
 def prepare_torch(config: TrainConfig) -> None:
-    """Sets threads and seeds."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    """Sets threads and seeds; the processes of one machine share its cores."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.threads or cores or 1)
     torch.manual_seed(config.seed)
 
 
+def _begin(run_dir: Path, shop: Shop, config: TrainConfig, warm: WarmStart | None) -> Split:
+    """Notes what the run sets out to do, and returns its periods; a run that is resumed keeps those it began with."""
+    if warm is not None:
+        begin(run_dir, Begun("update", config, warm.split.cut))
+        return warm.split
+    begun = begin(run_dir, Begun("tower", config, split_of(shop.log, config).cut))
+    if begun.task == "update":
+        raise TrainingDataError("an update is not resumed: concord train --since-last begins it anew")
+    return begun.split(shop.log)
+
+
 def _train_tower(
-    shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path, start: Trained | None
+    shop: Shop, split: Split, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path, start: Trained | None
 ) -> tuple[Trained, TowerReport]:
     tower = start.tower if start else checkpoint.new_tower(config, len(shop.table))
     tokenizer = load_tokenizer(config.base_model)
@@ -169,8 +190,19 @@ def _train_tower(
         kept = [row for row, text in enumerate(texts) if text]
         return TowerSet([chosen[row] for row in kept], tokenize(tokenizer, [texts[row] for row in kept], config.user_tokens))
 
-    items = tokenize(tokenizer, shop.table.texts, config.item_tokens)
-    trainer = Trainer(tower, items, train=readable(labels.tower), validation=readable(labels.validation), config=config)
+    regime = Regime(tower.encoder, config.regime or "top_k", config)
+    if start is None and config.warmup_objective != "none" and not list(checkpoints(run_dir, "tower").glob("step-*")):
+        histories = past_activities(shop, until=split.ranker_start, config=config)
+        warm_up(tower, histories, shop.table, config=config, folder=checkpoints(run_dir, "warmup"))
+    trainer = Trainer(
+        tower,
+        tokenize(tokenizer, shop.table.texts, config.item_tokens),
+        train=readable(labels.tower),
+        validation=readable(labels.validation),
+        config=config,
+        regime=regime,
+        checkpoints=checkpoints(run_dir, "tower"),
+    )
     report = trainer.run(run_dir / "tensorboard")
     return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report
 
@@ -181,9 +213,9 @@ def _train_ranker(
     """Trains the ranker on labels that neither tower nor collaborative weights have seen; also returns the holdout's queries."""
     config, vectors = trained.config, trained.item_vectors(shop.table)
     queries: list[Query] = []
-    for begin, end in split.folds(config.ranker_folds):
-        fold = [label for label in labels.ranker if begin <= label.time < end]
-        queries += queries_of(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=begin)
+    for start_of_fold, end in split.folds(config.ranker_folds):
+        fold = [label for label in labels.ranker if start_of_fold <= label.time < end]
+        queries += queries_of(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=start_of_fold)
     ranker = train_ranker(queries, config, start=start.ranker if start else None)
     holdout = queries_of(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=split.cut)
     return Trained(config, trained.tower, trained.tokenizer, ranker, trained.item_ids), holdout

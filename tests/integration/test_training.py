@@ -2,16 +2,25 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cli.main import app
 from server.settings import ServerSettings
 from tests.integration import serving
 from tests.integration.fixtures import NewShop
+from tests.integration.test_processes import environment
 from training.config import TrainConfig
+from training.dataset import open_shop
+from training.pairs import train_pairs
+from training.rating import Ratings, read_ratings
 from training.run import TrainResult, evaluate, export, train
 
 
@@ -54,3 +63,51 @@ def test_a_cut_inside_the_training_period_is_refused(trained: tuple[ServerSettin
     settings, result = trained
     with pytest.raises(ValueError, match="trained on"):
         evaluate(settings, result.run_dir, cut=serving.NOW - timedelta(days=60))
+
+
+def test_a_training_killed_and_resumed_ends_with_the_figures_of_one_that_was_not(
+    trained: tuple[ServerSettings, TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kill -9 of the command itself, after a checkpoint."""
+    settings, result = trained
+    assigned = [word for text in ("evaluation_users=0", "checkpoint_steps=3") for word in ("--set", text)]
+    command = [sys.executable, "-m", "cli.main", "train", "--preset", "tiny", *assigned]
+    log = settings.data_dir / "killed.log"
+    known = set((settings.data_dir / "runs").iterdir())
+    with log.open("w") as lines, subprocess.Popen(command, env=environment(settings), stdout=lines, stderr=lines) as process:
+        until = time.monotonic() + 90
+        while not list((settings.data_dir / "runs").glob("*/checkpoints/tower/step-*")):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.kill()
+    (run_dir,) = set((settings.data_dir / "runs").iterdir()) - known
+    assert not (run_dir / "run.json").exists()
+    for name, value in environment(settings).items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, ["train", "--resume", str(run_dir)])
+    assert done.exit_code == 0, done.output
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["metrics"] == pytest.approx(result.metrics, abs=1e-9)
+    assert record["steps"] == result.steps
+    assert not list(run_dir.glob("begun*"))
+    again = CliRunner().invoke(app, ["train", "--resume", str(run_dir)])
+    assert isinstance(again.exception, FileNotFoundError)
+    assert CliRunner().invoke(app, ["train", "--resume", str(run_dir), "--set", "seed=1"]).exit_code == 2
+
+
+def test_ratings_are_regressed_beside_the_mean(trained: tuple[ServerSettings, TrainResult]) -> None:
+    """The sample shop's stars are thrown like dice, whoever gives them: there is nothing to learn but the mean."""
+    settings, _ = trained
+    result = train_pairs(settings, Ratings(), TrainConfig.tiny())
+    assert 0.8 < result.metrics["mean_rmse"] < 1.5
+    assert result.metrics["rmse"] == pytest.approx(result.metrics["mean_rmse"], rel=0.2)
+    assert result.metrics["parity"] < 1e-4
+    assert {path.name for path in result.run_dir.iterdir()} == {"rating.onnx", "rating.safetensors", "rating.json", "metrics.json"}
+
+
+def test_a_rating_and_its_review_count_once(trained: tuple[ServerSettings, TrainResult]) -> None:
+    ratings = read_ratings(open_shop(trained[0]))
+    assert len({(rating.user_id, rating.item) for rating in ratings}) == len(ratings) > 50
+    assert {rating.value for rating in ratings} == {1.0, 2.0, 3.0, 4.0, 5.0}
+    assert [rating.time for rating in ratings] == sorted(rating.time for rating in ratings)

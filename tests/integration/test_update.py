@@ -29,7 +29,10 @@ from tests.integration import serving
 from tests.integration.fixtures import NewShop
 from tests.integration.test_processes import environment
 from tests.integration.times import NOW
+from training.config import TrainConfig
+from training.events import to_micros
 from training.ranker import Ranker
+from training.runs import Begun, begin
 from training.warm_start import load_origin, save_origin
 
 # Budgets of an update in these tests: seconds, not minutes.
@@ -122,7 +125,9 @@ def test_without_an_active_model_there_is_nothing_to_update(command: Any) -> Non
     assert "no model is active" in done.output
 
 
-@pytest.mark.parametrize("words", ["--dry-run", "--margin 0.1", "--since-last --preset tiny", "--since-last --task clicks"])
+@pytest.mark.parametrize(
+    "words", ["--dry-run", "--margin 0.1", "--since-last --preset tiny", "--since-last --task clicks", "--since-last --resume x"]
+)
 def test_options_that_do_not_belong_together_are_refused(command: Any, words: str) -> None:
     done = command(*words.split())
     assert done.exit_code == 2
@@ -177,6 +182,12 @@ def test_what_was_compared_already_is_not_trained_again(updated: Growing, comman
     done = command("--since-last")
     assert (done.exit_code, "and is not active" in done.output) == (0, True), done.output
     assert (len(updated.models()), len(updated.runs)) == (2, 1)
+
+
+def test_an_update_that_was_broken_off_is_begun_anew(updated: Growing, command: Any, tmp_path: Path) -> None:
+    begin(tmp_path, Begun("update", TrainConfig.tiny(), to_micros(NOW)))
+    done = command("--resume", str(tmp_path))
+    assert (done.exit_code, "begins it anew" in " ".join(done.output.split())) == (2, True), done.output
 
 
 async def test_a_better_challenger_is_activated_on_the_servers_that_run(updated: Growing) -> None:
