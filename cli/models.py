@@ -53,7 +53,10 @@ def train(
         Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier; rating: the rating regression.")
     ] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
+    config_file: Annotated[Path | None, typer.Option("--config", help="A configuration instead of a preset, such as best.json.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
+    ensemble: Annotated[int, typer.Option(min=1, help="Train this many towers, of seeds in a row, and average their scores.")] = 1,
+    distil: Annotated[bool, typer.Option("--distil", help="Distil the ensemble into one tower, which is what is kept.")] = False,
     resume: Annotated[
         Path | None, typer.Option(help="A run folder that was broken off: goes on from its last checkpoint, as it was configured.")
     ] = None,
@@ -101,15 +104,19 @@ def train(
         raise typer.BadParameter("only with --since-last", param_hint=", ".join(f"--{name.replace('_', '-')}" for name in alone))
     from training.classifier import Clicks
     from training.dataset import TrainingDataError
+    from training.distill import TokenizerMismatchError
     from training.pairs import train_pairs
     from training.rating import Ratings
     from training.run import train as run
     from training.runs import Begun
 
-    if resume and assign:
-        raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--set")
-    begun = Begun.load(resume) if resume else Begun(_TRAINED[task], _configured(preset, assign or []), 0)
+    if resume and (assign or config_file or ensemble > 1 or distil):
+        raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--resume")
+    configured = training_config(preset, config_file, assign or [], ensemble=ensemble, distil=distil)
+    begun = Begun.load(resume) if resume else Begun(_TRAINED[task], configured, 0)
     heads = {head.name: head for head in (Clicks(), Ratings())}
+    if begun.task in heads and begun.config.ensemble > 1:
+        raise typer.BadParameter(f"the {begun.task} is one model", param_hint="--ensemble")
     with shop(Settings) as settings:
         try:
             if begun.task in heads:
@@ -118,20 +125,29 @@ def train(
                 result = run(settings, begun.config, resume=resume)
         except TrainingDataError as error:
             raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
+        except TokenizerMismatchError as error:
+            raise typer.BadParameter(str(error), param_hint="--set") from None
     _metrics(result.metrics)
     _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
 
 
-def _configured(preset: str, assign: list[str]) -> "TrainConfig":
+def training_config(preset: str, config_file: Path | None, assign: list[str], *, ensemble: int = 1, distil: bool = False) -> "TrainConfig":
+    """Returns the configuration that options name: a preset or a file, changed by ``--set``, ``--ensemble`` and ``--distil``."""
     from training.config import TrainConfig
 
     presets = {"demo": TrainConfig.demo, "full": TrainConfig.full, "tiny": TrainConfig.tiny}
     if preset not in presets:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
+    values = dict(_pair(text) for text in assign)
+    if ensemble > 1:
+        values["ensemble"] = str(ensemble)
     try:
-        return presets[preset]().with_values(dict(_pair(text) for text in assign))
+        config = (TrainConfig.load(config_file) if config_file else presets[preset]()).with_values(values)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--set") from None
+    if distil and config.ensemble == 1:
+        raise typer.BadParameter("one tower has nothing to distil: give --ensemble", param_hint="--distil")
+    return config.distilled() if distil else config
 
 
 def evaluate(
@@ -145,21 +161,36 @@ def evaluate(
     from training.run import evaluate as run
 
     with shop(Settings) as settings:
-        metrics = run(settings, run_dir or _newest(settings), rankings=rankings, cut=datetime.fromisoformat(cut) if cut else None)
+        metrics = run(settings, run_dir or newest_run(settings), rankings=rankings, cut=datetime.fromisoformat(cut) if cut else None)
     _metrics(metrics)
 
 
 def export(
     run_dir: _Run = None,
     out: Annotated[Path, typer.Option(help="Folder for the bundle; replaced.")] = Path(".data/bundle"),
+    encoder: Annotated[str, typer.Option(help="Form of the encoder: fp32, fused, int8, int4 or static; see concord quantize.")] = "fp32",
+    fp16: Annotated[bool, typer.Option("--fp16", help="Add the encoder in half precision, for CONCORD_ONNX_PRECISION=fp16.")] = False,
 ) -> None:
     """Exports a run as an ONNX bundle and checks that it computes what PyTorch computed."""
+    from training.quantize import RefusedVariantError
     from training.run import export as run
+    from training.variants import Variant
 
+    if encoder not in list(Variant):
+        raise typer.BadParameter(f"{encoder!r} is none of {', '.join(Variant)}", param_hint="--encoder")
     with shop(Settings) as settings:
-        manifest = run(settings, run_dir or _newest(settings), out)
+        try:
+            manifest = run(settings, run_dir or newest_run(settings), out, variant=Variant(encoder), fp16=fp16)
+        except RefusedVariantError as error:
+            raise typer.BadParameter(str(error), param_hint="--encoder") from None
     differences = ", ".join(f"{name} {value:.1e}" for name, value in manifest.parity.items())
     _out.print(f"model version {manifest.model_version} in {out}; largest differences from PyTorch: {differences}")
+    for name, measured in manifest.invariance.items():
+        told = ", ".join(f"{what} {'bit-equal' if one.bit_equal else f'{one.largest_difference:.1e}'}" for what, one in measured.items())
+        _out.print(f"{name} by what the batch changes: {told}")
+    for name in ("encoder_validation_ndcg_loss", "encoder_fp16_validation_ndcg_loss"):
+        if name in manifest.metrics:
+            _out.print(f"{name} {manifest.metrics[name]:+.4f}")
 
 
 def publish(bundle: Annotated[Path, typer.Argument(help="A bundle folder.")] = Path(".data/bundle")) -> None:
@@ -224,8 +255,13 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _newest(settings: Settings) -> Path:
-    runs = sorted((settings.data_dir / "runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+def newest_run(settings: Settings, pattern: str = "*/config.json") -> Path:
+    """Returns the newest run folder that holds a file of this pattern; by default those that recommend.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    runs = sorted((settings.data_dir / "runs").glob(pattern), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise FileNotFoundError(f"no run under {settings.data_dir / 'runs'}; `concord train` makes one")
     return runs[-1].parent

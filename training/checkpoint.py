@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from features.item_table import FloatArray, ItemTable
 from training.config import TrainConfig
 from training.encode import item_vectors
-from training.model import TwoTower
+from training.ensemble import Ensemble
+from training.model import Tower, TwoTower
 from training.ranker import Ranker
 from training.text import load_encoder, load_tokenizer, tokenize
 
@@ -46,7 +47,7 @@ class Trained:
     """A trained model with what is needed to apply it."""
 
     config: TrainConfig
-    tower: TwoTower
+    tower: Tower
     tokenizer: Tokenizer
     ranker: Ranker
     item_ids: Sequence[str]
@@ -58,8 +59,15 @@ class Trained:
         return item_vectors(self.tower, tokens, [residual.get(item) for item in table.ids])
 
 
+def new_model(config: TrainConfig, item_count: int) -> Tower:
+    """Returns the untrained model that a run of this configuration ends with: one tower, or an ensemble that was not distilled."""
+    if config.ensemble == 1 or config.distil_weight:
+        return new_tower(config, item_count)
+    return Ensemble([new_tower(config.member(number), item_count) for number in range(config.ensemble)])
+
+
 def new_tower(config: TrainConfig, item_count: int) -> TwoTower:
-    """Returns the untrained model: pretrained BERT, identity heads, no residuals."""
+    """Returns one untrained tower: pretrained BERT, identity heads, no residuals."""
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.base_model, dropout=config.dropout)
     return TwoTower(encoder, item_count, temperature=config.temperature, label_smoothing=config.label_smoothing)
@@ -87,7 +95,7 @@ def load(run_dir: Path) -> tuple[Trained, RunRecord]:
     values = json.loads((run_dir / _RECORD).read_text())
     record = RunRecord(**values | {"item_ids": tuple(values["item_ids"])})
     config = TrainConfig.load(run_dir / _CONFIG)
-    tower = new_tower(config, len(record.item_ids))
+    tower = new_model(config, len(record.item_ids))
     tower.load_state_dict(load_file(run_dir / _TOWER))
     ranker = Ranker(config.ranker_hidden)
     ranker.load_state_dict(load_file(run_dir / _RANKER))

@@ -35,6 +35,7 @@ _POSITIVE = (
     "ranker_learning_rate",
     "ranker_patience",
     "warmup_fraction",
+    "ensemble",
     "adapter_rank",
     "accumulation_steps",
     "warmup_steps",
@@ -117,6 +118,10 @@ class TrainConfig:
         ranker_dropout: dropout probability in the ranker's hidden layer.
         ranker_patience: passes without a better validation NDCG@10 after which the ranker stops.
         classifier_negatives: sampled negatives per positive of the click classifier.
+        ensemble: towers that are trained, with the seeds ``seed``, ``seed`` + 1, …, and whose scores are averaged; each takes the
+            whole ``epochs``, ``max_steps`` and ``time_budget_s``.
+        ensemble_models: base models of the towers in turn, comma-separated, all of one tokenizer; "" means ``base_model`` for all.
+        distil_weight: above 0 the ensemble is distilled into one tower, and this is the share of its softmax in the loss; at most 1.
     """
 
     base_model: str = ""
@@ -178,11 +183,16 @@ class TrainConfig:
     ranker_dropout: float = 0.1
     ranker_patience: int = 10
     classifier_negatives: int = 4
+    ensemble: int = 1
+    ensemble_models: str = ""
+    distil_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("holdout_fraction", "ranker_fraction", "dropout", "ranker_dropout", "warmup_fraction", "momentum", "label_smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"training field {name!r} must be at least 0 and below 1")
+        if not 0.0 <= self.distil_weight <= 1.0:
+            raise ValueError("training field 'distil_weight' must be between 0 and 1")
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"training field {name!r} must be above 0")
@@ -232,6 +242,16 @@ class TrainConfig:
             ranker_learning_rate=1e-2,
             evaluation_users=60,
         )
+
+    def member(self, number: int) -> "TrainConfig":
+        """Returns the configuration of one tower of the ensemble, counted from 0."""
+        models = [model.strip() for model in self.ensemble_models.split(",")] if self.ensemble_models else [self.base_model]
+        base = models[number % len(models)]
+        return replace(self, base_model=base, seed=self.seed + number, ensemble=1, ensemble_models="", distil_weight=0.0)
+
+    def distilled(self) -> "TrainConfig":
+        """Returns the configuration with its ensemble distilled, by the configured weight, or mostly by the teacher where none is."""
+        return replace(self, distil_weight=self.distil_weight or 0.7)
 
     def with_cut(self, cut: datetime | None) -> "TrainConfig":
         """Returns the configuration with another cut; None keeps the one it has."""

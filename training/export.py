@@ -3,8 +3,8 @@
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.export import Dim
 from features.bundle import (
     COLLABORATIVE,
     ENCODER,
+    ENCODER_FP16,
     GOLDEN,
     ITEMS,
     MANIFEST,
@@ -25,6 +26,7 @@ from features.bundle import (
     TOKENIZER,
     TRAINING,
     FeatureContract,
+    Invariance,
     Manifest,
     checksums,
     write_manifest,
@@ -34,14 +36,15 @@ from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
 from features.signals import CollaborativeWeights
 from training.checkpoint import Trained
+from training.events import from_micros
+from training.invariance import measure, measure_ranker, open_graph, token_examples
 from training.model import ExportedEncoder
 from training.progress import bar, quiet
+from training.quantize import TOLERANCE, Encoding, ship
 from training.ranker import Ranker
 from training.text import Tokens, base_name, tokenize
 from training.warm_start import Origin, save_origin
 
-# fp32 arithmetic in another order: 1e-6 is usual, a wrong graph is off by 1e-2 and more.
-_TOLERANCE = 1e-4
 _GOLDEN_TEXTS = 8
 
 
@@ -68,13 +71,22 @@ class BundleContext:
 
 
 def write_bundle(
-    folder: Path, trained: Trained, *, table: ItemTable, collaborative: CollaborativeWeights, context: BundleContext
+    folder: Path,
+    trained: Trained,
+    *,
+    table: ItemTable,
+    collaborative: CollaborativeWeights,
+    context: BundleContext,
+    encoding: Encoding | None = None,
 ) -> Manifest:
     """Writes the bundle folder, manifest last; a bundle that stands there is replaced.
+
+    ``encoding`` asks for another form of the encoder than fp32, or for one more in half precision.
 
     Raises:
         FileExistsError: the folder holds something that is no bundle.
         ParityError: ONNX Runtime does not reproduce the model.
+        RefusedVariantError: the batch changes what the asked-for encoder computes, or it gains nothing.
     """
     _clear(folder)
     for stage in bar(("encoder", "ranker"), "export to ONNX"):
@@ -85,8 +97,12 @@ def write_bundle(
     np.savez(folder / COLLABORATIVE, indptr=collaborative.indptr, indices=collaborative.indices, weights=collaborative.weights)
     save_origin(Origin(trained, context.ranker_start, context.cut), folder / TRAINING)
     parity = write_golden(folder, trained, golden_texts(table))
-    files = dict(checksums(folder))
-    manifest = _manifest(trained, context, parity=parity, files=files)
+    if encoding is not None:
+        lost = ship(folder, trained, encoding, table=table, items=vectors)
+        context = replace(context, metrics=context.metrics | lost)
+        # The graph is known to be right by now: what a lossy form of it differs by is a figure, not a defect.
+        parity = write_golden(folder, trained, golden_texts(table), tolerance=float("inf"))
+    manifest = _manifest(trained, context, parity=parity, folder=folder, encoder="fp32" if encoding is None else encoding.variant.value)
     write_manifest(folder, manifest)
     return manifest
 
@@ -94,7 +110,7 @@ def write_bundle(
 def _clear(folder: Path) -> None:
     if folder.exists():
         names = {path.name for path in folder.iterdir()}
-        if MANIFEST not in names and names - {*REQUIRED_FILES, TRAINING}:  # an export that broke off leaves some of the files
+        if MANIFEST not in names and names - {*REQUIRED_FILES, ENCODER_FP16, TRAINING}:  # an export that broke off leaves some of the files
             raise FileExistsError(f"{folder} is not empty and no bundle")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +170,7 @@ def golden_texts(table: ItemTable) -> list[str]:
     return [*(table.texts[row % len(table)] for row in range(0, half * step, step)), *behaviours]
 
 
-def write_golden(folder: Path, trained: Trained, texts: Sequence[str]) -> dict[str, float]:
+def write_golden(folder: Path, trained: Trained, texts: Sequence[str], *, tolerance: float = TOLERANCE) -> dict[str, float]:
     """Computes golden values on the exported graphs, stores them and compares them with PyTorch.
 
     ``golden.npz`` holds ``input_ids`` int64[g, l] padded with 0, ``lengths`` int64[g], ``user_vectors`` and ``item_vectors``
@@ -167,7 +183,7 @@ def write_golden(folder: Path, trained: Trained, texts: Sequence[str]) -> dict[s
         ParityError: a difference is larger than rounding explains.
     """
     tokens = tokenize(trained.tokenizer, texts, trained.config.user_tokens)
-    encoder, ranker = _session(folder / ENCODER), _session(folder / RANKER)
+    encoder, ranker = open_graph(folder / ENCODER), open_graph(folder / RANKER)
     singles = [_encode(encoder, tokens, [row]) for row in range(len(tokens))]
     users, items = (np.concatenate([single[k] for single in singles]) for k in (0, 1))
     features = _golden_features(trained.ranker)
@@ -188,15 +204,20 @@ def write_golden(folder: Path, trained: Trained, texts: Sequence[str]) -> dict[s
     with torch.inference_mode():
         ranked = float(np.abs(trained.ranker(torch.from_numpy(features)).numpy() - scores).max())
     parity = {"encoder": single, "encoder_ragged_batch": ragged, "ranker": ranked}
-    if max(parity.values()) > _TOLERANCE:
+    if max(parity.values()) > tolerance:
         raise ParityError(f"ONNX Runtime differs from PyTorch: {parity}")
     return parity
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def measure_graphs(folder: Path, trained: Trained) -> dict[str, dict[str, Invariance]]:
+    """Measures, for every graph of a bundle folder, whether the batch changes its outputs."""
+    config, vocabulary = trained.config, trained.tokenizer.get_vocab_size()
+    measured = {RANKER: measure_ranker(open_graph(folder / RANKER), _golden_features(trained.ranker))}
+    encoders = [name for name in (ENCODER, ENCODER_FP16) if (folder / name).exists()]
+    for name in bar(encoders, "batch invariance"):
+        examples = token_examples(("input_ids", "attention_mask"), vocabulary)
+        measured[name] = measure(open_graph(folder / name), examples, longest=max(config.user_tokens, config.item_tokens))
+    return measured
 
 
 def _encode(session: onnxruntime.InferenceSession, tokens: Tokens, rows: Sequence[int]) -> list[FloatArray]:
@@ -220,8 +241,8 @@ def _golden_features(ranker: Ranker) -> npt.NDArray[np.float32]:
     return np.asarray(ranker.mean.numpy() + noise / ranker.scale.numpy(), np.float32)
 
 
-def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, float], files: dict[str, str]) -> Manifest:
-    config = trained.config
+def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, float], folder: Path, encoder: str) -> Manifest:
+    config, files = trained.config, dict(checksums(folder))
     digest = hashlib.sha256("".join(f"{name}{files[name]}" for name in sorted(files)).encode()).hexdigest()[:8]
     return Manifest(
         model_version=f"{context.name}-{digest}",
@@ -238,17 +259,15 @@ def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, flo
         contract=context.contract,
         metrics=context.metrics,
         parity=parity,
-        data_from=_moment(context.first_event),
-        data_until=_moment(context.last_event),
+        invariance=measure_graphs(folder, trained),
+        data_from=from_micros(context.first_event),
+        data_until=from_micros(context.last_event),
         settings=config.record()
         | {
-            "metrics_of": f"holdout after {_moment(context.cut).isoformat()}; tower and ranker trained before it",
+            "metrics_of": f"holdout after {from_micros(context.cut).isoformat()}; tower and ranker trained before it",
             "collaborative_weights_of": "all events in the data window, refitted after the evaluation",
             "warm_start": context.warm_start,
+            "encoder": encoder,
         },
         files=files,
     )
-
-
-def _moment(time: int) -> datetime:
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=time)

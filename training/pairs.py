@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import onnxruntime
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.export import Dim
@@ -29,6 +29,7 @@ from training.config import TrainConfig
 from training.dataset import Shop, Split, TrainingDataError, open_shop, split_of
 from training.distributed import agreed, is_first, processes, rank_zero_first
 from training.export import export_graph
+from training.invariance import measure, open_graph, token_examples
 from training.loop import Loop, Plan, Progress, decayed
 from training.progress import quiet
 from training.regimes import Regime, rest_frozen
@@ -37,6 +38,7 @@ from training.runs import Begun, begin, checkpoints, finish
 from training.text import TINY, base_path, load_tokenizer, tiny_config
 
 _EVALUATION_BATCH = 64
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -255,8 +257,22 @@ def train_pairs(
     config.save(run_dir / f"{head.name}.json")
     metrics["parity"] = export_pairs(model, head, shown, run_dir / f"{head.name}.onnx")
     (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    invariance = measure_pairs(run_dir / f"{head.name}.onnx", config)
+    (run_dir / "invariance.json").write_text(json.dumps(invariance, indent=2) + "\n")
     finish(run_dir)
     return TrainResult(run_dir, metrics, time.monotonic() - started, progress.step)
+
+
+def load(run_dir: Path, head: Head) -> tuple[PairModel, TrainConfig]:
+    """Reads a head's trained model and its configuration.
+
+    Raises:
+        FileNotFoundError: the folder is not a finished run of this head.
+    """
+    config = TrainConfig.load(run_dir / f"{head.name}.json")
+    model = PairModel(head, config)
+    model.load_state_dict(load_file(run_dir / f"{head.name}.safetensors"))
+    return model.eval(), config
 
 
 def new_model(head: Head, sets: PairSets, config: TrainConfig) -> PairModel:
@@ -276,6 +292,13 @@ def fit(model: PairModel, head: Head, sets: PairSets, *, config: TrainConfig, fo
     return progress
 
 
+def measure_pairs(path: Path, config: TrainConfig) -> dict[str, dict[str, bool | float]]:
+    """Returns, by property, whether the batch changes what a head's graph answers, as a bundle's manifest says of its graphs."""
+    vocabulary, longest = load_tokenizer(config.base_model).get_vocab_size(), config.user_tokens + config.item_tokens
+    measured = measure(open_graph(path), token_examples(_INPUTS, vocabulary), longest=longest)
+    return {name: one.model_dump() for name, one in measured.items()}
+
+
 class _Answer(nn.Module):
     def __init__(self, model: PairModel) -> None:
         super().__init__()
@@ -291,7 +314,7 @@ def export_pairs(model: PairModel, head: Head, examples: Pairs, path: Path) -> f
     Returns:
         The largest absolute difference between ONNX Runtime and PyTorch on a ragged batch of ``examples``.
     """
-    names = ("input_ids", "attention_mask", "token_type_ids")
+    names = _INPUTS
     shape = {0: Dim("batch"), 1: Dim("length")}
     wrapped = _Answer(model).eval()
     batch = examples.pad(range(min(8, len(examples))))

@@ -9,11 +9,14 @@ joined as of its label. Only an export refits the collaborative weights on every
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from tokenizers import Tokenizer
 
 from features.bundle import Manifest
 from features.item_table import FloatArray
@@ -36,17 +39,21 @@ from training.dataset import (
     split_of,
     take_snapshots,
 )
+from training.distill import Places, TowerData, train_towers
 from training.distributed import agreed, processes, rank_zero_first
 from training.encode import user_vectors
-from training.events import Micros, to_micros
-from training.export import BundleContext, write_bundle
+from training.events import Micros, from_micros, to_micros
+from training.export import BundleContext, export_encoder, write_bundle
 from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of
+from training.model import TwoTower
+from training.quantize import Encoding, Figures, measure_all, save
 from training.ranker import Ranker, train_ranker
 from training.regimes import Regime
 from training.runs import Begun, begin, checkpoints, finish
 from training.scoring import Model, Query, make_queries
 from training.text import activity_texts, load_tokenizer, tokenize
-from training.train import TowerReport, TowerSet, Trainer
+from training.train import TowerReport, TowerSet
+from training.variants import Variant
 from training.warm_start import WarmStart, grown
 from training.warmup import past_activities, warm_up
 
@@ -93,12 +100,15 @@ def train(
         labels = warm.labels(shop.log, config) if warm else choose_labels(shop.log, split, config)
         start = grown(warm.origin.trained, shop.table.ids, config) if warm else None
         customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout]))
-        trained, report = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir, start=start)
+        trained, report, members = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir, start=start)
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
     trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained, start=start)
     metrics = evaluation.metrics_of(holdout, trained.ranker)
-    metrics |= {"tower_validation_ndcg_at_10": report.ndcg_at_10, "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10}
+    metrics |= members | {
+        "tower_validation_ndcg_at_10": report.ndcg_at_10,
+        "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10,
+    }
     seconds = time.monotonic() - started
     record = RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds, split.ranker_start, warm.version if warm else "")
     checkpoint.save(trained, record, run_dir)
@@ -135,16 +145,29 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
     return evaluation.metrics_of(queries, trained.ranker)
 
 
-def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None = None) -> Manifest:
+def export(
+    settings: Settings, run_dir: Path, out: Path, *, variant: Variant = Variant.FP32, fp16: bool = False, now: datetime | None = None
+) -> Manifest:
     """Writes a run as a bundle into the folder ``out``, its collaborative weights refitted on all events up to now.
+
+    Args:
+        settings: the shop.
+        run_dir: a finished run.
+        out: the bundle's folder.
+        variant: form of the encoder that servers run.
+        fp16: also write the encoder in half precision, for servers on CUDA that ask for it.
+        now: creation time for the manifest; by default the clock's.
 
     Raises:
         FileNotFoundError: ``run_dir`` is not a finished run.
         ParityError: ONNX Runtime does not reproduce the model.
+        RefusedVariantError: the batch changes what the variant computes, or it gains nothing.
     """
     trained, record = checkpoint.load(run_dir)
     prepare_torch(trained.config)
     shop = open_shop(settings)
+    asked = variant is not Variant.FP32 or fp16
+    encoding = Encoding(variant, fp16, _validation(shop, trained, record)) if asked else None
     first, last = shop.log.window()
     weights = collaborative.fit(shop.log, len(shop.table), until=last + 1, config=trained.config)
     context = BundleContext(
@@ -158,7 +181,42 @@ def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None
         ranker_start=record.ranker_start,
         warm_start=record.warm_start,
     )
-    return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context)
+    return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context, encoding=encoding)
+
+
+def quantize(settings: Settings, run_dir: Path) -> list[Figures]:
+    """Measures every variant of a run's encoder on its validation labels, and keeps the figures in the run folder.
+
+    Raises:
+        FileNotFoundError: ``run_dir`` is not a finished run.
+    """
+    trained, record = checkpoint.load(run_dir)
+    prepare_torch(trained.config)
+    shop = open_shop(settings)
+    with TemporaryDirectory() as scratch:
+        graphs = {variant: Path(scratch) / f"{variant.value}.onnx" for variant in Variant}
+        fp32 = graphs.pop(Variant.FP32)
+        export_encoder(trained, fp32)
+        items, validation = trained.item_vectors(shop.table), _validation(shop, trained, record)
+        figures = list(measure_all(graphs, trained, encoder=fp32, table=shop.table, items=items, validation=validation).values())
+    save(figures, run_dir / "variants.json")
+    return figures
+
+
+def _validation(shop: Shop, trained: Trained, record: RunRecord) -> TowerSet:
+    """Returns the labels and texts that validated a run's tower."""
+    config = trained.config.with_cut(from_micros(record.cut))
+    split = split_of(shop.log, config)
+    split = replace(split, ranker_start=record.ranker_start or split.ranker_start)  # an update divides its time otherwise
+    labels = choose_labels(shop.log, split, config).validation
+    return tower_set(shop, labels, join_customers(shop.store, keys_of(labels)), config=config, tokenizer=trained.tokenizer)
+
+
+def tower_set(shop: Shop, labels: Sequence[Label], customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer) -> TowerSet:
+    """Returns those labels whose customers' behaviours say something, with the tokens of what they say."""
+    texts = activity_texts([customers[key].activity for key in keys_of(labels)], shop.table, config.behaviour_limit)
+    kept = [row for row, text in enumerate(texts) if text]
+    return TowerSet([labels[row] for row in kept], tokenize(tokenizer, [texts[row] for row in kept], config.user_tokens))
 
 
 def prepare_torch(config: TrainConfig) -> None:
@@ -179,32 +237,30 @@ def _begin(run_dir: Path, shop: Shop, config: TrainConfig, warm: WarmStart | Non
     return begun.split(shop.log)
 
 
+def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer) -> TowerData:
+    """Returns what towers of this configuration learn from."""
+    train, validation = (
+        tower_set(shop, chosen, customers, config=config, tokenizer=tokenizer) for chosen in (labels.tower, labels.validation)
+    )
+    return TowerData(tokenize(tokenizer, shop.table.texts, config.item_tokens), train, validation)
+
+
 def _train_tower(
     shop: Shop, split: Split, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path, start: Trained | None
-) -> tuple[Trained, TowerReport]:
-    tower = start.tower if start else checkpoint.new_tower(config, len(shop.table))
+) -> tuple[Trained, TowerReport, dict[str, float]]:
     tokenizer = load_tokenizer(config.base_model)
+    data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer)
 
-    def readable(chosen: Sequence[Label]) -> TowerSet:
-        texts = activity_texts([customers[key].activity for key in keys_of(chosen)], shop.table, config.behaviour_limit)
-        kept = [row for row, text in enumerate(texts) if text]
-        return TowerSet([chosen[row] for row in kept], tokenize(tokenizer, [texts[row] for row in kept], config.user_tokens))
+    def prepare(tower: TwoTower, member: TrainConfig, name: str) -> Regime:
+        regime = Regime(tower.encoder, member.regime or "top_k", member)
+        if start is None and member.warmup_objective != "none" and not list(checkpoints(run_dir, name).glob("step-*")):
+            histories = past_activities(shop, until=split.ranker_start, config=member)
+            warm_up(tower, histories, shop.table, config=member, folder=checkpoints(run_dir, f"warmup-{name}"))
+        return regime
 
-    regime = Regime(tower.encoder, config.regime or "top_k", config)
-    if start is None and config.warmup_objective != "none" and not list(checkpoints(run_dir, "tower").glob("step-*")):
-        histories = past_activities(shop, until=split.ranker_start, config=config)
-        warm_up(tower, histories, shop.table, config=config, folder=checkpoints(run_dir, "warmup"))
-    trainer = Trainer(
-        tower,
-        tokenize(tokenizer, shop.table.texts, config.item_tokens),
-        train=readable(labels.tower),
-        validation=readable(labels.validation),
-        config=config,
-        regime=regime,
-        checkpoints=checkpoints(run_dir, "tower"),
-    )
-    report = trainer.run(run_dir / "tensorboard")
-    return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report
+    places = Places(run_dir / "tensorboard", partial(checkpoints, run_dir))
+    tower, report, members = train_towers(data, config, places, prepare, start=start.tower if start else None)
+    return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report, members
 
 
 def _train_ranker(

@@ -1,7 +1,7 @@
 """Fine-tunes the two-tower model on visit labels; under ``torchrun`` every process reads its share of each batch."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +98,23 @@ class Trainer:
         """The tower."""
         return self.tower
 
-    def run(self, log_dir: Path) -> TowerReport:
+    def run(self, log_dir: Path, on_validation: Callable[[int, float], None] | None = None) -> TowerReport:
         """Trains until the epochs, steps, seconds or patience are used up, and leaves the best weights, merged, in the tower.
+
+        ``on_validation`` is told the step and the NDCG@10 of every validation after the first step; what it raises ends the training.
 
         Raises:
             TrainingDataError: a checkpoint to go on from was made on other labels or items.
         """
         with quiet(), _summary_writer(log_dir, active=is_first()) as writer:
-            progress = self.loop.run(writer.add_scalar if writer else None)
+
+            def log(name: str, value: float, step: int) -> None:
+                if writer:
+                    writer.add_scalar(name, value, step)
+                if on_validation and step and name == "validation/ndcg_at_10":
+                    on_validation(step, value)
+
+            progress = self.loop.run(log)
         self.regime.merge()
         return TowerReport(progress.step, progress.elapsed, progress.best, progress.first, tuple(progress.losses))
 

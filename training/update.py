@@ -143,6 +143,8 @@ def prepare(settings: Settings, policy: UpdatePolicy, *, values: Mapping[str, st
             return idle
     origin = _origin(champion)
     config = replace(origin.trained.config, cut="").with_values(values or {})
+    if config.distil_weight:  # the active model is the student: it goes on by itself, its teachers are not trained again
+        config = replace(config, ensemble=1, ensemble_models="", distil_weight=0.0)
     shop = open_shop(settings)
     since = to_micros(_window_end(champion))
     split = update_split(shop.log, origin, since=since, config=config, policy=policy)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from training.checkpoint import Trained, new_tower
+from training.checkpoint import Trained, new_model
 from training.config import TrainConfig
 from training.dataset import Split
 from training.events import EventLog, Micros
@@ -94,7 +94,7 @@ def grown(trained: Trained, item_ids: Sequence[str], config: TrainConfig) -> Tra
     Raises:
         ValueError: ``config`` asks for a network of another shape.
     """
-    tower, ranker = new_tower(config, len(item_ids)), Ranker(config.ranker_hidden, dropout=config.ranker_dropout)
+    tower, ranker = new_model(config, len(item_ids)), Ranker(config.ranker_hidden, dropout=config.ranker_dropout)
     rows = {item: row for row, item in enumerate(trained.item_ids)}
     kept = [(row, rows[item]) for row, item in enumerate(item_ids) if item in rows]
     old, fresh = trained.tower.state_dict(), tower.state_dict()
@@ -122,7 +122,7 @@ def save_origin(origin: Origin, path: Path) -> None:
     4,000 items that leaves 21 of 98 MB.
     """
     trained = origin.trained
-    base = new_tower(trained.config, len(trained.item_ids)).state_dict()
+    base = new_model(trained.config, len(trained.item_ids)).state_dict()
     own = {name: value for name, value in trained.tower.state_dict().items() if not value.equal(base[name])}
     tensors = {f"tower.{name}": value.contiguous() for name, value in own.items()}
     tensors |= {f"ranker.{name}": value.contiguous() for name, value in trained.ranker.state_dict().items()}
@@ -146,7 +146,7 @@ def load_origin(path: Path) -> Origin:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     config = TrainConfig.from_record(json.loads(metadata["config"]), path.name)
     item_ids = tuple(json.loads(metadata["item_ids"]))
-    tower, ranker = new_tower(config, len(item_ids)), Ranker(config.ranker_hidden)
+    tower, ranker = new_model(config, len(item_ids)), Ranker(config.ranker_hidden)
     own, base = _part(tensors, "tower."), tower.state_dict()
     if metadata["base"] != _digest({name: value for name, value in base.items() if name not in own}):
         raise ValueError(f"{path.name}: the pretrained model {config.base_model!r} is not the one it was trained from")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.unit.training_shop import DAY, START, chain_log, item_table
-from training.checkpoint import Trained, new_tower
+from training.checkpoint import Trained, new_model, new_tower
 from training.comparison import Gain, paired_bootstrap
 from training.config import TrainConfig
 from training.dataset import Split, TrainingDataError
@@ -179,6 +179,19 @@ def test_new_items_start_from_their_text_and_removed_ones_are_dropped() -> None:
     with torch.no_grad():
         new.tower.residual.weight.zero_()
     assert old.tower.residual.weight.any()  # a copy: the champion is still needed
+
+
+def test_an_ensemble_grows_tower_by_tower() -> None:
+    config = replace(CONFIG, ensemble=2)
+    ensemble = new_model(config, 12)
+    for tower in ensemble.members:
+        torch.nn.init.normal_(tower.residual.weight)
+        tower.warm[:] = 1.0
+    old, table = replace(model(), config=config, tower=ensemble.eval()), item_table()
+    assert np.array_equal(grown(old, table.ids, config).item_vectors(table), old.item_vectors(table))
+    for tower, before in zip(grown(old, ("new", *table.ids), config).tower.members, ensemble.members, strict=True):
+        assert torch.equal(tower.residual.weight[1:], before.residual.weight)
+        assert not tower.residual.weight[0].any()
 
 
 def test_another_network_is_refused_by_name() -> None:
