@@ -20,6 +20,7 @@ COLLABORATIVE = "collaborative.npz"
 GOLDEN = "golden.npz"
 CARD_HTML = "model_card.html"  # the cards are for people: no server reads them
 CARD_MARKDOWN = "model_card.md"
+TRAINING = "training.safetensors"  # optional: what an update starts from; no server reads it
 REQUIRED_FILES = (ENCODER, RANKER, TOKENIZER, ITEMS, COLLABORATIVE, GOLDEN)
 
 
@@ -170,6 +171,21 @@ def fetch(url: str, folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise BundleError(f"no bundle at the registered address: {_first_line(error)}") from None
     return read_bundle(folder)
+
+
+def fetch_file(url: str, name: str, path: Path, *, expected: str) -> None:
+    """Copies one file of the bundle at ``url`` to ``path`` and compares its SHA-256 with ``expected``.
+
+    Raises:
+        BundleError: it cannot be read, or is damaged.
+    """
+    filesystem, source = fsspec.core.url_to_fs(url)
+    try:
+        filesystem.get_file(f"{source}/{name}", str(path))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"no {name} at the registered address: {_first_line(error)}") from None
+    if checksum(path) != expected:
+        raise BundleError(f"checksum of {name} differs from the manifest")
 
 
 def _first_line(error: Exception) -> str:

@@ -29,6 +29,8 @@ class RunRecord:
         cut: end of the training period, microseconds of Unix time.
         metrics: on the holdout after the cut.
         steps, seconds: of the whole run: optimizer steps of the tower, wall-clock time.
+        ranker_start: end of the tower's own training period, microseconds of Unix time; 0 in runs of releases that did not note it.
+        warm_start: the model version whose weights the run began with; empty when it began with the pretrained model.
     """
 
     item_ids: tuple[str, ...]
@@ -36,6 +38,8 @@ class RunRecord:
     metrics: dict[str, float]
     steps: int
     seconds: float
+    ranker_start: int = 0
+    warm_start: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ def save(trained: Trained, record: RunRecord, run_dir: Path) -> None:
     trained.config.save(run_dir / _CONFIG)
     save_file(trained.tower.state_dict(), run_dir / _TOWER)
     save_file(trained.ranker.state_dict(), run_dir / _RANKER)
+    save_record(record, run_dir)
+
+
+def save_record(record: RunRecord, run_dir: Path) -> None:
+    """Writes what a run was and measured, into its folder."""
     (run_dir / _RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
 
 

@@ -293,8 +293,16 @@ class TrainConfig:
         Raises:
             ValueError: the file names a field this release does not know.
         """
-        values: dict[str, Any] = json.loads(path.read_text())
+        return cls.from_record(json.loads(path.read_text()), path.name)
+
+    @classmethod
+    def from_record(cls, values: Mapping[str, Any], source: str) -> "TrainConfig":
+        """Returns the configuration of plain values, as ``record`` gives them; fields that they lack have their default.
+
+        Raises:
+            ValueError: they name a field this release does not know; the message names ``source``.
+        """
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"{path.name}: unknown field {', '.join(sorted(unknown))}")
+            raise ValueError(f"{source}: unknown field {', '.join(sorted(unknown))}")
         return cls(**values)

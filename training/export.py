@@ -24,6 +24,7 @@ from features.bundle import (
     RANKER,
     REQUIRED_FILES,
     TOKENIZER,
+    TRAINING,
     FeatureContract,
     Invariance,
     Manifest,
@@ -42,6 +43,7 @@ from training.progress import bar, quiet
 from training.quantize import TOLERANCE, Encoding, ship
 from training.ranker import Ranker
 from training.text import Tokens, base_name, tokenize
+from training.warm_start import Origin, save_origin
 
 _GOLDEN_TEXTS = 8
 
@@ -52,7 +54,10 @@ class ParityError(Exception):
 
 @dataclass(frozen=True)
 class BundleContext:
-    """What the manifest says beyond the model itself; times in microseconds of Unix time."""
+    """What the manifest says beyond the model itself; times in microseconds of Unix time.
+
+    ``ranker_start``, ``cut`` and ``warm_start`` are those of ``training.checkpoint.RunRecord``.
+    """
 
     name: str
     created_at: datetime
@@ -61,6 +66,8 @@ class BundleContext:
     cut: int
     first_event: int
     last_event: int
+    ranker_start: int = 0
+    warm_start: str = ""
 
 
 def write_bundle(
@@ -88,6 +95,7 @@ def write_bundle(
     vectors = trained.item_vectors(table)
     np.savez(folder / ITEMS, item_ids=np.array(table.ids, np.str_), content_hashes=np.array(table.content_hashes, np.str_), vectors=vectors)
     np.savez(folder / COLLABORATIVE, indptr=collaborative.indptr, indices=collaborative.indices, weights=collaborative.weights)
+    save_origin(Origin(trained, context.ranker_start, context.cut), folder / TRAINING)
     parity = write_golden(folder, trained, golden_texts(table))
     if encoding is not None:
         lost = ship(folder, trained, encoding, table=table, items=vectors)
@@ -102,7 +110,7 @@ def write_bundle(
 def _clear(folder: Path) -> None:
     if folder.exists():
         names = {path.name for path in folder.iterdir()}
-        if MANIFEST not in names and names - {*REQUIRED_FILES, ENCODER_FP16}:  # an export that broke off leaves some of the files
+        if MANIFEST not in names and names - {*REQUIRED_FILES, ENCODER_FP16, TRAINING}:  # an export that broke off leaves some of the files
             raise FileExistsError(f"{folder} is not empty and no bundle")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,6 +266,7 @@ def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, flo
         | {
             "metrics_of": f"holdout after {from_micros(context.cut).isoformat()}; tower and ranker trained before it",
             "collaborative_weights_of": "all events in the data window, refitted after the evaluation",
+            "warm_start": context.warm_start,
             "encoder": encoder,
         },
         files=files,
