@@ -20,6 +20,13 @@ _out = Console()
 _Run = Annotated[Path | None, typer.Option(help="A run folder; default: the newest one under the data folder.")]
 
 
+class Tower(str, Enum):  # noqa: UP042 - as below
+    """How a customer's behaviours become a vector."""
+
+    text = "text"
+    sequence = "sequence"
+
+
 class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
     """What to train."""
 
@@ -41,9 +48,12 @@ def register(app: typer.Typer) -> None:
 def train(
     task: Annotated[Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier.")] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
+    tower: Annotated[
+        Tower, typer.Option(help="text: BERT over the behaviours as text; sequence: a small transformer over their vectors.")
+    ] = Tower.text,
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
 ) -> None:
-    """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
+    """Trains the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
     With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
     """
@@ -56,7 +66,7 @@ def train(
     if preset not in presets:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
     try:
-        config = presets[preset]().with_values(dict(_pair(text) for text in assign or []))
+        config = presets[preset]().with_values({"tower": tower.value, **dict(_pair(text) for text in assign or [])})
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--set") from None
     with shop(Settings) as settings:

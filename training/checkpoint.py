@@ -9,14 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from features.behaviour import Activity
 from features.item_table import FloatArray, ItemTable
+from features.sequence import SequenceSpec
 from training.config import TrainConfig
-from training.encode import item_vectors
-from training.model import TwoTower
+from training.encode import item_vectors, user_vectors
+from training.model import Tower, TwoTower
 from training.ranker import Ranker
+from training.sequence import SequenceTower
+from training.sequence_model import SequenceModel, TextReader, sequence_config, sequence_vectors
 from training.text import load_encoder, load_tokenizer, tokenize
 
 _CONFIG, _RECORD, _TOWER, _RANKER = "config.json", "run.json", "tower.safetensors", "ranker.safetensors"
+_SEQUENCE = "sequence.json"  # how a sequence tower reads behaviours
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Trained:
     """A trained model with what is needed to apply it."""
 
     config: TrainConfig
-    tower: TwoTower
+    tower: Tower
     tokenizer: Tokenizer
     ranker: Ranker
     item_ids: Sequence[str]
@@ -53,6 +58,13 @@ class Trained:
         tokens = tokenize(self.tokenizer, table.texts, self.config.item_tokens)
         return item_vectors(self.tower, tokens, [residual.get(item) for item in table.ids])
 
+    def user_vectors(self, activities: Sequence[Activity], table: ItemTable, vectors: FloatArray) -> FloatArray:
+        """Returns float32[n, d]: unit user vectors, zero for a customer with nothing to read; ``vectors`` are the table's items'."""
+        if isinstance(self.tower, SequenceModel):
+            limit = self.config.item_tokens
+            return sequence_vectors(self.tower, self.tokenizer, activities, table=table, vectors=vectors, item_tokens=limit)
+        return user_vectors(self.tower, self.tokenizer, activities, table=table, config=self.config)
+
 
 def new_tower(config: TrainConfig, item_count: int) -> TwoTower:
     """Returns the untrained model: pretrained BERT, identity heads, no residuals."""
@@ -60,9 +72,17 @@ def new_tower(config: TrainConfig, item_count: int) -> TwoTower:
     return TwoTower(load_encoder(config.base_model, dropout=config.dropout), item_count, temperature=config.temperature)
 
 
+def _empty_sequence_model(config: TrainConfig, item_count: int, spec: SequenceSpec) -> SequenceModel:
+    reader = TextReader(load_encoder(config.base_model, dropout=0.0))
+    text = torch.zeros(item_count, len(reader.centre))
+    return SequenceModel(reader, SequenceTower(sequence_config(config, spec), text, torch.zeros(item_count)), spec)
+
+
 def save(trained: Trained, record: RunRecord, run_dir: Path) -> None:
     """Writes a run folder."""
     trained.config.save(run_dir / _CONFIG)
+    if isinstance(trained.tower, SequenceModel):
+        (run_dir / _SEQUENCE).write_text(trained.tower.spec.model_dump_json(indent=2) + "\n")
     save_file(trained.tower.state_dict(), run_dir / _TOWER)
     save_file(trained.ranker.state_dict(), run_dir / _RANKER)
     (run_dir / _RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
@@ -77,7 +97,12 @@ def load(run_dir: Path) -> tuple[Trained, RunRecord]:
     values = json.loads((run_dir / _RECORD).read_text())
     record = RunRecord(**values | {"item_ids": tuple(values["item_ids"])})
     config = TrainConfig.load(run_dir / _CONFIG)
-    tower = new_tower(config, len(record.item_ids))
+    count = len(record.item_ids)
+    if config.tower == "sequence":
+        spec = SequenceSpec.model_validate_json((run_dir / _SEQUENCE).read_bytes())
+        tower: Tower = _empty_sequence_model(config, count, spec)
+    else:
+        tower = new_tower(config, count)
     tower.load_state_dict(load_file(run_dir / _TOWER))
     ranker = Ranker(config.ranker_hidden)
     ranker.load_state_dict(load_file(run_dir / _RANKER))

@@ -1,16 +1,22 @@
 """Several training processes under ``torchrun``; one process needs none of this and pays nothing for it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 def world_size() -> int:
     """Returns how many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Returns the number of this process among them, from 0."""
+    return int(os.environ.get("RANK", 0))
 
 
 @contextmanager
@@ -43,3 +49,15 @@ def any_process(flag: bool) -> bool:
     votes = torch.tensor(float(flag))
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces gradients by their mean over the processes, for models too small to be worth DistributedDataParallel's buckets."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mean = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(mean)
+    mean /= world_size()
+    for gradient, part in zip(gradients, torch.split(mean, [gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from features.behaviour import Activity
 from features.item_table import FloatArray, ItemTable
 from training.config import TrainConfig
-from training.model import TwoTower
+from training.model import Tower, TwoTower
 from training.progress import bar
 from training.text import Tokens, activity_texts, load_encoder, load_tokenizer, tokenize
 
@@ -19,7 +19,7 @@ _BATCH = 64
 
 
 @torch.inference_mode()
-def pools(tower: TwoTower, tokens: Tokens, stage: str, *, padded: bool = True) -> Tensor:
+def pools(tower: Tower, tokens: Tokens, stage: str, *, padded: bool = True) -> Tensor:
     """Returns the pooled encoder outputs float32[n, h] of n texts.
 
     Without padding a batch holds texts of one length, so that each equals the server's single run to rounding.
@@ -42,7 +42,7 @@ def pretrained_vectors(texts: Sequence[str], *, base_model: str = "", tokens: in
 
 @torch.inference_mode()
 def user_vectors(
-    tower: TwoTower, tokenizer: Tokenizer, activities: Sequence[Activity], *, table: ItemTable, config: TrainConfig
+    tower: Tower, tokenizer: Tokenizer, activities: Sequence[Activity], *, table: ItemTable, config: TrainConfig
 ) -> FloatArray:
     """Returns float32[n, d]: unit user vectors, zero for a customer with nothing to read."""
     texts = activity_texts(activities, table, config.behaviour_limit)
@@ -54,7 +54,7 @@ def user_vectors(
 
 
 @torch.inference_mode()
-def item_vectors(tower: TwoTower, tokens: Tokens, rows: Sequence[int | None]) -> FloatArray:
+def item_vectors(tower: Tower, tokens: Tokens, rows: Sequence[int | None]) -> FloatArray:
     """Returns float32[n, d]: final item vectors; ``rows`` are the items' residuals, None for items never seen in training."""
     pooled = pools(tower, tokens, "item vectors", padded=False)
     vectors = tower.item_vector(pooled)

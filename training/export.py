@@ -23,6 +23,7 @@ from features.bundle import (
     RANKER,
     REQUIRED_FILES,
     TOKENIZER,
+    TOWER,
     FeatureContract,
     Manifest,
     checksums,
@@ -31,11 +32,14 @@ from features.bundle import (
 from features.candidates import CANDIDATE_COUNT
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
+from features.sequence import TOWER_INPUTS
 from features.signals import CollaborativeWeights
 from training.checkpoint import Trained
 from training.model import ExportedEncoder
 from training.progress import bar, quiet
 from training.ranker import Ranker
+from training.sequence_export import tower_example, write_tower_golden
+from training.sequence_model import ExportedTower, SequenceModel
 from training.text import Tokens, base_name, tokenize
 
 # fp32 arithmetic in another order: 1e-6 is usual, a wrong graph is off by 1e-2 and more.
@@ -77,6 +81,8 @@ def write_bundle(
     np.savez(folder / ITEMS, item_ids=np.array(table.ids, np.str_), content_hashes=np.array(table.content_hashes, np.str_), vectors=vectors)
     np.savez(folder / COLLABORATIVE, indptr=collaborative.indptr, indices=collaborative.indices, weights=collaborative.weights)
     parity = write_golden(folder, trained, golden_texts(table))
+    if isinstance(trained.tower, SequenceModel):
+        parity["tower"] = export_tower(trained.tower, vectors, folder)
     files = dict(checksums(folder))
     manifest = _manifest(trained, context, parity=parity, files=files)
     write_manifest(folder, manifest)
@@ -86,7 +92,7 @@ def write_bundle(
 def _clear(folder: Path) -> None:
     if folder.exists():
         names = {path.name for path in folder.iterdir()}
-        if MANIFEST not in names and names - set(REQUIRED_FILES):  # an export that broke off leaves some of the files
+        if MANIFEST not in names and names - {*REQUIRED_FILES, TOWER}:  # an export that broke off leaves some of the files
             raise FileExistsError(f"{folder} is not empty and no bundle")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +117,24 @@ def export_ranker(ranker: Ranker, path: Path) -> None:
     """Writes ``features`` float32[256, 23] → ``scores`` float32[256]; the fixed shape keeps scores equal to the bit."""
     example = torch.zeros(CANDIDATE_COUNT, len(RANKING_FEATURES))
     export_graph(ranker.eval(), (example,), path, inputs=("features",), outputs=("scores",), shapes=None)
+
+
+def export_tower(model: SequenceModel, vectors: FloatArray, folder: Path) -> float:
+    """Writes ``features.sequence.tower_inputs`` → ``user_vector`` float32[1, d], of one fixed shape, and its golden values.
+
+    Returns:
+        The largest absolute difference between ONNX Runtime and PyTorch.
+
+    Raises:
+        ParityError: it is larger than rounding explains.
+    """
+    inputs = tower_example(model.spec, vectors, model.spec.length)
+    example = tuple(torch.from_numpy(inputs[name]) for name in TOWER_INPUTS)
+    export_graph(ExportedTower(model.tower).eval(), example, folder / TOWER, inputs=TOWER_INPUTS, outputs=("user_vector",), shapes=None)
+    difference = write_tower_golden(folder, model, vectors)
+    if not difference <= _TOLERANCE:
+        raise ParityError(f"ONNX Runtime differs from PyTorch: tower by {difference:.2g}")
+    return difference
 
 
 def export_graph(
@@ -214,12 +238,15 @@ def _golden_features(ranker: Ranker) -> npt.NDArray[np.float32]:
 
 def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, float], files: dict[str, str]) -> Manifest:
     config = trained.config
+    spec = trained.tower.spec if isinstance(trained.tower, SequenceModel) else None
     digest = hashlib.sha256("".join(f"{name}{files[name]}" for name in sorted(files)).encode()).hexdigest()[:8]
     return Manifest(
         model_version=f"{context.name}-{digest}",
         created_at=context.created_at,
         base_model=base_name(config.base_model),
-        tower="text",
+        tower="text" if spec is None else "sequence",
+        format=1 if spec is None else 2,
+        sequence=spec,
         vector_size=trained.tower.vector_size,
         item_tokens=config.item_tokens,
         user_tokens=config.user_tokens,

@@ -1,5 +1,6 @@
 """The two-tower model: one BERT reads items and customers; linear heads map both into one space of unit vectors."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Self
 
@@ -40,7 +41,28 @@ class Batch:
     wrong: Tensor
 
 
-class TwoTower(nn.Module):
+class Tower(nn.Module):
+    """Whatever maps texts to customers' and items' vectors of one space."""
+
+    @property
+    @abstractmethod
+    def vector_size(self) -> int:
+        """Components of a vector, and of a pooled text."""
+
+    @abstractmethod
+    def pool(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns float32[b, h], texts int64[b, l] read by the encoder."""
+
+    @abstractmethod
+    def user_vector(self, pooled: Tensor) -> Tensor:
+        """Returns unit user vectors, float32[b, d]."""
+
+    @abstractmethod
+    def item_vector(self, pooled: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Returns unit item vectors, float32[b, d]; without ``rows`` those of items never seen."""
+
+
+class TwoTower(Tower):
     """Behaviour text and item text to vectors of one space.
 
     The heads start as identity and the residuals as zero, so training starts from the pretrained sentence space. The
@@ -103,7 +125,7 @@ class TwoTower(nn.Module):
 class ExportedEncoder(nn.Module):
     """What the server runs: one pass of the encoder, both heads."""
 
-    def __init__(self, tower: TwoTower) -> None:
+    def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower
 
