@@ -37,7 +37,7 @@ def write_tower_golden(folder: Path, model: SequenceModel, vectors: FloatArray) 
     with torch.inference_mode():
         expected = ExportedTower(model.tower).eval()(*(torch.from_numpy(columns[name]) for name in TOWER_INPUTS))
     golden: dict[str, Any] = dict(np.load(folder / GOLDEN)) | {f"tower_{name}": column for name, column in columns.items()}
-    np.savez(folder / GOLDEN, **golden, tower_user_vectors=users)
+    np.savez(folder / GOLDEN, **golden | {"tower_user_vectors": users})
     return float(np.abs(users - expected.numpy()).max())
 
 

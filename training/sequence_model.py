@@ -68,8 +68,9 @@ class SequenceModel(Tower):
 
     def user_vector(self, pooled: Tensor) -> Tensor:
         """Returns unit user vectors, float32[b, d], of somebody of whom one search is all that is known."""
-        ids = torch.tensor([_ids_of_a_search(self.spec)]).expand(len(pooled), 1, 3)
-        filled = torch.ones(len(pooled), 1, dtype=torch.bool)
+        count = pooled.shape[0]  # len() would fix the batch size of the exported graph
+        ids = torch.tensor([_ids_of_a_search(self.spec)]).expand(count, 1, 3)
+        filled = torch.ones(count, 1, dtype=torch.bool)
         return self.tower.read(self.item_vector(pooled)[:, None], filled, ids)[:, -1]
 
 
@@ -117,7 +118,7 @@ def sequence_config(config: TrainConfig, spec: SequenceSpec, *, ema_decay: float
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: training takes them as input
 def text_vectors(reader: TextReader, tokens: Tokens, stage: str) -> Tensor:
     """Returns float32[n, t]: the reader's vectors of n texts, each as in a single run to rounding."""
     vectors = torch.zeros(len(tokens), len(reader.centre))

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from features.behaviour import Activity, Behaviour
-from features.bundle import GOLDEN, ITEMS, TOWER, FeatureContract, Manifest
-from features.item_table import ItemTable
+from features.bundle import GOLDEN, TOWER, FeatureContract, Manifest
 from features.signals import CollaborativeWeights
 from server.inference.model import LoadedModel, load_model
 from tests.unit.training_shop import DAY, START, activity_before, chain_log, item_table
@@ -18,7 +17,7 @@ from training import checkpoint
 from training.checkpoint import RunRecord, Trained
 from training.config import TrainConfig
 from training.dataset import TrainingDataError
-from training.export import BundleContext, ParityError, export_tower, write_bundle
+from training.export import BundleContext, ParityError, check_tower, write_bundle
 from training.labels import keys_of, visit_labels
 from training.ranker import Ranker
 from training.sequence_model import SequenceModel
@@ -38,7 +37,7 @@ CONFIG = replace(
     sequence_length=20,
     patience=12,
 )
-TABLE = item_table()
+TABLE, LATER = item_table(), item_table(14)  # two items are listed after the training
 SPLIT = START + 40 * DAY
 CONTEXT = BundleContext(
     name="test",
@@ -85,14 +84,10 @@ def trained(run: tuple[Trained, TowerReport, Path]) -> Trained:
     return run[0]
 
 
-def write(trained: Trained, table: ItemTable, folder: Path) -> Manifest:
-    return write_bundle(folder, trained, table=table, collaborative=CollaborativeWeights.empty(len(table)), context=CONTEXT)
-
-
 @pytest.fixture(scope="module")
 def bundle(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     folder = tmp_path_factory.mktemp("bundle")
-    return folder, write(trained, TABLE, folder)
+    return folder, write_bundle(folder, trained, table=LATER, collaborative=CollaborativeWeights.empty(14), context=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +136,13 @@ def test_a_run_folder_gives_back_the_model(trained: Trained, tmp_path: Path) -> 
 
 def test_the_server_reads_a_customer_as_the_training_did(trained: Trained, served: LoadedModel) -> None:
     """Train/serve skew: the same activity gives the same vector in PyTorch as from the bundle, whatever happened in it."""
-    vectors = trained.item_vectors(TABLE)
+    vectors = trained.item_vectors(LATER)
     assert np.array_equal(served.item_vectors, vectors)
     activities = [activity.with_context(("i03", "gone"), "") for activity in data().activities[:20]]
     activities += [Activity(1, (Behaviour("", "message", "store", 5, "where is my pan"),)), Activity(0)]
-    expected = trained.user_vectors(activities, TABLE, vectors)
+    expected = trained.user_vectors(activities, LATER, vectors)
     for activity, vector in zip(activities, expected, strict=True):
-        seen = served.user_vector(activity, TABLE, vectors)
+        seen = served.user_vector(activity, LATER, vectors)
         assert (seen is None) == (not vector.any())
         if seen is not None:
             assert np.abs(seen - vector).max() < 1e-5
@@ -167,34 +162,26 @@ def test_the_manifest_and_the_golden_values_are_of_the_tower(bundle: tuple[Path,
     assert len(np.unique(golden["tower_user_vectors"].round(3), axis=0)) == 4
 
 
-def test_a_graph_of_another_tower_is_refused(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import training.export as export
-
-    assert isinstance(trained.tower, SequenceModel)
-    vectors = trained.item_vectors(TABLE)
-    write(trained, TABLE, tmp_path)
-    graph = (tmp_path / TOWER).read_bytes()
+def test_a_graph_of_another_tower_is_refused(bundle: tuple[Path, Manifest], trained: Trained, tmp_path: Path) -> None:
+    for name in (TOWER, GOLDEN):
+        (tmp_path / name).write_bytes((bundle[0] / name).read_bytes())
     other, _ = train(replace(CONFIG, seed=9, max_steps=2), tmp_path / "tensorboard")
     assert isinstance(other.tower, SequenceModel)
-    monkeypatch.setattr(export, "export_graph", lambda *_, **__: (tmp_path / TOWER).write_bytes(graph))
     with pytest.raises(ParityError, match="tower"):
-        export_tower(other.tower, vectors, tmp_path)
+        check_tower(other.tower, trained.item_vectors(TABLE), tmp_path)
 
 
-def test_an_item_listed_later_is_its_text_as_the_server_encodes_it(trained: Trained, tmp_path: Path) -> None:
-    table = item_table(14)  # two more than were trained on
-    write(trained, table, tmp_path)
-    vectors, served = np.load(tmp_path / ITEMS)["vectors"], load_model(tmp_path, provider="cpu", threads=1)
+def test_an_item_listed_later_is_its_text_as_the_server_encodes_it(trained: Trained, served: LoadedModel) -> None:
     for row in range(14):
-        cold = np.abs(served.item_vector(table.texts[row]) - vectors[row]).max()
+        cold = np.abs(served.item_vector(LATER.texts[row]) - served.item_vectors[row]).max()
         assert (cold < 1e-5) == (row >= 12)
     newcomer = Activity(1, (Behaviour("i13", "view", "web", 10**15),))
-    expected = trained.user_vectors([newcomer], table, vectors)[0]
-    seen = served.user_vector(newcomer, table, vectors)
+    expected = trained.user_vectors([newcomer], LATER, served.item_vectors)[0]
+    seen = served.user_vector(newcomer, LATER, served.item_vectors)
     assert seen is not None
     assert np.abs(seen - expected).max() < 1e-5
-    # Two items of one text are one, but for the id that the known one has learned.
-    assert not np.allclose(seen, served.user_vector(Activity(1, (Behaviour("i11", "view", "web", 10**15),)), table, vectors))
+    other = served.user_vector(Activity(1, (Behaviour("i11", "view", "web", 10**15),)), LATER, served.item_vectors)
+    assert not np.allclose(seen, other)
 
 
 def test_the_encoder_says_of_one_text_what_the_tower_says_of_one_search(served: LoadedModel, trained: Trained) -> None:
