@@ -2,6 +2,7 @@
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 from features.behaviour import ACTION_WEIGHT, ACTIONS, MICROS_PER_DAY
 from features.item_table import FloatArray
@@ -38,7 +39,8 @@ def ease(x: sp.csr_matrix, regularisation: float) -> FloatArray:
     """Returns float32[n, n], row i what item i says of the others (Steck, "Embarrassingly Shallow Autoencoders", WWW 2019)."""
     gram = (x.T @ x).toarray()
     gram[np.diag_indices_from(gram)] += regularisation
-    inverse = np.linalg.inv(gram)
+    # The matrix is symmetric and positive definite, so Cholesky gives its inverse in half the work of a general one.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(gram))).numpy()
     weights = np.asarray(inverse / -np.diag(inverse), np.float32)
     np.fill_diagonal(weights, 0)
     return weights

@@ -24,7 +24,8 @@ _OURS = "/concord."
 # Streams wait for their clients most of the time; what they send is bounded by the queue of events. Operators are few.
 _MAX_STREAMS = 1024
 _MAX_OPERATIONS = 32
-_OVERLOADED = failure_of(OverloadedError("too many calls in flight", reason="SERVER_OVERLOADED"), new_id=str)
+_OVERLOAD = OverloadedError("too many calls in flight", reason="SERVER_OVERLOADED")
+_OVERLOADED = failure_of(_OVERLOAD, new_id=str)
 _SHED_METADATA = trailing_metadata(_OVERLOADED, "")  # made once: refusing must cost next to nothing
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 
@@ -61,6 +62,10 @@ class _Lane:
     @property
     def full(self) -> bool:
         return self._in_flight >= self._most
+
+    @property
+    def overfull(self) -> bool:
+        return self._in_flight > self._most
 
     def enter(self) -> None:
         self._in_flight += 1
@@ -158,7 +163,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def handle(raw: bytes, context: Context) -> Any:
             with self._call(rule, lane, context) as call:
                 try:
-                    self._admit()
+                    self._admit(lane)
                     call.caller = await access.authenticate(context)
                     access.permit(rule, call.caller)
                     calling.set(call.caller)
@@ -185,7 +190,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def handle(raw_messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             with self._call(rule, self._streams, context) as call:
                 try:
-                    self._admit()
+                    self._admit(self._streams)
                     call.caller = await access.authenticate(context)
                     access.permit(rule, call.caller)
                     requests = access.checked_stream(rule, context, parsed(raw_messages))
@@ -222,9 +227,12 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Refuses new calls from now on with UNAVAILABLE, which clients retry elsewhere; gRPC's own stop would say CANCELLED."""
         self._draining = True
 
-    def _admit(self) -> None:
+    def _admit(self, lane: _Lane) -> None:
         if self._draining:
             raise UnavailableError("this server is stopping", reason="SERVER_STOPPING")
+        if lane.overfull:  # let in beside others before any of them was counted
+            self._metrics.call_shed()
+            raise _OVERLOAD
 
     def _channel_of(self, request: Any) -> str:
         """Names the request's channel for metrics; callers' inventions would make the number of labels unbounded."""

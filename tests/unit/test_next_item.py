@@ -1,13 +1,17 @@
 """The next-item quality set on a small shop of its file format: what is fitted, what is held out and what is never looked at."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from training.quality import next_item
+from training.quality.__main__ import app
 from training.quality.result import QualityResult
 from training.sequence import Rows, SequenceConfig
 
@@ -92,3 +96,34 @@ def test_without_ensembling_there_is_one_tower(ring: list[Rows], tmp_path: Path)
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=next_item.ITEMS):
         next_item.run(tmp_path, seed=0)
+
+
+def quality(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command_writes_the_judges_file_and_ends_with_json(ring: list[Rows], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "rankings.jsonl"
+    done = quality("beauty", "--data", str(write(tmp_path, ring)), "--out", str(out), "--seed", "3", "--without", "text,ensemble")
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["user"] for line in lines] == [str(user) for user in range(1, len(ring) + 1)]
+    assert all(len(line["items"]) == 50 for line in lines)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert {"set": "beauty", "seed": 3}.items() <= last.items()
+    assert last["validation_ndcg_at_10"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("beauty", "--without", "texts"), "unknown part texts"),
+        (("beauty", "--data", "nowhere"), next_item.ITEMS),
+        (("online_retail", "--data", "nowhere"), "online_retail.parquet"),
+        (("books",), "books"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments: tuple[str, ...], said: str) -> None:
+    done = quality(*arguments)
+    assert done.exit_code == 2
+    assert said in done.output

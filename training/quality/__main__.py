@@ -1,0 +1,76 @@
+"""Trains on a public set by its published protocol and writes the rankings for the judge.
+
+python -m training.quality beauty --seed 0 --out rankings.jsonl
+"""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from training.quality import next_item, online_retail
+from training.quality.result import QualityResult
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class Set(StrEnum):
+    """The sets."""
+
+    BEAUTY = "beauty"
+    COLD = "cold"
+    ONLINE_RETAIL = "online_retail"
+
+
+@app.command()
+def main(
+    name: Annotated[Set, typer.Argument(metavar="SET", help="beauty, cold (beauty with items held out) or online_retail.")],
+    *,
+    data: Annotated[Path, typer.Option(help="Folder of the public sets.", envvar="CONCORD_TEST_DATA")] = Path("../shared/data"),
+    out: Annotated[Path, typer.Option(help="Rankings: one JSON line {user, items} for each customer.")] = Path("rankings.jsonl"),
+    seed: Annotated[int, typer.Option(help="Of every random choice of the run.")] = 0,
+    cut: Annotated[str, typer.Option(help="Online Retail only: rank for what follows this day; tune on an earlier one.")] = "2011-11-01",
+    without: Annotated[str, typer.Option(help=f"Parts left out, for the ablation: {', '.join(next_item.PARTS)}.")] = "",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 means PyTorch's choice, one per core.")] = 0,
+) -> None:
+    """Train on a public set by its published protocol and write the rankings for the judge.
+
+    Prints the validation metrics and the run's details, and as the last line the metrics as JSON. The last items (beauty) and the
+    baskets after the cut (online_retail) are never looked at; the judge scores the rankings. Example:
+
+        python -m training.quality online_retail --cut 2011-10-01 --without recency
+    """
+    parts = frozenset(part.strip() for part in without.split(",") if part.strip())
+    if parts - set(next_item.PARTS):
+        raise typer.BadParameter(f"unknown part {', '.join(sorted(parts - set(next_item.PARTS)))}", param_hint="--without")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    result = _run(name, data, seed=seed, cut=cut, without=parts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w") as lines:
+        lines.writelines(json.dumps({"user": user, "items": items}) + "\n" for user, items in result.rankings.items())
+    typer.echo(json.dumps(result.details, indent=2))
+    test = result.details.get("test")
+    figures = {f"validation_{key}": value for key, value in result.validation.items()} | (test if isinstance(test, dict) else {})
+    typer.echo(json.dumps({"set": name, "seed": seed, "seconds": round(result.seconds, 1)} | _rounded(figures)))
+
+
+def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str]) -> QualityResult:
+    try:
+        if name is Set.ONLINE_RETAIL:
+            return online_retail.run(data, seed=seed, cut=cut, without=without)
+        return next_item.run(data, seed=seed, without=without, cold=name is Set.COLD)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from None
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in figures.items()}
+
+
+if __name__ == "__main__":
+    app()
