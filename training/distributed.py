@@ -44,11 +44,16 @@ def rank_zero_first() -> Iterator[None]:
 
 def any_process(flag: bool) -> bool:
     """Returns whether the flag is up anywhere: clocks differ, and a process that leaves alone would hang the others."""
+    return bool(largest(float(flag)))
+
+
+def largest(value: float) -> float:
+    """Returns the largest of the processes' values, the same in all of them."""
     if world_size() == 1:
-        return flag
-    votes = torch.tensor(float(flag))
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes)
+        return value
+    values = torch.tensor(value)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return float(values)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

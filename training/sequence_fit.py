@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_cosine_schedule_with_warmup
 
 from features.item_table import FloatArray
-from training.distributed import any_process, average_gradients, rank, world_size
+from training.distributed import average_gradients, largest, rank, world_size
 from training.progress import bar
 from training.sequence import Rows, SequenceConfig, SequenceTower, next_item_loss, pad_left
 
@@ -91,7 +91,7 @@ def fit(
         validate: larger is better; called after each epoch with the averaged weights in inference mode.
         observe: where the course of the training goes.
         max_steps: optimizer steps at the most; 0 means no bound.
-        time_budget_s: seconds after which no further step begins; 0 means no bound.
+        time_budget_s: seconds after which no further step begins, and over which the rate falls at the latest; 0 means no bound.
 
     Returns:
         The validation of each epoch, and the number of optimizer steps.
@@ -101,13 +101,16 @@ def fit(
     optimizer = torch.optim.AdamW(tower.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     total = step_count(len(draw(np.random.default_rng(config.seed))), config.batch_size, epochs=config.epochs, max_steps=max_steps)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, total)
+    rate, spent = schedule.lr_lambdas[0], 0.0
+    schedule.lr_lambdas = [lambda step: rate(max(step, min(spent, 1.0) * total))]
     history, best = list[float](), dict[str, Tensor]()
     tower.train()
     for count, (batch, last) in enumerate(bar(_steps(draw, config), "sequence tower", total), 1):
         observe("train/loss", _step(tower, batch, optimizer=optimizer), count)
+        spent = largest((time.monotonic() - started) / time_budget_s) if time_budget_s else 0.0
         schedule.step()
         average.update_parameters(tower)
-        ending = any_process(count == total or bool(time_budget_s and time.monotonic() - started > time_budget_s))
+        ending = count == total or spent > 1.0
         if not (last or ending):
             continue
         averaged = cast("SequenceTower", average.module).eval()
