@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +17,49 @@ from server.inference.model import load_model
 from server.settings import ServerSettings
 from tests.integration import serving
 from tests.integration.fixtures import NewShop
+from tests.integration.test_processes import run as command
 from training import checkpoint
-from training.config import TrainConfig
+from training.checkpoint import RunRecord, Trained
 from training.dataset import join_customers, open_shop
 from training.events import to_micros
-from training.run import TrainResult, evaluate, export, train
+from training.run import evaluate, export
 
 CHANNELS = ("web", "app", "mini_program", "messaging", "store")
+# On one thread: two that wait for each other on a busy machine take ten times as long for matrices this small.
+SETTINGS = ("threads=1", "evaluation_users=0", "sequence_epochs=4", "max_steps=0")
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A shop and the run that the command line trained on it."""
+
+    settings: ServerSettings
+    run_dir: Path
+    run: Trained
+    record: RunRecord
 
 
 @pytest.fixture(scope="module")
-def trained(new_shop: NewShop, tmp_path_factory: pytest.TempPathFactory) -> tuple[ServerSettings, TrainResult]:
+def trained(new_shop: NewShop, tmp_path_factory: pytest.TempPathFactory) -> Shop:
     settings = new_shop()
-    serving.fill(settings, tmp_path_factory.mktemp("sample"))
-    return settings, train(settings, replace(TrainConfig.tiny(), tower="sequence", evaluation_users=0, sequence_epochs=4, max_steps=0))
+    serving.fill(settings, tmp_path_factory.mktemp("sample"), users=100)
+    changed = (part for setting in SETTINGS for part in ("--set", setting))
+    told = command(settings, "train", "--tower", "sequence", "--preset", "tiny", *changed)
+    assert told.returncode == 0, told.stderr[-2000:]
+    run_dir = max((settings.data_dir / "runs").iterdir())
+    return Shop(settings, run_dir, *checkpoint.load(run_dir))
 
 
 @pytest.fixture(scope="module")
-def bundle(trained: tuple[ServerSettings, TrainResult], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    settings, result = trained
+def bundle(trained: Shop, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     folder = tmp_path_factory.mktemp("bundle") / "bundle"
-    return folder, export(settings, result.run_dir, folder)
+    return folder, export(trained.settings, trained.run_dir, folder)
 
 
 @pytest.fixture(scope="module")
-async def clients(trained: tuple[ServerSettings, TrainResult], bundle: tuple[Path, Manifest]) -> AsyncIterator[dict[str, Concord]]:
+async def clients(trained: Shop, bundle: tuple[Path, Manifest]) -> AsyncIterator[dict[str, Concord]]:
     """A client per channel, spread over two replicas that answer with the tower."""
-    settings = trained[0]
+    settings = trained.settings
     serving.deploy(settings, bundle[0])
     async with serving.served(settings) as first, serving.served(settings) as second:
         made = {channel: Concord(second if k % 2 else first, channel=channel, timeout=10.0) for k, channel in enumerate(CHANNELS)}
@@ -64,13 +80,12 @@ async def everywhere(clients: dict[str, Concord], customer: str) -> list[Recomme
     return list(await asyncio.gather(*(client.recommend(user(customer), surface="home", limit=100) for client in clients.values())))
 
 
-def test_evaluating_the_run_again_gives_its_figures(trained: tuple[ServerSettings, TrainResult]) -> None:
-    settings, result = trained
-    again = evaluate(settings, result.run_dir)
+def test_evaluating_the_run_again_gives_its_figures(trained: Shop) -> None:
+    again, metrics = evaluate(trained.settings, trained.run_dir), trained.record.metrics
     for name in ("ndcg_at_10", "tower_ndcg_at_10", "collaborative_ndcg_at_10"):
-        assert math.isclose(again[name], result.metrics[name], abs_tol=1e-6), name
-    assert result.metrics["ndcg_at_10"] > 3 * max(result.metrics["popularity_ndcg_at_10"], 0.01)
-    assert result.metrics["tower_validation_ndcg_at_10"] > result.metrics["untrained_tower_validation_ndcg_at_10"]
+        assert math.isclose(again[name], metrics[name], abs_tol=1e-6), name
+    assert metrics["ndcg_at_10"] > 3 * max(metrics["popularity_ndcg_at_10"], 0.01)
+    assert metrics["tower_validation_ndcg_at_10"] > metrics["untrained_tower_validation_ndcg_at_10"]
 
 
 def test_the_bundle_is_of_the_sequence_tower(bundle: tuple[Path, Manifest]) -> None:
@@ -83,26 +98,22 @@ def test_the_bundle_is_of_the_sequence_tower(bundle: tuple[Path, Manifest]) -> N
     assert max(manifest.parity.values()) < 1e-4
 
 
-def test_what_the_server_reads_online_is_what_training_joined(
-    trained: tuple[ServerSettings, TrainResult], bundle: tuple[Path, Manifest]
-) -> None:
+def test_what_the_server_reads_online_is_what_training_joined(trained: Shop, bundle: tuple[Path, Manifest]) -> None:
     """From the feature store's point-in-time rows to the vector: PyTorch on one side, the bundle's graphs on the other."""
-    settings, result = trained
-    model, run = load_model(bundle[0], provider="cpu", threads=1), checkpoint.load(result.run_dir)[0]
-    shop = open_shop(settings)
-    keys = [(name, to_micros(serving.NOW)) for name in customers(settings, 8)]
+    model, shop = load_model(bundle[0], provider="cpu", threads=1), open_shop(trained.settings)
+    keys = [(name, to_micros(serving.NOW)) for name in customers(trained.settings, 8)]
     activities = [joined.activity for joined in join_customers(shop.store, keys).values()]
     assert any(not behaviour.item_id and behaviour.text for activity in activities for behaviour in activity.behaviours)
-    expected = run.user_vectors(activities, shop.table, model.item_vectors)
+    expected = trained.run.user_vectors(activities, shop.table, model.item_vectors)
     for activity, vector in zip(activities, expected, strict=True):
         seen = model.user_vector(activity, shop.table, model.item_vectors)
         assert seen is not None
         assert np.abs(seen - vector).max() < 1e-5
 
 
-async def test_all_channels_and_replicas_answer_the_same(trained: tuple[ServerSettings, TrainResult], clients: dict[str, Concord]) -> None:
+async def test_all_channels_and_replicas_answer_the_same(trained: Shop, clients: dict[str, Concord]) -> None:
     shown = []
-    for customer in customers(trained[0], 6):
+    for customer in customers(trained.settings, 6):
         answers = await everywhere(clients, customer)
         common = set.intersection(*({item.item_id for item in answer.items} for answer in answers))
         lists = [[(item.item_id, item.score) for item in answer.items if item.item_id in common] for answer in answers]
@@ -114,11 +125,9 @@ async def test_all_channels_and_replicas_answer_the_same(trained: tuple[ServerSe
     assert len(set(shown)) == len(shown)
 
 
-async def test_a_search_in_one_channel_changes_the_answer_in_every_other(
-    trained: tuple[ServerSettings, TrainResult], clients: dict[str, Concord]
-) -> None:
+async def test_a_search_in_one_channel_changes_the_answer_in_every_other(trained: Shop, clients: dict[str, Concord]) -> None:
     """A text has no weight in the history: only the tower reads it, on whichever replica comes first."""
-    customer = customers(trained[0], 1)[0]
+    customer = customers(trained.settings, 1)[0]
     before = (await everywhere(clients, customer))[0]
     recorded = await clients["messaging"].record(clients["messaging"].event(user(customer), "search", text="a warm blanket for the baby"))
     token = recorded.tokens[0].consistency_token
