@@ -94,7 +94,12 @@ async def run_audit(
         if not addresses:
             report.notes.append("no replica lives, so nothing was probed")
         prober = Prober(clients.ask, replicas=addresses, channels=settings.channels) if addresses else None
-        rules = policy_fingerprint(_policy(settings), hide_out_of_stock=settings.hide_out_of_stock, onnx_threads=settings.onnx_threads)
+        rules = policy_fingerprint(
+            _policy(settings),
+            hide_out_of_stock=settings.hide_out_of_stock,
+            onnx_threads=settings.onnx_threads,
+            onnx_precision=settings.onnx_precision,
+        )
         run = Audit(store, workshop, online, OfferAudit(store, hide_out_of_stock=settings.hide_out_of_stock), rules=rules)
         await run.run(scope, report, prober=prober, progress=progress)
         if canary and addresses:
@@ -129,7 +134,9 @@ async def _rooms(settings: ServerSettings) -> "AsyncIterator[tuple[AuditStore, W
         store = AuditStore(await stack.enter_async_context(connection))
         client = redis_client(settings)
         stack.push_async_callback(client.aclose)
-        loader = BundleLoader(settings, features, provider=settings.onnx_provider, threads=settings.onnx_threads)
+        loader = BundleLoader(
+            settings, features, provider=settings.onnx_provider, threads=settings.onnx_threads, precision=settings.onnx_precision
+        )
         workshop = Workshop(store, loader, SnapshotBuilder(pool, dsn=settings.postgres_dsn), _policy(settings))
         online = OnlineStore(client, codec, redis_breaker(settings, client, lambda _open: None))
         yield store, workshop, OnlineAudit(client, codec, online, store=store, workshop=workshop)

@@ -3,7 +3,7 @@
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import psycopg
 import typer
@@ -15,6 +15,9 @@ from rich.table import Table
 from cli.context import console, note, shop
 from features.models import Activation, OnUnready
 from features.settings import Settings
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
 
 _out = Console()
 _Run = Annotated[Path | None, typer.Option(help="A run folder; default: the newest one under the data folder.")]
@@ -32,6 +35,11 @@ class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
 
     recommend = "recommend"
     clicks = "clicks"
+    rating = "rating"
+
+
+# What a run folder calls each task.
+_TRAINED = {Task.recommend: "tower", Task.clicks: "classifier", Task.rating: "rating"}
 
 
 def register(app: typer.Typer) -> None:
@@ -46,36 +54,77 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    task: Annotated[Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier.")] = Task.recommend,
+    task: Annotated[
+        Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier; rating: the rating regression.")
+    ] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
     tower: Annotated[
-        Tower, typer.Option(help="text: BERT over the behaviours as text; sequence: a small transformer over their vectors.")
-    ] = Tower.text,
+        Tower | None, typer.Option(help="text (default): BERT over behaviours as text; sequence: a small transformer over vectors.")
+    ] = None,
+    config_file: Annotated[Path | None, typer.Option("--config", help="A configuration instead of a preset, such as best.json.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
+    ensemble: Annotated[int, typer.Option(min=1, help="Train this many towers, of seeds in a row, and average their scores.")] = 1,
+    distil: Annotated[bool, typer.Option("--distil", help="Distil the ensemble into one tower, which is what is kept.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder that was broken off: goes on from its last checkpoint, as it was configured.")
+    ] = None,
 ) -> None:
     """Trains the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
     With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
+    With --task rating: the same with one output and mean squared error, on the ratings of rate and review events.
+
+    Among the fields: regime=full|top_k|frozen|lora|adalora|adapter (what of BERT is fine-tuned), optimizer=adamw|sgd,
+    schedule=linear|cosine|constant, label_smoothing, accumulation_steps, mixed_precision, device, checkpoint_steps, and
+    warmup_objective=mlm|contrastive with warmup_steps (self-supervised, before the labels). All: docs/training.md.
     """
-    from training.classifier import train_classifier
-    from training.config import TrainConfig
+    from training.classifier import Clicks
     from training.dataset import TrainingDataError
+    from training.distill import TokenizerMismatchError
+    from training.pairs import train_pairs
+    from training.rating import Ratings
     from training.run import train as run
+    from training.runs import Begun
+
+    if resume and (assign or config_file or ensemble > 1 or distil or tower):
+        raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--resume")
+    chosen = [*(assign or []), *([f"tower={tower.value}"] if tower else [])]
+    configured = training_config(preset, config_file, chosen, ensemble=ensemble, distil=distil)
+    begun = Begun.load(resume) if resume else Begun(_TRAINED[task], configured, 0)
+    heads = {head.name: head for head in (Clicks(), Ratings())}
+    if begun.task in heads and begun.config.ensemble > 1:
+        raise typer.BadParameter(f"the {begun.task} is one model", param_hint="--ensemble")
+    with shop(Settings) as settings:
+        try:
+            if begun.task in heads:
+                result = train_pairs(settings, heads[begun.task], begun.config, resume=resume)
+            else:
+                result = run(settings, begun.config, resume=resume)
+        except TrainingDataError as error:
+            raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
+        except TokenizerMismatchError as error:
+            raise typer.BadParameter(str(error), param_hint="--set") from None
+    _metrics(result.metrics)
+    _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+
+
+def training_config(preset: str, config_file: Path | None, assign: list[str], *, ensemble: int = 1, distil: bool = False) -> "TrainConfig":
+    """Returns the configuration that options name: a preset or a file, changed by ``--set``, ``--ensemble`` and ``--distil``."""
+    from training.config import TrainConfig
 
     presets = {"demo": TrainConfig.demo, "full": TrainConfig.full, "tiny": TrainConfig.tiny}
     if preset not in presets:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
+    values = dict(_pair(text) for text in assign)
+    if ensemble > 1:
+        values["ensemble"] = str(ensemble)
     try:
-        config = presets[preset]().with_values({"tower": tower.value, **dict(_pair(text) for text in assign or [])})
+        config = (TrainConfig.load(config_file) if config_file else presets[preset]()).with_values(values)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--set") from None
-    with shop(Settings) as settings:
-        try:
-            result = run(settings, config) if task is Task.recommend else train_classifier(settings, config)
-        except TrainingDataError as error:
-            raise typer.BadParameter(f"this shop cannot be trained on: {error}") from None
-    _metrics(result.metrics)
-    _out.print(f"{result.steps} steps in {result.seconds:.0f} s; run folder {result.run_dir}")
+    if distil and config.ensemble == 1:
+        raise typer.BadParameter("one tower has nothing to distil: give --ensemble", param_hint="--distil")
+    return config.distilled() if distil else config
 
 
 def evaluate(
@@ -89,21 +138,36 @@ def evaluate(
     from training.run import evaluate as run
 
     with shop(Settings) as settings:
-        metrics = run(settings, run_dir or _newest(settings), rankings=rankings, cut=datetime.fromisoformat(cut) if cut else None)
+        metrics = run(settings, run_dir or newest_run(settings), rankings=rankings, cut=datetime.fromisoformat(cut) if cut else None)
     _metrics(metrics)
 
 
 def export(
     run_dir: _Run = None,
     out: Annotated[Path, typer.Option(help="Folder for the bundle; replaced.")] = Path(".data/bundle"),
+    encoder: Annotated[str, typer.Option(help="Form of the encoder: fp32, fused, int8, int4 or static; see concord quantize.")] = "fp32",
+    fp16: Annotated[bool, typer.Option("--fp16", help="Add the encoder in half precision, for CONCORD_ONNX_PRECISION=fp16.")] = False,
 ) -> None:
     """Exports a run as an ONNX bundle and checks that it computes what PyTorch computed."""
+    from training.quantize import RefusedVariantError
     from training.run import export as run
+    from training.variants import Variant
 
+    if encoder not in list(Variant):
+        raise typer.BadParameter(f"{encoder!r} is none of {', '.join(Variant)}", param_hint="--encoder")
     with shop(Settings) as settings:
-        manifest = run(settings, run_dir or _newest(settings), out)
+        try:
+            manifest = run(settings, run_dir or newest_run(settings), out, variant=Variant(encoder), fp16=fp16)
+        except RefusedVariantError as error:
+            raise typer.BadParameter(str(error), param_hint="--encoder") from None
     differences = ", ".join(f"{name} {value:.1e}" for name, value in manifest.parity.items())
     _out.print(f"model version {manifest.model_version} in {out}; largest differences from PyTorch: {differences}")
+    for name, measured in manifest.invariance.items():
+        told = ", ".join(f"{what} {'bit-equal' if one.bit_equal else f'{one.largest_difference:.1e}'}" for what, one in measured.items())
+        _out.print(f"{name} by what the batch changes: {told}")
+    for name in ("encoder_validation_ndcg_loss", "encoder_fp16_validation_ndcg_loss"):
+        if name in manifest.metrics:
+            _out.print(f"{name} {manifest.metrics[name]:+.4f}")
 
 
 def publish(bundle: Annotated[Path, typer.Argument(help="A bundle folder.")] = Path(".data/bundle")) -> None:
@@ -194,8 +258,13 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _newest(settings: Settings) -> Path:
-    runs = sorted((settings.data_dir / "runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+def newest_run(settings: Settings, pattern: str = "*/config.json") -> Path:
+    """Returns the newest run folder that holds a file of this pattern; by default those that recommend.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    runs = sorted((settings.data_dir / "runs").glob(pattern), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise FileNotFoundError(f"no run under {settings.data_dir / 'runs'}; `concord train` makes one")
     return runs[-1].parent

@@ -14,6 +14,7 @@ from features.sequence import SequenceSpec
 
 MANIFEST = "manifest.json"
 ENCODER = "encoder.onnx"
+ENCODER_FP16 = "encoder.fp16.onnx"  # optional: for CUDA, where a server asks for it
 RANKER = "ranker.onnx"
 TOKENIZER = "tokenizer.json"
 ITEMS = "items.npz"
@@ -43,6 +44,19 @@ class FeatureContract(BaseModel):
     features: tuple[FeatureRef, ...]
 
 
+class Invariance(BaseModel):
+    """Whether what a graph computes for one input depends on what it runs beside.
+
+    Attributes:
+        bit_equal: it does not, to the bit.
+        largest_difference: of any output component, absolute.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bit_equal: bool
+    largest_difference: float
+
+
 class Manifest(BaseModel):
     """What a bundle says of itself.
 
@@ -62,6 +76,8 @@ class Manifest(BaseModel):
         contract: the feature service and its types.
         metrics: holdout metrics of this model and its baselines, e.g. ``ndcg_at_10`` and ``popularity_ndcg_at_10``.
         parity: largest absolute difference between PyTorch and ONNX Runtime outputs, by graph.
+        invariance: by graph file and property (``batch_size`` from 1 to 64, ``padding``, ``order``), measured at export on the CPU;
+            empty in bundles of releases that did not measure it.
         data_from, data_until: window of the events it was trained on.
         settings: the training configuration, for the record.
         files: SHA-256 of every file, by name.
@@ -84,6 +100,7 @@ class Manifest(BaseModel):
     contract: FeatureContract
     metrics: dict[str, float]
     parity: dict[str, float]
+    invariance: dict[str, dict[str, Invariance]] = {}
     data_from: datetime
     data_until: datetime
     settings: dict[str, str | int | float | bool | None]

@@ -92,12 +92,19 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         recorder = EventRecorder(
             writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
         )
-        loader = BundleLoader(settings, store, provider=settings.onnx_provider, threads=settings.onnx_threads)
+        loader = BundleLoader(
+            settings, store, provider=settings.onnx_provider, threads=settings.onnx_threads, precision=settings.onnx_precision
+        )
         policy = policy_of(settings)
         members = Membership(
             pool,
             replica_id=replica_id,
-            config=policy_fingerprint(policy, hide_out_of_stock=settings.hide_out_of_stock, onnx_threads=settings.onnx_threads),
+            config=policy_fingerprint(
+                policy,
+                hide_out_of_stock=settings.hide_out_of_stock,
+                onnx_threads=settings.onnx_threads,
+                onnx_precision=settings.onnx_precision,
+            ),
             pause_seconds=settings.refresh_seconds,
             epoch_wait_seconds=settings.epoch_wait_seconds,
         )

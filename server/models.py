@@ -31,11 +31,12 @@ class BundleLoader:
     Not at a lower priority: ONNX Runtime's threads would inherit it for as long as the model answers.
     """
 
-    def __init__(self, settings: ServerSettings, store: FeatureStore, *, provider: str, threads: int) -> None:
+    def __init__(self, settings: ServerSettings, store: FeatureStore, *, provider: str, threads: int, precision: str = "fp32") -> None:
         self._settings = settings
         self._store = store
         self._provider = provider
         self._threads = threads
+        self._precision = precision
         self._tokenizers = Tokenizers()
 
     async def __call__(self, model_version: str) -> LoadedModel:
@@ -64,7 +65,9 @@ class BundleLoader:
                 f"model {model_version} was trained on features the registry no longer offers: {', '.join(missing)}",
                 reason="CONTRACT_UNMET",
             )
-        return load_model(Path(folder), provider=self._provider, threads=self._threads, tokenizers=self._tokenizers)
+        return load_model(
+            Path(folder), provider=self._provider, threads=self._threads, precision=self._precision, tokenizers=self._tokenizers
+        )
 
 
 class Models:

@@ -53,6 +53,9 @@ class ServerSettings(SecuritySettings):
     onnx_provider: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto uses CUDA where it works; cuda refuses to start without it."
     )
+    onnx_precision: Literal["fp32", "fp16"] = Field(
+        "fp32", description="fp16 runs the bundle's half-precision encoder, on CUDA only, and refuses bundles without one."
+    )
     onnx_threads: int = Field(2, ge=1, le=64, description="Threads of one inference; equal on all replicas, since bits may depend on it.")
     slate_ttl_seconds: float = Field(900.0, gt=0, description="How long a committed slate stands, in seconds.")
     slate_size: int = Field(200, ge=1, le=256, description="Items in a slate; filters and paging act within it.")

@@ -11,7 +11,7 @@ from features.item_table import FloatArray, IntArray
 from training.basket_log import Past, binary
 from training.collaborative import co_visitation, ease
 
-EASE_HALF_LIFE_DAYS = 90.0
+EASE_HALF_LIFE_DAYS = 60.0
 _EASE_LAMBDA_DECAYED, _EASE_LAMBDA = 100.0, 300.0
 _NEIGHBOURS = 100
 _RECENT_DAYS = 28.0

@@ -1,7 +1,7 @@
 """A listwise ranker of what a customer will newly buy next, trained on how earlier cuts of the same log went on."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -48,14 +48,14 @@ class BasketConfig:
     newest_cut_days: int = 17
     cut_step_days: int = 19
     label_days: int = 28
-    hard_negatives: int = 300
-    random_negatives: int = 300
+    hard_negatives: int = 200
+    random_negatives: int = 200
     nets: int = 3
     hidden: int = 48
     dropout: float = 0.2
     learning_rate: float = 3e-3
     weight_decay: float = 0.02
-    epochs: int = 4
+    epochs: int = 3
     lists_per_step: int = 32
     depth: int = 100
 
@@ -173,7 +173,8 @@ class BasketRanker(nn.Module):
         nn.init.zeros_(self.gate.weight)
         self.item_side = nn.Linear(features, hidden)
         self.customer_side = nn.Linear(context, hidden, bias=False)
-        self.top = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1, bias=False))
+        self.top = nn.Linear(hidden, 1, bias=False)
+        self.dropout = nn.Dropout(dropout)
 
     def normalise_by(self, lists: Lists) -> None:
         """Sets the normalisation from what customers chose from; what never varies is only centred."""
@@ -183,13 +184,25 @@ class BasketRanker(nn.Module):
             getattr(self, f"{prefix}mean").copy_(values.mean(0))
             getattr(self, f"{prefix}scale").copy_(torch.where(deviation > 1e-6, 1.0 / deviation.clamp(min=1e-6), 1.0))
 
-    def forward(self, features: Tensor, context: Tensor) -> Tensor:
-        """Returns scores float32[u, w] of features [u, w, f] and context [u, c]; outliers are cut at 8 standard deviations."""
-        x = ((features - self.mean) * self.scale).clamp(-_OUTLIER, _OUTLIER)
-        c = ((context - self.context_mean) * self.context_scale).clamp(-_OUTLIER, _OUTLIER)
-        weights = self.linear.weight + self.gate(c)
-        hidden = self.item_side(x) + self.customer_side(c).unsqueeze(1)
-        scores: Tensor = torch.bmm(x, weights.unsqueeze(2)).squeeze(2) + self.top(hidden).squeeze(2)
+    def normal(self, features: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns features [..., f] and context [..., c] normalised, outliers cut at 8 standard deviations."""
+        x = ((features - self.mean) * self.scale).clamp_(-_OUTLIER, _OUTLIER)
+        return x, ((context - self.context_mean) * self.context_scale).clamp_(-_OUTLIER, _OUTLIER)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Returns scores float32[u, w] of normalised features [u, w, f] and context [u, c].
+
+        Dropout takes hidden units from a whole list, so that its items stay comparable; it also spares a mask for every item.
+        """
+        hidden = torch.relu(self.item_side(x) + self.customer_side(c).unsqueeze(1))
+        top = self.dropout(torch.ones_like(hidden[:, 0])) * self.top.weight
+        linear = self.linear.weight + self.gate(c)
+        scores: Tensor = (torch.bmm(hidden, top.unsqueeze(2)) + torch.bmm(x, linear.unsqueeze(2))).squeeze(2)
+        return scores
+
+    def score(self, features: Tensor, context: Tensor) -> Tensor:
+        """Returns scores float32[u, w] of features [u, w, f] and context [u, c] as they come."""
+        scores: Tensor = self(*self.normal(features, context))
         return scores
 
 
@@ -206,6 +219,8 @@ def train_net(lists: Lists, config: BasketConfig, *, seed: int) -> BasketRanker:
         torch.manual_seed(seed)
         net = BasketRanker(lists.features.shape[2], lists.context.shape[1], hidden=config.hidden, dropout=config.dropout)
         net.normalise_by(lists)
+        features, context = net.normal(lists.features, lists.context)
+        lists = replace(lists, features=features, context=context)
         steps = [rows for _ in range(config.epochs) for rows in torch.split(torch.randperm(len(lists)), config.lists_per_step)]
         optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
@@ -225,7 +240,7 @@ def rank(nets: Sequence[BasketRanker], features: BasketFeatures, known: Past, *,
     for start in range(0, len(users), _CHUNK):
         chunk = users[start : start + _CHUNK]
         values, about = torch.from_numpy(features.of(chunk)), torch.from_numpy(features.context[chunk])
-        scores = torch.stack([net(values, about) for net in nets]).mean(0).numpy()
+        scores = torch.stack([net.score(values, about) for net in nets]).mean(0).numpy()
         own = bought[chunk].toarray() > 0
         scores[own] = -np.inf
         for order, left in zip(np.argsort(-scores, axis=1, kind="stable")[:, :depth], (~own).sum(1), strict=True):

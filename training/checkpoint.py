@@ -14,6 +14,7 @@ from features.item_table import FloatArray, ItemTable
 from features.sequence import SequenceSpec
 from training.config import TrainConfig
 from training.encode import item_vectors, user_vectors
+from training.ensemble import Ensemble
 from training.model import Tower, TwoTower
 from training.ranker import Ranker
 from training.sequence import SequenceTower
@@ -66,10 +67,18 @@ class Trained:
         return user_vectors(self.tower, self.tokenizer, activities, table=table, config=self.config)
 
 
+def new_model(config: TrainConfig, item_count: int) -> Tower:
+    """Returns the untrained model that a run of this configuration ends with: one tower, or an ensemble that was not distilled."""
+    if config.ensemble == 1 or config.distil_weight:
+        return new_tower(config, item_count)
+    return Ensemble([new_tower(config.member(number), item_count) for number in range(config.ensemble)])
+
+
 def new_tower(config: TrainConfig, item_count: int) -> TwoTower:
-    """Returns the untrained model: pretrained BERT, identity heads, no residuals."""
+    """Returns one untrained tower: pretrained BERT, identity heads, no residuals."""
     torch.manual_seed(config.seed)
-    return TwoTower(load_encoder(config.base_model, dropout=config.dropout), item_count, temperature=config.temperature)
+    encoder = load_encoder(config.base_model, dropout=config.dropout)
+    return TwoTower(encoder, item_count, temperature=config.temperature, label_smoothing=config.label_smoothing)
 
 
 def _empty_sequence_model(config: TrainConfig, item_count: int, spec: SequenceSpec) -> SequenceModel:
@@ -102,7 +111,7 @@ def load(run_dir: Path) -> tuple[Trained, RunRecord]:
         spec = SequenceSpec.model_validate_json((run_dir / _SEQUENCE).read_bytes())
         tower: Tower = _empty_sequence_model(config, count, spec)
     else:
-        tower = new_tower(config, count)
+        tower = new_model(config, count)
     tower.load_state_dict(load_file(run_dir / _TOWER))
     ranker = Ranker(config.ranker_hidden)
     ranker.load_state_dict(load_file(run_dir / _RANKER))

@@ -43,8 +43,22 @@ _POSITIVE = (
     "sequence_epochs",
     "sequence_batch_size",
     "sequence_learning_rate",
+    "ensemble",
+    "adapter_rank",
+    "accumulation_steps",
+    "warmup_steps",
+    "warmup_customers",
 )
-TOWERS = ("text", "sequence")
+# Fields that take one of a few names.
+_CHOICES = {
+    "tower": ("text", "sequence"),
+    "regime": ("", "full", "top_k", "frozen", "lora", "adalora", "adapter"),
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("linear", "cosine", "constant"),
+    "mixed_precision": ("auto", "no", "bf16", "fp16"),
+    "device": ("auto", "cpu", "cuda"),
+    "warmup_objective": ("none", "mlm", "contrastive"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,26 +80,41 @@ class TrainConfig:
         validation_labels: labels of the ranker's period that the tower is validated on at the most.
         ranker_labels: labels the ranker trains on at the most, chosen at random.
         evaluation_users: customers evaluated at the most, chosen at random; 0 means all.
-        trainable_layers: top BERT layers that are fine-tuned; -1 means all layers and the embeddings.
+        regime: what of BERT is fine-tuned: full; top_k, its ``trainable_layers`` top layers; frozen, nothing; or through peft, merged
+            into BERT at the end: lora, adalora, adapter (IA3). "" means top_k for the tower and full for classifier and rating.
+        trainable_layers: top BERT layers that the regime top_k fine-tunes; -1 means all layers and the embeddings.
+        adapter_rank: rank of LoRA's matrices, and the mean rank AdaLoRA ends with (it begins with half as much again).
         user_tokens: tokens a behaviour text is truncated to.
         item_tokens: tokens an item text is truncated to.
         behaviour_limit: phrases written into a behaviour text at the most.
-        batch_size: labels per step and process.
+        batch_size: labels per batch; under torchrun the processes share it, so that a run is the same on any number of them.
+        accumulation_steps: batches whose gradients make one optimizer step; each batch has negatives of its own.
         negative_count: sampled negatives per step, shared by the labels of the batch.
         negative_power: exponent of an item's label count in the sampling of negatives; 0 is uniform.
         epochs: passes over the tower's labels at the most.
-        max_steps: optimizer steps of the tower at the most; 0 means no bound. A bound makes two runs bit-identical.
-        time_budget_s: seconds the tower trains at the most; 0 means no bound. The learning rate decays over it.
+        max_steps: optimizer steps of tower, classifier or rating at the most; 0 means no bound. A bound makes two runs bit-identical.
+        time_budget_s: seconds these train at the most; 0 means no bound. The learning rate decays over it.
         learning_rate: peak learning rate of the BERT layers.
         head_learning_rate: peak learning rate of heads, item residuals and temperature.
-        weight_decay: AdamW weight decay of weight matrices.
-        residual_decay: AdamW weight decay of the item residuals; large values keep items close to their text.
-        warmup_fraction: share of the run over which the learning rate rises linearly; it falls linearly over the rest.
+        optimizer: adamw, or sgd.
+        momentum: of SGD; in [0, 1).
+        schedule: of the learning rate after its rise: linear or cosine, down to zero, or constant.
+        weight_decay: decay of weight matrices: AdamW's decoupled one, SGD's L2 penalty.
+        residual_decay: the same of the item residuals; large values keep items close to their text.
+        warmup_fraction: share of the run over which the learning rate rises linearly.
         clip_norm: gradients are scaled down to this Euclidean norm.
+        label_smoothing: share of a label's weight that is spread over all answers, in [0, 1); ratings know none.
         dropout: dropout probability inside BERT while fine-tuning.
         temperature: initial softmax temperature of the cosine similarities; learned.
+        mixed_precision: auto (bf16 or else fp16 on a graphics card, no on a processor), no, bf16 or fp16.
+        device: auto (the graphics card where there is one), cpu or cuda.
+        checkpoint_steps: optimizer steps between checkpoints that ``concord train --resume`` can go on from; 0 means none.
+        warmup_objective: self-supervised training before the labels: none, mlm (masked language modelling on the texts of items
+            and behaviours) or contrastive (the older and the newer part of one history find each other among those of others).
+        warmup_steps: optimizer steps of that training.
+        warmup_customers: customers whose histories that training reads at the most, chosen at random.
         validations_per_epoch: validations (and refreshed item vectors) per pass over the labels.
-        patience: validations without a better NDCG@10 after which the tower stops.
+        patience: validations without a better result after which the training of tower, classifier or rating stops.
         ease_lambda: L2 regularisation of EASE, in squared history weights.
         ease_half_life_days: half-life of a behaviour's weight when EASE is fitted, counted from the customer's newest behaviour.
         collaborative_top_k: weights kept per item.
@@ -98,6 +127,10 @@ class TrainConfig:
         ranker_dropout: dropout probability in the ranker's hidden layer.
         ranker_patience: passes without a better validation NDCG@10 after which the ranker stops.
         classifier_negatives: sampled negatives per positive of the click classifier.
+        ensemble: towers that are trained, with the seeds ``seed``, ``seed`` + 1, …, and whose scores are averaged; each takes the
+            whole ``epochs``, ``max_steps`` and ``time_budget_s``.
+        ensemble_models: base models of the towers in turn, comma-separated, all of one tokenizer; "" means ``base_model`` for all.
+        distil_weight: above 0 the ensemble is distilled into one tower, and this is the share of its softmax in the loss; at most 1.
         tower: kind of user tower: text (BERT over the behaviour text) or sequence (a small transformer over behaviour vectors; BERT stays
             as it is). The settings of labels, batches and learning rates above are the text tower's, except where they name all.
         sequence_length: behaviours the sequence tower reads at the most, the newest; the online feature holds 50.
@@ -129,11 +162,14 @@ class TrainConfig:
     validation_labels: int = 400
     ranker_labels: int = 3_000
     evaluation_users: int = 0
+    regime: str = ""
     trainable_layers: int = 2
+    adapter_rank: int = 8
     user_tokens: int = 96
     item_tokens: int = 32
     behaviour_limit: int = 16
     batch_size: int = 32
+    accumulation_steps: int = 1
     negative_count: int = 512
     negative_power: float = 0.5
     epochs: int = 3
@@ -141,12 +177,22 @@ class TrainConfig:
     time_budget_s: float = 0.0
     learning_rate: float = 5e-5
     head_learning_rate: float = 1e-3
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    schedule: str = "linear"
     weight_decay: float = 0.01
     residual_decay: float = 0.1
     warmup_fraction: float = 0.1
     clip_norm: float = 1.0
+    label_smoothing: float = 0.0
     dropout: float = 0.1
     temperature: float = 0.05
+    mixed_precision: str = "auto"
+    device: str = "auto"
+    checkpoint_steps: int = 100
+    warmup_objective: str = "none"
+    warmup_steps: int = 100
+    warmup_customers: int = 5_000
     validations_per_epoch: int = 1
     patience: int = 3
     ease_lambda: float = 100.0
@@ -161,6 +207,9 @@ class TrainConfig:
     ranker_dropout: float = 0.1
     ranker_patience: int = 10
     classifier_negatives: int = 4
+    ensemble: int = 1
+    ensemble_models: str = ""
+    distil_weight: float = 0.0
     tower: str = "text"
     sequence_length: int = 50
     sequence_texts: int = 8
@@ -177,22 +226,22 @@ class TrainConfig:
     sequence_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("holdout_fraction", "ranker_fraction", "dropout", "ranker_dropout", "warmup_fraction"):
+        for name in ("holdout_fraction", "ranker_fraction", "dropout", "ranker_dropout", "warmup_fraction", "momentum", "label_smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"training field {name!r} must be at least 0 and below 1")
+        if not 0.0 <= self.distil_weight <= 1.0:
+            raise ValueError("training field 'distil_weight' must be between 0 and 1")
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"training field {name!r} must be above 0")
-        for name in ("sequence_dropout", "sequence_input_dropout", "sequence_identity_dropout", "sequence_label_smoothing"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"training field {name!r} must be at least 0 and below 1")
-        if self.tower not in TOWERS:
-            raise ValueError(f"training field 'tower' must be one of {', '.join(TOWERS)}")
-        if self.sequence_length > ACTIVITY_LENGTH or self.sequence_texts < 0 or self.sequence_width % self.sequence_heads:
-            raise ValueError(
-                f"training field 'sequence_length' must be at most {ACTIVITY_LENGTH}, 'sequence_texts' at least 0, and 'sequence_width' "
-                "a multiple of 'sequence_heads'"
-            )
+        self._check_sequence_tower()
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"training field {name!r} must be one of {', '.join(choice or repr(choice) for choice in choices)}")
+        if self.checkpoint_steps < 0:
+            raise ValueError("training field 'checkpoint_steps' must not be below 0")
+        if self.warmup_objective != "none" and self.regime == "frozen":
+            raise ValueError("training field 'warmup_objective': a frozen encoder has nothing to warm up")
         for name in ("target_actions", "tower_actions"):
             if not self.actions(getattr(self, name)) or set(self.actions(getattr(self, name))) - set(ACTIONS):
                 raise ValueError(f"training field {name!r} must name actions: {', '.join(ACTIONS)}")
@@ -201,6 +250,18 @@ class TrainConfig:
                 datetime.fromisoformat(self.cut)
             except ValueError:
                 raise ValueError(f"training field 'cut': {self.cut!r} is not an ISO 8601 time") from None
+
+    def _check_sequence_tower(self) -> None:
+        for name in ("sequence_dropout", "sequence_input_dropout", "sequence_identity_dropout", "sequence_label_smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"training field {name!r} must be at least 0 and below 1")
+        if self.sequence_length > ACTIVITY_LENGTH or self.sequence_texts < 0 or self.sequence_width % self.sequence_heads:
+            raise ValueError(
+                f"training field 'sequence_length' must be at most {ACTIVITY_LENGTH}, 'sequence_texts' at least 0, and 'sequence_width' "
+                "a multiple of 'sequence_heads'"
+            )
+        if self.tower == "sequence" and (self.ensemble > 1 or self.warmup_objective != "none"):
+            raise ValueError("training field 'tower': a sequence tower knows neither 'ensemble' nor 'warmup_objective'")
 
     @classmethod
     def demo(cls) -> "TrainConfig":
@@ -235,6 +296,16 @@ class TrainConfig:
             sequence_epochs=1,
             sequence_batch_size=16,
         )
+
+    def member(self, number: int) -> "TrainConfig":
+        """Returns the configuration of one tower of the ensemble, counted from 0."""
+        models = [model.strip() for model in self.ensemble_models.split(",")] if self.ensemble_models else [self.base_model]
+        base = models[number % len(models)]
+        return replace(self, base_model=base, seed=self.seed + number, ensemble=1, ensemble_models="", distil_weight=0.0)
+
+    def distilled(self) -> "TrainConfig":
+        """Returns the configuration with its ensemble distilled, by the configured weight, or mostly by the teacher where none is."""
+        return replace(self, distil_weight=self.distil_weight or 0.7)
 
     def with_cut(self, cut: datetime | None) -> "TrainConfig":
         """Returns the configuration with another cut; None keeps the one it has."""

@@ -20,7 +20,7 @@ _BATCH = 64
 
 @torch.inference_mode()
 def pools(tower: Tower, tokens: Tokens, stage: str, *, padded: bool = True) -> Tensor:
-    """Returns the pooled encoder outputs float32[n, h] of n texts.
+    """Returns the pooled encoder outputs float32[n, h] of n texts, on the processor wherever the tower is.
 
     Without padding a batch holds texts of one length, so that each equals the server's single run to rounding.
     """
@@ -28,7 +28,8 @@ def pools(tower: Tower, tokens: Tokens, stage: str, *, padded: bool = True) -> T
     tower.eval()
     result = torch.zeros(len(tokens), tower.vector_size)
     for rows in bar(list(tokens.batches(_BATCH, padded=padded)), stage):
-        result[rows] = tower.pool(*tokens.pad(rows))
+        ids, mask = tokens.pad(rows)
+        result[rows] = tower.pool(ids.to(tower.device), mask.to(tower.device)).cpu()
     tower.train(was_training)
     return result
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,11 @@ def to_micros(moment: datetime) -> Micros:
     """Returns a time in microseconds of Unix time, exactly; a time without an offset is UTC."""
     delta = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH
     return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def from_micros(time: Micros) -> datetime:
+    """Returns the time (UTC) of what ``to_micros`` gave."""
+    return _EPOCH + timedelta(microseconds=time)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.export import Dim
 from features.bundle import (
     COLLABORATIVE,
     ENCODER,
+    ENCODER_FP16,
     GOLDEN,
     ITEMS,
     MANIFEST,
@@ -25,6 +26,7 @@ from features.bundle import (
     TOKENIZER,
     TOWER,
     FeatureContract,
+    Invariance,
     Manifest,
     checksums,
     write_manifest,
@@ -35,15 +37,16 @@ from features.ranking import RANKING_FEATURES
 from features.sequence import TOWER_INPUTS
 from features.signals import CollaborativeWeights
 from training.checkpoint import Trained
+from training.events import from_micros
+from training.invariance import measure, measure_ranker, open_graph, token_examples
 from training.model import ExportedEncoder
 from training.progress import bar, quiet
+from training.quantize import TOLERANCE, Encoding, ship
 from training.ranker import Ranker
-from training.sequence_export import tower_example, write_tower_golden
+from training.sequence_export import measure_tower, tower_example, write_tower_golden
 from training.sequence_model import ExportedTower, SequenceModel
 from training.text import Tokens, base_name, tokenize
 
-# fp32 arithmetic in another order: 1e-6 is usual, a wrong graph is off by 1e-2 and more.
-_TOLERANCE = 1e-4
 _GOLDEN_TEXTS = 8
 
 
@@ -65,13 +68,22 @@ class BundleContext:
 
 
 def write_bundle(
-    folder: Path, trained: Trained, *, table: ItemTable, collaborative: CollaborativeWeights, context: BundleContext
+    folder: Path,
+    trained: Trained,
+    *,
+    table: ItemTable,
+    collaborative: CollaborativeWeights,
+    context: BundleContext,
+    encoding: Encoding | None = None,
 ) -> Manifest:
     """Writes the bundle folder, manifest last; a bundle that stands there is replaced.
+
+    ``encoding`` asks for another form of the encoder than fp32, or for one more in half precision.
 
     Raises:
         FileExistsError: the folder holds something that is no bundle.
         ParityError: ONNX Runtime does not reproduce the model.
+        RefusedVariantError: the batch changes what the asked-for encoder computes, or it gains nothing.
     """
     _clear(folder)
     for stage in bar(("encoder", "ranker"), "export to ONNX"):
@@ -81,11 +93,15 @@ def write_bundle(
     np.savez(folder / ITEMS, item_ids=np.array(table.ids, np.str_), content_hashes=np.array(table.content_hashes, np.str_), vectors=vectors)
     np.savez(folder / COLLABORATIVE, indptr=collaborative.indptr, indices=collaborative.indices, weights=collaborative.weights)
     parity = write_golden(folder, trained, golden_texts(table))
+    if encoding is not None:
+        lost = ship(folder, trained, encoding, table=table, items=vectors)
+        context = replace(context, metrics=context.metrics | lost)
+        # The graph is known to be right by now: what a lossy form of it differs by is a figure, not a defect.
+        parity = write_golden(folder, trained, golden_texts(table), tolerance=float("inf"))
     if isinstance(trained.tower, SequenceModel):
         export_tower(trained.tower, vectors, folder / TOWER)
         parity["tower"] = check_tower(trained.tower, vectors, folder)
-    files = dict(checksums(folder))
-    manifest = _manifest(trained, context, parity=parity, files=files)
+    manifest = _manifest(trained, context, parity=parity, folder=folder, encoder="fp32" if encoding is None else encoding.variant.value)
     write_manifest(folder, manifest)
     return manifest
 
@@ -93,7 +109,8 @@ def write_bundle(
 def _clear(folder: Path) -> None:
     if folder.exists():
         names = {path.name for path in folder.iterdir()}
-        if MANIFEST not in names and names - {*REQUIRED_FILES, TOWER}:  # an export that broke off leaves some of the files
+        # An export that broke off leaves some of the files.
+        if MANIFEST not in names and names - {*REQUIRED_FILES, ENCODER_FP16, TOWER}:
             raise FileExistsError(f"{folder} is not empty and no bundle")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +154,7 @@ def check_tower(model: SequenceModel, vectors: FloatArray, folder: Path) -> floa
         ParityError: it is larger than rounding explains.
     """
     difference = write_tower_golden(folder, model, vectors)
-    if not difference <= _TOLERANCE:
+    if not difference <= TOLERANCE:
         raise ParityError(f"ONNX Runtime differs from PyTorch: tower by {difference:.2g}")
     return difference
 
@@ -175,7 +192,7 @@ def golden_texts(table: ItemTable) -> list[str]:
     return [*(table.texts[row % len(table)] for row in range(0, half * step, step)), *behaviours]
 
 
-def write_golden(folder: Path, trained: Trained, texts: Sequence[str]) -> dict[str, float]:
+def write_golden(folder: Path, trained: Trained, texts: Sequence[str], *, tolerance: float = TOLERANCE) -> dict[str, float]:
     """Computes golden values on the exported graphs, stores them and compares them with PyTorch.
 
     ``golden.npz`` holds ``input_ids`` int64[g, l] padded with 0, ``lengths`` int64[g], ``user_vectors`` and ``item_vectors``
@@ -188,7 +205,7 @@ def write_golden(folder: Path, trained: Trained, texts: Sequence[str]) -> dict[s
         ParityError: a difference is larger than rounding explains.
     """
     tokens = tokenize(trained.tokenizer, texts, trained.config.user_tokens)
-    encoder, ranker = _session(folder / ENCODER), _session(folder / RANKER)
+    encoder, ranker = open_graph(folder / ENCODER), open_graph(folder / RANKER)
     singles = [_encode(encoder, tokens, [row]) for row in range(len(tokens))]
     users, items = (np.concatenate([single[k] for single in singles]) for k in (0, 1))
     features = _golden_features(trained.ranker)
@@ -209,15 +226,22 @@ def write_golden(folder: Path, trained: Trained, texts: Sequence[str]) -> dict[s
     with torch.inference_mode():
         ranked = float(np.abs(trained.ranker(torch.from_numpy(features)).numpy() - scores).max())
     parity = {"encoder": single, "encoder_ragged_batch": ragged, "ranker": ranked}
-    if max(parity.values()) > _TOLERANCE:
+    if max(parity.values()) > tolerance:
         raise ParityError(f"ONNX Runtime differs from PyTorch: {parity}")
     return parity
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def measure_graphs(folder: Path, trained: Trained) -> dict[str, dict[str, Invariance]]:
+    """Measures, for every graph of a bundle folder, whether the batch changes its outputs."""
+    config, vocabulary = trained.config, trained.tokenizer.get_vocab_size()
+    measured = {RANKER: measure_ranker(open_graph(folder / RANKER), _golden_features(trained.ranker))}
+    encoders = [name for name in (ENCODER, ENCODER_FP16) if (folder / name).exists()]
+    for name in bar(encoders, "batch invariance"):
+        examples = token_examples(("input_ids", "attention_mask"), vocabulary)
+        measured[name] = measure(open_graph(folder / name), examples, longest=max(config.user_tokens, config.item_tokens))
+    if isinstance(trained.tower, SequenceModel):
+        measured[TOWER] = measure_tower(open_graph(folder / TOWER), np.load(folder / GOLDEN))
+    return measured
 
 
 def _encode(session: onnxruntime.InferenceSession, tokens: Tokens, rows: Sequence[int]) -> list[FloatArray]:
@@ -241,8 +265,8 @@ def _golden_features(ranker: Ranker) -> npt.NDArray[np.float32]:
     return np.asarray(ranker.mean.numpy() + noise / ranker.scale.numpy(), np.float32)
 
 
-def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, float], files: dict[str, str]) -> Manifest:
-    config = trained.config
+def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, float], folder: Path, encoder: str) -> Manifest:
+    config, files = trained.config, dict(checksums(folder))
     spec = trained.tower.spec if isinstance(trained.tower, SequenceModel) else None
     digest = hashlib.sha256("".join(f"{name}{files[name]}" for name in sorted(files)).encode()).hexdigest()[:8]
     return Manifest(
@@ -262,16 +286,14 @@ def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, flo
         contract=context.contract,
         metrics=context.metrics,
         parity=parity,
-        data_from=_moment(context.first_event),
-        data_until=_moment(context.last_event),
+        invariance=measure_graphs(folder, trained),
+        data_from=from_micros(context.first_event),
+        data_until=from_micros(context.last_event),
         settings=config.record()
         | {
-            "metrics_of": f"holdout after {_moment(context.cut).isoformat()}; tower and ranker trained before it",
+            "metrics_of": f"holdout after {from_micros(context.cut).isoformat()}; tower and ranker trained before it",
             "collaborative_weights_of": "all events in the data window, refitted after the evaluation",
+            "encoder": encoder,
         },
         files=files,
     )
-
-
-def _moment(time: int) -> datetime:
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=time)

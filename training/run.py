@@ -11,9 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from tokenizers import Tokenizer
 
 from features.bundle import Manifest
 from features.item_table import FloatArray
@@ -35,15 +38,22 @@ from training.dataset import (
     split_of,
     take_snapshots,
 )
-from training.distributed import processes, rank_zero_first
-from training.events import Micros, to_micros
-from training.export import BundleContext, write_bundle
+from training.distill import Places, TowerData, train_towers
+from training.distributed import agreed, processes, rank_zero_first
+from training.events import Micros, from_micros, to_micros
+from training.export import BundleContext, export_encoder, write_bundle
 from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of, visit_labels
+from training.model import TwoTower
+from training.quantize import Encoding, Figures, RefusedVariantError, measure_all, save
 from training.ranker import Ranker, train_ranker
+from training.regimes import Regime
+from training.runs import Begun, begin, checkpoints, finish
 from training.scoring import Model, Query, make_queries
 from training.sequence_run import SequenceData, train_model
 from training.text import activity_texts, load_tokenizer, tokenize
-from training.train import TowerReport, TowerSet, Trainer
+from training.train import TowerReport, TowerSet
+from training.variants import Variant
+from training.warmup import past_activities, warm_up
 from training.windows import Window, training_windows
 
 Customers = dict[tuple[str, Micros], Customer]
@@ -51,7 +61,7 @@ Customers = dict[tuple[str, Micros], Customer]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder, holdout metrics, wall-clock seconds and the tower's optimizer steps."""
+    """A finished run: its folder, metrics on what it did not see, wall-clock seconds and BERT's optimizer steps."""
 
     run_dir: Path
     metrics: dict[str, float]
@@ -59,19 +69,26 @@ class TrainResult:
     steps: int
 
 
-def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None) -> TrainResult:
+def train(settings: Settings, config: TrainConfig, *, now: datetime | None = None, resume: Path | None = None) -> TrainResult:
     """Trains and evaluates a model; the run folder is ``<data_dir>/runs/<time>``.
 
+    Args:
+        settings: the shop.
+        config: how.
+        now: names the run folder; by default the time of the call.
+        resume: a run folder that was broken off, to go on from its last checkpoint with its own configuration.
+
     Raises:
-        TrainingDataError: no items, no events, the Feast repository is not applied, or too few events before the cut.
+        TrainingDataError: no items, no events, the Feast repository is not applied, too few events before the cut, or others
+            than when the run to resume began.
     """
     started = time.monotonic()
     prepare_torch(config)
-    run_dir = settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}"
-    with processes() as rank:
+    with processes(config) as rank:
+        run_dir = agreed(resume or settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}")
         with rank_zero_first():
             shop = open_shop(settings)
-            split = split_of(shop.log, config)
+            split = begin(run_dir, Begun("tower", config, split_of(shop.log, config).cut)).split(shop.log)
             # Before the customers are joined: their profiles are snapshots too, and a ranker that trained without them
             # meets them for the first time in production (Online Retail: NDCG@10 0.120 instead of 0.130 on the same run).
             snapshots = None if rank else take_snapshots(shop, start=split.ranker_start, cut=split.cut, every_days=config.snapshot_days)
@@ -81,15 +98,20 @@ def train(settings: Settings, config: TrainConfig, *, now: datetime | None = Non
         customers = join_customers(shop.store, [*read, *keys_of([*labels.validation, *labels.ranker, *labels.holdout])])
         if config.tower == "sequence":
             trained, report = _train_sequence_tower(shop, labels, customers, windows=windows, config=config, run_dir=run_dir)
+            members: dict[str, float] = {}
         else:
-            trained, report = _train_tower(shop, labels, customers, config=config, run_dir=run_dir)
+            trained, report, members = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir)
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
     trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained)
     metrics = evaluation.metrics_of(holdout, trained.ranker)
-    metrics |= {"tower_validation_ndcg_at_10": report.ndcg_at_10, "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10}
+    metrics |= members | {
+        "tower_validation_ndcg_at_10": report.ndcg_at_10,
+        "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10,
+    }
     seconds = time.monotonic() - started
     checkpoint.save(trained, RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds), run_dir)
+    finish(run_dir)
     return TrainResult(run_dir, metrics, seconds, report.steps)
 
 
@@ -122,16 +144,29 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
     return evaluation.metrics_of(queries, trained.ranker)
 
 
-def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None = None) -> Manifest:
+def export(
+    settings: Settings, run_dir: Path, out: Path, *, variant: Variant = Variant.FP32, fp16: bool = False, now: datetime | None = None
+) -> Manifest:
     """Writes a run as a bundle into the folder ``out``, its collaborative weights refitted on all events up to now.
+
+    Args:
+        settings: the shop.
+        run_dir: a finished run.
+        out: the bundle's folder.
+        variant: form of the encoder that servers run.
+        fp16: also write the encoder in half precision, for servers on CUDA that ask for it.
+        now: creation time for the manifest; by default the clock's.
 
     Raises:
         FileNotFoundError: ``run_dir`` is not a finished run.
         ParityError: ONNX Runtime does not reproduce the model.
+        RefusedVariantError: the batch changes what the variant computes, or it gains nothing.
     """
     trained, record = checkpoint.load(run_dir)
     prepare_torch(trained.config)
     shop = open_shop(settings)
+    asked = variant is not Variant.FP32 or fp16
+    encoding = Encoding(variant, fp16, _validation(shop, trained, record)) if asked else None
     first, last = shop.log.window()
     weights = collaborative.fit(shop.log, len(shop.table), until=last + 1, config=trained.config)
     context = BundleContext(
@@ -143,27 +178,79 @@ def export(settings: Settings, run_dir: Path, out: Path, *, now: datetime | None
         first_event=first,
         last_event=last,
     )
-    return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context)
+    return write_bundle(out, trained, table=shop.table, collaborative=weights, context=context, encoding=encoding)
+
+
+def quantize(settings: Settings, run_dir: Path) -> list[Figures]:
+    """Measures every variant of a run's encoder on its validation labels, and keeps the figures in the run folder.
+
+    Raises:
+        FileNotFoundError: ``run_dir`` is not a finished run.
+    """
+    trained, record = checkpoint.load(run_dir)
+    prepare_torch(trained.config)
+    shop = open_shop(settings)
+    with TemporaryDirectory() as scratch:
+        graphs = {variant: Path(scratch) / f"{variant.value}.onnx" for variant in Variant}
+        fp32 = graphs.pop(Variant.FP32)
+        export_encoder(trained, fp32)
+        items, validation = trained.item_vectors(shop.table), _validation(shop, trained, record)
+        figures = list(measure_all(graphs, trained, encoder=fp32, table=shop.table, items=items, validation=validation).values())
+    save(figures, run_dir / "variants.json")
+    return figures
+
+
+def _validation(shop: Shop, trained: Trained, record: RunRecord) -> TowerSet:
+    """Returns the labels and texts that validated a run's text tower.
+
+    Raises:
+        RefusedVariantError: it has none.
+    """
+    if trained.config.tower == "sequence":
+        raise RefusedVariantError("the encoder of a sequence tower is exported in fp32 only")
+    config = trained.config.with_cut(from_micros(record.cut))
+    labels = choose_labels(shop.log, split_of(shop.log, config), config).validation
+    return tower_set(shop, labels, join_customers(shop.store, keys_of(labels)), config=config, tokenizer=trained.tokenizer)
+
+
+def tower_set(shop: Shop, labels: Sequence[Label], customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer) -> TowerSet:
+    """Returns those labels whose customers' behaviours say something, with the tokens of what they say."""
+    texts = activity_texts([customers[key].activity for key in keys_of(labels)], shop.table, config.behaviour_limit)
+    kept = [row for row, text in enumerate(texts) if text]
+    return TowerSet([labels[row] for row in kept], tokenize(tokenizer, [texts[row] for row in kept], config.user_tokens))
 
 
 def prepare_torch(config: TrainConfig) -> None:
-    """Sets threads and seeds."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    """Sets threads and seeds; the processes of one machine share its cores."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.threads or cores or 1)
     torch.manual_seed(config.seed)
 
 
-def _train_tower(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path) -> tuple[Trained, TowerReport]:
-    tower, tokenizer = checkpoint.new_tower(config, len(shop.table)), load_tokenizer(config.base_model)
+def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer) -> TowerData:
+    """Returns what towers of this configuration learn from."""
+    train, validation = (
+        tower_set(shop, chosen, customers, config=config, tokenizer=tokenizer) for chosen in (labels.tower, labels.validation)
+    )
+    return TowerData(tokenize(tokenizer, shop.table.texts, config.item_tokens), train, validation)
 
-    def readable(chosen: Sequence[Label]) -> TowerSet:
-        texts = activity_texts([customers[key].activity for key in keys_of(chosen)], shop.table, config.behaviour_limit)
-        kept = [row for row, text in enumerate(texts) if text]
-        return TowerSet([chosen[row] for row in kept], tokenize(tokenizer, [texts[row] for row in kept], config.user_tokens))
 
-    items = tokenize(tokenizer, shop.table.texts, config.item_tokens)
-    trainer = Trainer(tower, items, train=readable(labels.tower), validation=readable(labels.validation), config=config)
-    report = trainer.run(run_dir / "tensorboard")
-    return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report
+def _train_tower(
+    shop: Shop, split: Split, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path
+) -> tuple[Trained, TowerReport, dict[str, float]]:
+    tokenizer = load_tokenizer(config.base_model)
+    data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer)
+
+    def prepare(tower: TwoTower, member: TrainConfig, name: str) -> Regime:
+        regime = Regime(tower.encoder, member.regime or "top_k", member)
+        if member.warmup_objective != "none" and not list(checkpoints(run_dir, name).glob("step-*")):
+            histories = past_activities(shop, until=split.ranker_start, config=member)
+            warm_up(tower, histories, shop.table, config=member, folder=checkpoints(run_dir, f"warmup-{name}"))
+        return regime
+
+    places = Places(run_dir / "tensorboard", partial(checkpoints, run_dir))
+    tower, report, members = train_towers(data, config, places, prepare)
+    return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report, members
 
 
 def _windows(shop: Shop, split: Split, config: TrainConfig) -> list[Window]:

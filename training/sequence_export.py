@@ -1,6 +1,7 @@
-"""Golden values of a sequence tower's graph: what customers of one to all behaviours come out as, compared with PyTorch."""
+"""Golden values of a sequence tower's graph, compared with PyTorch, and whether what it should not read changes them."""
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import onnxruntime
 import torch
 
 from features.behaviour import MICROS_PER_DAY, Activity, Behaviour
-from features.bundle import GOLDEN, TOWER
+from features.bundle import GOLDEN, TOWER, Invariance
 from features.item_table import FloatArray
 from features.sequence import TOWER_INPUTS, SequenceSpec, behaviour_sequence, tower_inputs
+from training.invariance import Gap
 from training.sequence_model import ExportedTower, SequenceModel
 
 
@@ -39,6 +41,23 @@ def write_tower_golden(folder: Path, model: SequenceModel, vectors: FloatArray) 
     golden: dict[str, Any] = dict(np.load(folder / GOLDEN)) | {f"tower_{name}": column for name, column in columns.items()}
     np.savez(folder / GOLDEN, **golden | {"tower_user_vectors": users})
     return float(np.abs(users - expected.numpy()).max())
+
+
+def measure_tower(session: onnxruntime.InferenceSession, golden: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Invariance]:
+    """Measures ``padding``: whether what precedes the oldest behaviour changes the vector of a golden customer.
+
+    The graph has one shape, so it knows no batch size, and no order of a batch.
+    """
+    padding, rng = Gap(), np.random.default_rng(0)
+    for place, length in enumerate(golden["tower_length"].tolist()):
+        inputs = {name: golden[f"tower_{name}"][place : place + 1] for name in TOWER_INPUTS}
+        noisy = {name: value.copy() for name, value in inputs.items()}
+        unread = inputs["vectors"].shape[1] - length
+        noisy["vectors"][0, :unread] = rng.standard_normal(inputs["vectors"].shape[1:])[:unread]
+        for name in ("actions", "channels", "gaps"):
+            noisy[name][0, :unread] = inputs[name][0, -1]
+        padding.see(session.run(None, noisy), session.run(None, inputs))
+    return {"padding": padding.verdict()}
 
 
 def tower_example(spec: SequenceSpec, vectors: FloatArray, count: int) -> dict[str, npt.NDArray[np.generic]]:

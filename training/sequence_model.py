@@ -54,6 +54,11 @@ class SequenceModel(Tower):
         self.spec = spec
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.tower.identity.weight.device
+
+    @property
     def vector_size(self) -> int:
         """Components of a vector, and of a pooled text."""
         return self.tower.config.width

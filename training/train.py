@@ -1,9 +1,7 @@
-"""Fine-tunes the two-tower model on visit labels; under ``torchrun`` every process takes its share of each epoch."""
+"""Fine-tunes the two-tower model on visit labels; under ``torchrun`` every process reads its share of each batch."""
 
-import copy
-import os
-import time
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from features.item_table import FloatArray
 from training.config import TrainConfig
-from training.distributed import any_process, world_size
+from training.dataset import TrainingDataError
+from training.distributed import is_first
 from training.encode import pools
 from training.labels import Label
+from training.loop import Loop, Plan, decayed
 from training.metrics import best_rows, ndcg
-from training.model import Batch, TwoTower, freeze_below
-from training.progress import bar, quiet
+from training.model import Batch, TwoTower
+from training.progress import quiet
+from training.regimes import Regime
 from training.text import Tokens
 
 
@@ -34,12 +34,13 @@ class TowerSet:
 
 @dataclass(frozen=True)
 class TowerReport:
-    """How the fine-tuning went: optimizer steps, seconds, the best validation NDCG@10 and the one before training."""
+    """How the fine-tuning went: optimizer steps, seconds, the best validation NDCG@10 and the one before training, each step's loss."""
 
     steps: int
     seconds: float
     ndcg_at_10: float
     untrained_ndcg_at_10: float
+    losses: tuple[float, ...] = ()
 
 
 class Sampler:
@@ -59,65 +60,80 @@ class Sampler:
 
 
 class Trainer:
-    """One fine-tuning run over fixed labels."""
+    """One fine-tuning run over fixed labels: the task of a loop."""
 
-    def __init__(self, tower: TwoTower, items: Tokens, *, train: TowerSet, validation: TowerSet, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        tower: TwoTower,
+        items: Tokens,
+        *,
+        train: TowerSet,
+        validation: TowerSet,
+        config: TrainConfig,
+        regime: Regime | None = None,
+        checkpoints: Path | None = None,
+    ) -> None:
+        """Prepares a run.
+
+        Args:
+            tower: changed in place; on one device, and on the processor again after the run.
+            items: tokens of all items, by row.
+            train: what to learn.
+            validation: what to choose the best weights by.
+            config: how.
+            regime: of the tower's encoder when a warm-up has chosen it already; by default the configured one.
+            checkpoints: folder of checkpoints, gone on from when it holds any; None keeps none.
+        """
         self.tower, self.items, self.train, self.validation, self.config = tower, items, train, validation, config
-        self.rank, self.world = int(os.environ.get("RANK", 0)), world_size()
-        self.rng = np.random.default_rng([config.seed, self.rank])
+        self.rng = np.random.default_rng([config.seed, 0])
         self.sampler = Sampler(train.labels, len(items), config, self.rng)
         self.pools = torch.zeros(len(items), tower.vector_size)
-        freeze_below(tower, config.trainable_layers)
+        self.regime = regime or Regime(tower.encoder, config.regime or "top_k", config)
         tower.warm[[row for label in train.labels for row in label.items]] = 1.0
-        self.model: nn.Module = tower
-        if self.world > 1:
-            self.model = nn.parallel.DistributedDataParallel(tower)
-        self.optimizer = torch.optim.AdamW(_parameter_groups(tower, config))
+        plan = Plan.of(len(train.labels), config, metric="ndcg_at_10")
+        self.loop = Loop(self, plan, config=config, regime=self.regime, folder=checkpoints)
 
-    def run(self, log_dir: Path) -> TowerReport:
-        """Trains until the epochs, steps, seconds or patience are used up, and leaves the best weights in the tower."""
-        with quiet(), _summary_writer(log_dir, active=self.rank == 0) as writer:
-            return self._run(writer)
+    @property
+    def model(self) -> TwoTower:
+        """The tower."""
+        return self.tower
 
-    def _run(self, writer: Any) -> TowerReport:
-        config, started = self.config, time.monotonic()
-        per_epoch = len(self.train.labels) // (config.batch_size * self.world) or 1
-        total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
-        every = max(per_epoch // config.validations_per_epoch, 1)
-        untrained = best = self.validate()
-        weights, worse, step = copy.deepcopy(self.tower.state_dict()), 0, 0
-        self.tower.train()
-        for rows in bar(self._steps(total), "fine-tuning", total):
-            elapsed = time.monotonic() - started
-            done = max(step / total, elapsed / config.time_budget_s if config.time_budget_s else 0.0)
-            if any_process(done >= 1.0):
-                break
-            loss = self.step(rows, done)
-            step += 1
-            if writer:
-                writer.add_scalar("train/loss", loss, step)
-            if step % every == 0 and step < total:
-                weights, best, worse = self._keep_better(weights, best, worse, writer=writer, step=step)
-                if worse >= config.patience:
-                    break
-        weights, best, _ = self._keep_better(weights, best, worse, writer=writer, step=step)
-        self.tower.load_state_dict(weights)
-        self.tower.eval()
-        return TowerReport(step, time.monotonic() - started, best, untrained)
+    def run(self, log_dir: Path, on_validation: Callable[[int, float], None] | None = None) -> TowerReport:
+        """Trains until the epochs, steps, seconds or patience are used up, and leaves the best weights, merged, in the tower.
 
-    def step(self, rows: Sequence[int], done: float) -> float:
-        """Takes one optimizer step on some labels; ``done`` is the share of the run behind it. Returns the loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * _schedule(done, self.config.warmup_fraction)
-        loss = self.model(self.batch(rows))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.tower.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        return float(loss.detach())
+        ``on_validation`` is told the step and the NDCG@10 of every validation after the first step; what it raises ends the training.
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """Assembles the step of some labels: one random target each, and the sampled negatives."""
+        Raises:
+            TrainingDataError: a checkpoint to go on from was made on other labels or items.
+        """
+        with quiet(), _summary_writer(log_dir, active=is_first()) as writer:
+
+            def log(name: str, value: float, step: int) -> None:
+                if writer:
+                    writer.add_scalar(name, value, step)
+                if on_validation and step and name == "validation/ndcg_at_10":
+                    on_validation(step, value)
+
+            progress = self.loop.run(log)
+        self.regime.merge()
+        return TowerReport(progress.step, progress.elapsed, progress.best, progress.first, tuple(progress.losses))
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Returns the parameter groups: no decay on the heads, which would pull them off the identity they start as."""
+        tower, config = self.tower, self.config
+        heads = [*tower.user_head.parameters(), *tower.item_head.parameters(), tower.log_temperature]
+        return [
+            *decayed([tower.encoder], peak=config.learning_rate, weight_decay=config.weight_decay),
+            {"params": heads, "peak": config.head_learning_rate, "weight_decay": 0.0},
+            {"params": [tower.residual.weight], "peak": config.head_learning_rate, "weight_decay": config.residual_decay},
+        ]
+
+    def batch(self, rows: Sequence[int], mine: Sequence[int] | None = None) -> Batch:
+        """Assembles the step of some labels: one random target each, and the sampled negatives.
+
+        Every process draws the same for all labels, and takes the texts of those at the places ``mine``; None means all.
+        """
+        own = range(len(rows)) if mine is None else mine
         labels = [self.train.labels[row] for row in rows]
         targets = np.array([self.rng.choice(label.items) for label in labels], np.int64)
         negatives = self.sampler.negatives()
@@ -125,39 +141,43 @@ class Trainer:
         wrong = np.array([[row in label.bought or row in label.items for row in pool.tolist()] for label in labels])
         np.fill_diagonal(wrong, False)
         return Batch(
-            *self.train.tokens.pad(rows),
-            *self.items.pad(targets),
+            *self.train.tokens.pad([rows[place] for place in own]),
+            *self.items.pad(targets[list(own)]),
             torch.from_numpy(pool),
             self.pools[negatives],
             torch.from_numpy(self.sampler.log_q[pool]),
-            torch.from_numpy(wrong),
+            torch.from_numpy(wrong[list(own)]),
+            own,
         )
 
     def validate(self) -> float:
         """Refreshes the pooled item texts and returns NDCG@10 of the tower alone on the validation labels."""
-        self.pools = pools(self.tower, self.items, "refresh item vectors").clone()
+        tower = self.tower
+        self.pools = pools(tower, self.items, "refresh item vectors").clone()
         with torch.inference_mode():
-            items = self.tower.item_vector(self.pools, torch.arange(len(self.items))).numpy()
-            users = self.tower.user_vector(pools(self.tower, self.validation.tokens, "validation")).numpy()
-        return mean_ndcg(users, items, self.validation.labels)
+            items = tower.item_vector(self.pools.to(tower.device), torch.arange(len(self.items), device=tower.device))
+            users = tower.user_vector(pools(tower, self.validation.tokens, "validation").to(tower.device))
+        return mean_ndcg(users.cpu().numpy(), items.cpu().numpy(), self.validation.labels)
 
-    def _keep_better(self, weights: Any, best: float, worse: int, *, writer: Any, step: int) -> tuple[Any, float, int]:
-        score = self.validate()
-        if writer:
-            writer.add_scalar("validation/ndcg_at_10", score, step)
-        return (copy.deepcopy(self.tower.state_dict()), score, 0) if score > best else (weights, best, worse + 1)
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the random generator, the pooled item texts and a mark of the data, for a checkpoint."""
+        return {"rng": self.rng.bit_generator.state, "pools": self.pools, "data": self._mark()}
 
-    def _steps(self, total: int) -> Iterator[Sequence[int]]:
-        """Yields rows of labels per step; every process shuffles alike and takes its share."""
-        shuffle = np.random.default_rng(self.config.seed)
-        size, taken = self.config.batch_size, 0
-        while taken < total:
-            order = shuffle.permutation(len(self.train.labels))[self.rank :: self.world]
-            for start in range(0, max(len(order) - size + 1, 1), size):
-                yield order[start : start + size].tolist()
-                taken += 1
-                if taken == total:
-                    return
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            TrainingDataError: it was made on other labels or items.
+        """
+        if state["data"] != self._mark():
+            raise TrainingDataError("its events before the cut or its items have changed since this run began; begin a new one")
+        self.rng.bit_generator.state = state["rng"]
+        self.pools = state["pools"]
+
+    def _mark(self) -> str:
+        """Returns a digest of everything that the steps read."""
+        labels = [(label.user_id, label.time, label.items, sorted(label.bought)) for label in self.train.labels]
+        return hashlib.sha256(repr((labels, self.train.tokens.ids, self.validation.tokens.ids, self.items.ids)).encode()).hexdigest()
 
 
 def mean_ndcg(users: FloatArray, items: FloatArray, labels: Sequence[Label]) -> float:
@@ -168,22 +188,6 @@ def mean_ndcg(users: FloatArray, items: FloatArray, labels: Sequence[Label]) -> 
         allowed[list(label.bought)] = False
         scores.append(ndcg(best_rows(items @ vector, allowed, 10), set(label.items)))
     return float(np.mean(scores)) if scores else 0.0
-
-
-def _parameter_groups(tower: TwoTower, config: TrainConfig) -> list[dict[str, Any]]:
-    encoder = [p for p in tower.encoder.parameters() if p.requires_grad]
-    heads = [*tower.user_head.parameters(), *tower.item_head.parameters()]
-    # No weight decay on the heads (it would pull them off the identity they start as), nor on biases and norms.
-    return [
-        {"params": [p for p in encoder if p.ndim > 1], "peak": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": [p for p in encoder if p.ndim <= 1], "peak": config.learning_rate, "weight_decay": 0.0},
-        {"params": [*heads, tower.log_temperature], "peak": config.head_learning_rate, "weight_decay": 0.0},
-        {"params": [tower.residual.weight], "peak": config.head_learning_rate, "weight_decay": config.residual_decay},
-    ]
-
-
-def _schedule(done: float, warmup: float) -> float:
-    return min((done + 1e-3) / warmup, 1.0) if done < warmup else max((1.0 - done) / (1.0 - warmup), 0.0)
 
 
 def _summary_writer(log_dir: Path, *, active: bool) -> AbstractContextManager[Any]:

@@ -8,10 +8,23 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import structlog
 from tokenizers import Tokenizer
 
 from features.behaviour import Activity, behaviour_text
-from features.bundle import COLLABORATIVE, ENCODER, GOLDEN, ITEMS, RANKER, TOKENIZER, TOWER, BundleError, Manifest, read_bundle
+from features.bundle import (
+    COLLABORATIVE,
+    ENCODER,
+    ENCODER_FP16,
+    GOLDEN,
+    ITEMS,
+    RANKER,
+    TOKENIZER,
+    TOWER,
+    BundleError,
+    Manifest,
+    read_bundle,
+)
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
 from features.sequence import TOWER_INPUTS, SequenceSpec, behaviour_sequence, tower_inputs
@@ -20,8 +33,11 @@ from server.errors import UnavailableError
 from server.inference.session import open_session, provider_of
 from server.tracing import span
 
+_log = structlog.get_logger(__name__)
 # What the golden outputs may differ by: other processors sum in other orders. On the exporting machine the difference is 0.
 _GOLDEN_TOLERANCE = 1e-3
+# The golden outputs are the fp32 encoder's: half precision differs from them by 1e-3 and more, a wrong graph by 0.2.
+_GOLDEN_TOLERANCE_FP16 = 2e-2
 # Searches and messages whose vectors are remembered: 6 MB of 384 components, and many customers search alike.
 _REMEMBERED_TEXTS = 4096
 
@@ -118,25 +134,26 @@ class LoadedModel:
                 scores.append(self.ranker.run(["scores"], {"features": padded})[0][: len(part)])
         return np.concatenate(scores) if scores else np.zeros(0, np.float32)
 
-    def check_golden(self, folder: Path) -> None:
+    def check_golden(self, folder: Path, *, precision: str = "fp32") -> None:
         """Compares this machine's outputs with those recorded at export; a damaged or wrong graph cannot pass.
 
         Raises:
             BundleError: an output differs by more than the tolerance.
         """
-        golden = np.load(folder / GOLDEN)
+        golden, allowed = np.load(folder / GOLDEN), _GOLDEN_TOLERANCE_FP16 if precision == "fp16" else _GOLDEN_TOLERANCE
         for k, length in enumerate(golden["lengths"]):
             ids = golden["input_ids"][k : k + 1, :length]
             for output in ("user_vector", "item_vector"):
-                self._compare(output, self._run_encoder(ids, output), golden[f"{output}s"][k])
+                self._compare(output, self._run_encoder(ids, output), golden[f"{output}s"][k], allowed=allowed)
         if self.tower is not None:
             for k, expected in enumerate(golden["tower_user_vectors"]):
-                self._compare("tower", self._run_tower({name: golden[f"tower_{name}"][k : k + 1] for name in TOWER_INPUTS}), expected)
-        self._compare("scores", self.rank(golden["ranker_features"]), golden["ranker_scores"])
+                seen = self._run_tower({name: golden[f"tower_{name}"][k : k + 1] for name in TOWER_INPUTS})
+                self._compare("tower", seen, expected, allowed=_GOLDEN_TOLERANCE)
+        self._compare("scores", self.rank(golden["ranker_features"]), golden["ranker_scores"], allowed=_GOLDEN_TOLERANCE)
 
-    def _compare(self, name: str, seen: FloatArray, expected: FloatArray) -> None:
+    def _compare(self, name: str, seen: FloatArray, expected: FloatArray, *, allowed: float) -> None:
         difference = float(np.abs(seen - expected).max())
-        if not difference <= _GOLDEN_TOLERANCE:  # also catches NaN
+        if not difference <= allowed:  # also catches NaN
             raise BundleError(f"{self.model_version}: {name} differs from the golden output by {difference:.2g}")
 
 
@@ -161,20 +178,30 @@ class Tokenizers:
         return last[1]
 
 
-def load_model(folder: Path, *, provider: str, threads: int, tokenizers: Tokenizers | None = None) -> LoadedModel:
-    """Opens a bundle folder: checksums, sessions, then golden outputs. ``tokenizers`` is where models share one.
+def load_model(folder: Path, *, provider: str, threads: int, precision: str = "fp32", tokenizers: Tokenizers | None = None) -> LoadedModel:
+    """Opens a bundle folder: checksums, sessions, then golden outputs.
+
+    Args:
+        folder: the bundle.
+        provider: ``cpu``, ``cuda`` or ``auto``, of the encoder.
+        threads: intra-op threads of the encoder.
+        precision: ``fp32``, or ``fp16`` for the bundle's half-precision encoder, which runs on CUDA only.
+        tokenizers: where models share one.
 
     Raises:
-        BundleError: the bundle is damaged, of another format, or its ranker expects other features than this release computes.
-        UnavailableError: CUDA was demanded and is not there.
+        BundleError: the bundle is damaged, of another format, has no encoder of this precision, or its ranker expects other
+            features than this release computes.
+        UnavailableError: CUDA was demanded, or is needed for fp16, and is not there.
     """
     manifest = read_bundle(folder)
     if manifest.ranking_features != RANKING_FEATURES:
         raise BundleError(f"{manifest.model_version}: {RANKER} was trained on other ranking features than this release computes")
     try:
         tokenizer = (tokenizers or Tokenizers()).open(folder / TOKENIZER, manifest.files[TOKENIZER])
-        model = _open(folder, manifest, tokenizer, provider=provider, threads=threads)
-        model.check_golden(folder)
+        encoder = _open_encoder(folder, manifest, provider=provider, threads=threads, precision=precision)
+        model = _open(folder, manifest, tokenizer, encoder)
+        model.check_golden(folder, precision=precision)
+        _warn_of_batch(manifest)
     except (BundleError, UnavailableError):
         raise
     except Exception as error:  # noqa: BLE001 - fifteen types of ONNX Runtime share no base, tokenizers raises Exception itself
@@ -183,8 +210,23 @@ def load_model(folder: Path, *, provider: str, threads: int, tokenizers: Tokeniz
     return model
 
 
-def _open(folder: Path, manifest: Manifest, tokenizer: Tokenizer, *, provider: str, threads: int) -> LoadedModel:
-    encoder = open_session(folder / ENCODER, provider=provider, threads=threads)
+def _warn_of_batch(manifest: Manifest) -> None:
+    """Warns where a graph's outputs depend on what the server runs it with: the ranker is padded, the encoder runs alone."""
+    for name, measured in manifest.invariance.get(RANKER, {}).items():
+        if not measured.bit_equal:
+            version, difference = manifest.model_version, measured.largest_difference
+            _log.warning("ranker depends on its batch", model_version=version, of=name, largest_difference=difference)
+
+
+def _open_encoder(folder: Path, manifest: Manifest, *, provider: str, threads: int, precision: str) -> ort.InferenceSession:
+    if precision != "fp16":
+        return open_session(folder / ENCODER, provider=provider, threads=threads)
+    if ENCODER_FP16 not in manifest.files:
+        raise BundleError(f"{manifest.model_version}: has no {ENCODER_FP16}; `concord export --fp16` writes one")
+    return open_session(folder / ENCODER_FP16, provider="cuda", threads=threads)  # on the CPU half precision is only slower
+
+
+def _open(folder: Path, manifest: Manifest, tokenizer: Tokenizer, encoder: ort.InferenceSession) -> LoadedModel:
     ranker = open_session(folder / RANKER, provider="cpu", threads=1)  # 256 × 23 numbers: the copy to a GPU costs more
     # One customer's 50 behaviours: on one thread, as the ranker, it takes less than waking others.
     tower = open_session(folder / TOWER, provider="cpu", threads=1) if manifest.tower == "sequence" else None

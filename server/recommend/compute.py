@@ -28,9 +28,9 @@ class Policy:
     max_per_category: int
 
 
-def policy_fingerprint(policy: Policy, *, hide_out_of_stock: bool, onnx_threads: int) -> str:
+def policy_fingerprint(policy: Policy, *, hide_out_of_stock: bool, onnx_threads: int, onnx_precision: str) -> str:
     """Returns 12 hex digits that replicas of one fleet must share: with other rules, equal versions give other answers."""
-    rules = {**asdict(policy), "hide_out_of_stock": hide_out_of_stock, "onnx_threads": onnx_threads}
+    rules = {**asdict(policy), "hide_out_of_stock": hide_out_of_stock, "onnx_threads": onnx_threads, "onnx_precision": onnx_precision}
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:12]
 
 

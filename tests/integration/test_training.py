@@ -2,16 +2,27 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cli.main import app
+from features.bundle import read_bundle
+from server.inference.model import load_model
 from server.settings import ServerSettings
 from tests.integration import serving
 from tests.integration.fixtures import NewShop
+from tests.integration.test_processes import environment, run
 from training.config import TrainConfig
+from training.dataset import open_shop
+from training.pairs import train_pairs
+from training.rating import Ratings, read_ratings
 from training.run import TrainResult, evaluate, export, train
 
 
@@ -50,7 +61,98 @@ def test_the_bundle_names_its_contract_window_and_parity(trained: tuple[ServerSe
     assert serving.NOW - timedelta(days=95) < manifest.data_from < manifest.data_until <= serving.NOW
 
 
+def test_variants_of_an_encoder_are_measured_and_a_good_one_is_exported(
+    trained: tuple[ServerSettings, TrainResult], tmp_path: Path
+) -> None:
+    settings, result = trained
+    measured = run(settings, "quantize", COLUMNS="200")
+    assert measured.returncode == 0, measured.stderr[-1000:]
+    assert all(name in measured.stdout for name in ("fp32", "fused", "fp16", "int8", "int4", "static", "dynamic"))
+    figures = {one["variant"]: one for one in json.loads((result.run_dir / "variants.json").read_text())}
+    assert figures["fp32"]["ndcg_at_10"] == pytest.approx(result.metrics["tower_validation_ndcg_at_10"], abs=1e-6)
+    assert figures["fp32"]["ndcg_loss"] == 0.0
+    assert "ranges come from the batch" in " ".join(measured.stdout.split())
+    exported = run(settings, "export", "--out", str(tmp_path / "bundle"), "--encoder", "static", "--fp16")
+    assert exported.returncode == 0, exported.stderr[-1000:]
+    manifest = read_bundle(tmp_path / "bundle")
+    assert manifest.metrics["encoder_validation_ndcg_loss"] == pytest.approx(figures["static"]["ndcg_loss"], abs=1e-6)
+    model = load_model(tmp_path / "bundle", provider="cpu", threads=2)  # golden outputs hold on the server's side
+    assert model.item_vector("a red cup").shape == (manifest.vector_size,)
+    refused = run(settings, "export", "--out", str(tmp_path / "none"), "--encoder", "dynamic")
+    assert refused.returncode == 2
+    assert "ranges come from the batch" in " ".join(refused.stderr.replace("│", " ").split())
+
+
+def test_a_search_finds_a_configuration_and_an_ensemble_trains_with_it(trained: tuple[ServerSettings, TrainResult]) -> None:
+    settings, _ = trained
+    options = ("--preset", "tiny", "--set", "max_steps=4", "--study", "cli", "--space", "learning_rate=1e-4:1e-2:log", "--pruner", "none")
+    for trials in ("1", "2"):  # the second goes on with the first one's study
+        tuned = run(settings, "tune", "--trials", trials, *options)
+        assert tuned.returncode == 0, tuned.stderr[-1000:]
+        assert "best validation NDCG@10" in tuned.stdout
+    best = settings.data_dir / "studies" / "cli" / "best.json"
+    other = run(settings, "tune", "--trials", "3", *options, "--set", "temperature=0.1")
+    assert other.returncode == 2
+    assert "name another" in " ".join(other.stderr.replace("│", " ").split())
+    config = replace(TrainConfig.load(best), ensemble=2, evaluation_users=20, ranker_epochs=2)
+    result = train(settings, config, now=datetime(2026, 1, 1, tzinfo=UTC))
+    assert result.metrics["tower_validation_ndcg_at_10"] == result.metrics["ensemble_validation_ndcg_at_10"]
+    assert {"tower_0_validation_ndcg_at_10", "tower_1_validation_ndcg_at_10"} <= set(result.metrics)
+    assert evaluate(settings, result.run_dir)["evaluated_users"] > 20
+    distilled = run(settings, "train", "--distil", "--preset", "tiny")
+    assert distilled.returncode == 2
+    assert "nothing to distil" in distilled.stderr
+
+
 def test_a_cut_inside_the_training_period_is_refused(trained: tuple[ServerSettings, TrainResult]) -> None:
     settings, result = trained
     with pytest.raises(ValueError, match="trained on"):
         evaluate(settings, result.run_dir, cut=serving.NOW - timedelta(days=60))
+
+
+def test_a_training_killed_and_resumed_ends_with_the_figures_of_one_that_was_not(
+    trained: tuple[ServerSettings, TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kill -9 of the command itself, after a checkpoint."""
+    settings, result = trained
+    assigned = [word for text in ("evaluation_users=0", "checkpoint_steps=3") for word in ("--set", text)]
+    command = [sys.executable, "-m", "cli.main", "train", "--preset", "tiny", *assigned]
+    log = settings.data_dir / "killed.log"
+    known = set((settings.data_dir / "runs").iterdir())
+    with log.open("w") as lines, subprocess.Popen(command, env=environment(settings), stdout=lines, stderr=lines) as process:
+        until = time.monotonic() + 90
+        while not list((settings.data_dir / "runs").glob("*/checkpoints/tower/step-*")):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.kill()
+    (run_dir,) = set((settings.data_dir / "runs").iterdir()) - known
+    assert not (run_dir / "run.json").exists()
+    for name, value in environment(settings).items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, ["train", "--resume", str(run_dir)])
+    assert done.exit_code == 0, done.output
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["metrics"] == pytest.approx(result.metrics, abs=1e-9)
+    assert record["steps"] == result.steps
+    assert not list(run_dir.glob("begun*"))
+    again = CliRunner().invoke(app, ["train", "--resume", str(run_dir)])
+    assert isinstance(again.exception, FileNotFoundError)
+    assert CliRunner().invoke(app, ["train", "--resume", str(run_dir), "--set", "seed=1"]).exit_code == 2
+
+
+def test_ratings_are_regressed_beside_the_mean(trained: tuple[ServerSettings, TrainResult]) -> None:
+    """The sample shop's stars are thrown like dice, whoever gives them: there is nothing to learn but the mean."""
+    settings, _ = trained
+    result = train_pairs(settings, Ratings(), TrainConfig.tiny())
+    assert 0.8 < result.metrics["mean_rmse"] < 1.5
+    assert result.metrics["rmse"] == pytest.approx(result.metrics["mean_rmse"], rel=0.2)
+    assert result.metrics["parity"] < 1e-4
+    assert {path.name for path in result.run_dir.iterdir()} == {"rating.onnx", "rating.safetensors", "rating.json", "metrics.json"}
+
+
+def test_a_rating_and_its_review_count_once(trained: tuple[ServerSettings, TrainResult]) -> None:
+    ratings = read_ratings(open_shop(trained[0]))
+    assert len({(rating.user_id, rating.item) for rating in ratings}) == len(ratings) > 50
+    assert {rating.value for rating in ratings} == {1.0, 2.0, 3.0, 4.0, 5.0}
+    assert [rating.time for rating in ratings] == sorted(rating.time for rating in ratings)

@@ -106,7 +106,7 @@ def test_collaborative_signals_are_those_of_their_formulas():
     block = basket_signals.collaborative(known, decayed=True)
     values = dict(zip(block.names, block.score(users), strict=True))
     assert np.allclose(values["ease"], x[users] @ ease(x, 300.0), atol=1e-6)
-    faded = known.decayed(90.0)
+    faded = known.decayed(60.0)
     assert np.allclose(values["ease_decayed"], faded[users] @ ease(faded, 100.0), atol=1e-6)
     assert np.array_equal(values["ease_relative"], basket_signals.relative(values["ease"]))
 

@@ -1,15 +1,19 @@
 """Bundles: whole or refused by name, copied so that a half one is never read, and proved by their golden outputs."""
 
+import contextlib
+import json
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from structlog.testing import capture_logs
 
 from features.bundle import (
     COLLABORATIVE,
     ENCODER,
+    ENCODER_FP16,
     GOLDEN,
     ITEMS,
     MANIFEST,
@@ -17,6 +21,7 @@ from features.bundle import (
     REQUIRED_FILES,
     TOKENIZER,
     BundleError,
+    Invariance,
     Manifest,
     checksum,
     checksums,
@@ -173,6 +178,51 @@ def test_a_ranker_of_other_features_is_refused(folder: Path) -> None:
     rewrite(folder, ranking_features=RANKING_FEATURES[::-1])
     with pytest.raises(BundleError, match="other ranking features"):
         load_model(folder, provider="cpu", threads=1)
+
+
+def test_half_precision_needs_a_graph_in_it(folder: Path) -> None:
+    with pytest.raises(BundleError, match=r"has no encoder\.fp16\.onnx"):
+        load_model(folder, provider="auto", threads=1, precision="fp16")
+
+
+def test_half_precision_is_for_cuda_only(folder: Path) -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    (folder / ENCODER_FP16).write_bytes((folder / ENCODER).read_bytes())
+    rewrite(folder)
+    with pytest.raises(UnavailableError) as caught:
+        load_model(folder, provider="auto", threads=1, precision="fp16")
+    assert caught.value.reason == "CUDA_UNAVAILABLE"
+    assert load_model(folder, provider="cpu", threads=1).provider == "cpu"  # and nobody has to use it
+
+
+def test_half_precision_may_be_less_exact_but_not_wrong(folder: Path) -> None:
+    model, golden = load_model(folder, provider="cpu", threads=1), dict(np.load(folder / GOLDEN))
+    for off, passes in ((0.005, True), (0.05, False)):
+        np.savez(folder / GOLDEN, **golden | {"user_vectors": golden["user_vectors"] + np.float32(off)})
+        with contextlib.nullcontext() if passes else pytest.raises(BundleError, match="golden"):
+            model.check_golden(folder, precision="fp16")
+        with pytest.raises(BundleError, match="golden"):
+            model.check_golden(folder)
+
+
+def test_a_ranker_that_depends_on_its_batch_is_warned_of(folder: Path) -> None:
+    measured = {"padding": Invariance(bit_equal=False, largest_difference=0.25), "order": Invariance(bit_equal=True, largest_difference=0)}
+    with capture_logs() as quiet:
+        load_model(folder, provider="cpu", threads=1)
+    rewrite(folder, invariance={RANKER: measured})
+    with capture_logs() as told:
+        load_model(folder, provider="cpu", threads=1)
+    assert quiet == []
+    (entry,) = told
+    assert (entry["event"], entry["of"], entry["largest_difference"]) == ("ranker depends on its batch", "padding", 0.25)
+
+
+def test_a_manifest_that_measured_no_invariance_is_still_read(folder: Path) -> None:
+    values = json.loads((folder / MANIFEST).read_text())
+    del values["invariance"]
+    (folder / MANIFEST).write_text(json.dumps(values))
+    assert read_bundle(folder).invariance == {}
 
 
 def test_cuda_that_is_not_there_is_said_not_replaced(folder: Path) -> None:

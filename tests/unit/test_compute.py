@@ -162,8 +162,14 @@ def test_a_varied_bundle_is_another_valid_model(shot: Snapshot, tmp_path: Path) 
 
 def test_other_rules_have_another_fingerprint() -> None:
     rules = [replace(POLICY, slate_size=99), replace(POLICY, exclude_purchased=False), replace(POLICY, max_per_category=5), POLICY]
-    marks = {policy_fingerprint(rule, hide_out_of_stock=hide, onnx_threads=n) for rule in rules for hide in (True, False) for n in (1, 2)}
-    assert len(marks) == 16
+    marks = {
+        policy_fingerprint(rule, hide_out_of_stock=hide, onnx_threads=n, onnx_precision=precision)
+        for rule in rules
+        for hide in (True, False)
+        for n in (1, 2)
+        for precision in ("fp32", "fp16")
+    }
+    assert len(marks) == 32
 
 
 def test_models_of_one_base_share_a_tokenizer_and_others_do_not(tmp_path: Path) -> None:

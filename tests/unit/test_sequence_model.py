@@ -157,6 +157,7 @@ def test_the_manifest_and_the_golden_values_are_of_the_tower(bundle: tuple[Path,
     assert manifest.vector_size == CONFIG.sequence_width
     assert set(manifest.parity) >= {"encoder", "encoder_ragged_batch", "ranker", "tower"}
     assert max(manifest.parity.values()) < 1e-5
+    assert manifest.invariance[TOWER]["padding"].bit_equal
     golden = np.load(folder / GOLDEN)
     assert golden["tower_length"].tolist() == [1, 2, 11, 20]
     assert len(np.unique(golden["tower_user_vectors"].round(3), axis=0)) == 4

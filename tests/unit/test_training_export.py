@@ -71,6 +71,8 @@ def test_the_manifest_says_what_the_model_is(manifest: Manifest) -> None:
     assert "refitted" in str(manifest.settings["collaborative_weights_of"])
     assert set(manifest.parity) == {"encoder", "encoder_ragged_batch", "ranker"}
     assert max(manifest.parity.values()) < 1e-5
+    assert set(manifest.invariance) == {ENCODER, RANKER}
+    assert all(one.bit_equal for measured in manifest.invariance.values() for one in measured.values())
 
 
 def test_the_graphs_have_the_shapes_the_server_expects(folder: Path) -> None:

@@ -11,7 +11,8 @@ from tests.unit.training_shop import DAY, START, activity_before, chain_log, ite
 from training.checkpoint import new_tower
 from training.config import TrainConfig
 from training.labels import Label, visit_labels
-from training.model import TwoTower, freeze_below
+from training.model import TwoTower
+from training.regimes import freeze_below
 from training.text import Tokens, activity_texts, load_tokenizer, tokenize
 from training.train import Sampler, TowerSet, Trainer, mean_ndcg
 
@@ -101,7 +102,7 @@ def test_the_same_seed_gives_the_same_losses(tokenizer) -> None:  # type: ignore
         made = trainer(tokenizer, replace(CONFIG, dropout=0.1))
         made.validate()
         made.tower.train()
-        return [made.step(list(range(8)), 0.2) for _ in range(4)]
+        return [made.loop.step([list(range(8))], 0.2) for _ in range(4)]
 
     torch.set_num_threads(1)
     assert losses() == losses()
@@ -140,7 +141,7 @@ def test_frozen_layers_do_not_move_and_do_not_drop_out(tokenizer) -> None:  # ty
     assert not tower.encoder.embeddings.training
     assert top.training
     before = {name: value.clone() for name, value in tower.encoder.state_dict().items()}
-    made.step(list(range(8)), 0.2)
+    made.loop.step([list(range(8))], 0.2)
     moved = {name for name, value in tower.encoder.state_dict().items() if not torch.equal(value, before[name])}
     assert moved
     assert all(name.startswith("encoder.layer.1.") for name in moved)
@@ -148,7 +149,7 @@ def test_frozen_layers_do_not_move_and_do_not_drop_out(tokenizer) -> None:  # ty
 
 def test_all_layers_can_be_trained() -> None:
     tower = new_tower(CONFIG, 3)
-    freeze_below(tower, -1)
+    freeze_below(tower.encoder, -1)
     assert all(parameter.requires_grad for parameter in tower.parameters())
 
 

@@ -4,7 +4,12 @@ import numpy as np
 
 from features.behaviour import ACTIONS, MICROS_PER_DAY, Activity, Behaviour
 from features.item_table import POPULARITY, ItemTable
+from training.config import TrainConfig
+from training.distill import TowerData
 from training.events import EventLog
+from training.labels import visit_labels
+from training.text import activity_texts, load_tokenizer, tokenize
+from training.train import TowerSet
 
 DAY = MICROS_PER_DAY
 START = 20_000 * DAY
@@ -73,3 +78,12 @@ def chain_log(customers: int = 60, items: int = 12, visits: int = 6, seed: int =
             rows.append((f"u{number:03d}", "view", int(rng.integers(items)), day, visit))
             rows.append((f"u{number:03d}", "purchase", item, day + 0.01, visit))
     return event_log(rows)
+
+
+def tower_data(config: TrainConfig, customers: int = 30) -> TowerData:
+    """What towers learn from in this shop: every purchase as a label, and the same ones to validate on."""
+    tokenizer, log, table = load_tokenizer("tiny"), chain_log(customers=customers), item_table()
+    labels = visit_labels(log, ("purchase",), start=START, end=START + 99 * DAY)
+    texts = activity_texts([activity_before(log, label.user_id, label.time, table) for label in labels], table, 4)
+    made = TowerSet(labels, tokenize(tokenizer, texts, config.user_tokens))
+    return TowerData(tokenize(tokenizer, table.texts, config.item_tokens), made, made)
