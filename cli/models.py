@@ -24,6 +24,13 @@ _UPDATE = "With --since-last"
 _POLICY = ("replay_fraction", "holdout_fraction", "margin", "confidence", "certain", "min_customers")
 
 
+class Tower(str, Enum):  # noqa: UP042 - as below
+    """How a customer's behaviours become a vector."""
+
+    text = "text"
+    sequence = "sequence"
+
+
 class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
     """What to train."""
 
@@ -60,6 +67,9 @@ def train(
         Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier; rating: the rating regression.")
     ] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
+    tower: Annotated[
+        Tower | None, typer.Option(help="text (default): BERT over behaviours as text; sequence: a small transformer over vectors.")
+    ] = None,
     config_file: Annotated[Path | None, typer.Option("--config", help="A configuration instead of a preset, such as best.json.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
     ensemble: Annotated[int, typer.Option(min=1, help="Train this many towers, of seeds in a row, and average their scores.")] = 1,
@@ -87,7 +97,7 @@ def train(
         int, typer.Option(min=2, help="With fewer customers to compare on, nothing is done.", rich_help_panel=_UPDATE)
     ] = 30,
 ) -> None:
-    """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
+    """Trains the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
     With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
     With --task rating: the same with one output and mean squared error, on the ratings of rate and review events.
@@ -119,9 +129,10 @@ def train(
     from training.runs import Begun
     from training.tracking import TrackerMissingError
 
-    if resume and (assign or config_file or ensemble > 1 or distil):
+    if resume and (assign or config_file or ensemble > 1 or distil or tower):
         raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--resume")
-    configured = training_config(preset, config_file, assign or [], ensemble=ensemble, distil=distil)
+    chosen = [*(assign or []), *([f"tower={tower.value}"] if tower else [])]
+    configured = training_config(preset, config_file, chosen, ensemble=ensemble, distil=distil)
     begun = Begun.load(resume) if resume else Begun(_TRAINED[task], configured, 0)
     heads = {head.name: head for head in (Clicks(), Ratings())}
     if begun.task in heads and begun.config.ensemble > 1:

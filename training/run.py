@@ -41,14 +41,13 @@ from training.dataset import (
 )
 from training.distill import Places, TowerData, train_towers
 from training.distributed import agreed, is_first, processes, rank_zero_first
-from training.encode import user_vectors
 from training.evaluate import Visits
 from training.events import Micros, from_micros, to_micros
 from training.export import BundleContext, export_encoder, write_bundle
 from training.facts import facts_of
-from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of
+from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of, visit_labels
 from training.model import TwoTower
-from training.quantize import Encoding, Figures, measure_all, save
+from training.quantize import Encoding, Figures, RefusedVariantError, measure_all, save
 from training.ranker import Ranker, train_ranker
 from training.regimes import Regime
 from training.results import Evaluation
@@ -56,12 +55,14 @@ from training.run_card import add_card
 from training.runs import Begun, begin, checkpoints, finish
 from training.scoring import Model, Query, make_queries
 from training.segments import visits_of
+from training.sequence_run import SequenceData, train_model
 from training.text import activity_texts, load_tokenizer, tokenize
 from training.tracking import Tracker, open_trackers
 from training.train import TowerReport, TowerSet
 from training.variants import Variant
 from training.warm_start import WarmStart, grown
 from training.warmup import past_activities, warm_up
+from training.windows import Window, training_windows
 
 Customers = dict[tuple[str, Micros], Customer]
 
@@ -123,10 +124,16 @@ def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: T
             snapshots = None if rank else take_snapshots(shop, start=split.ranker_start, cut=split.cut, every_days=config.snapshot_days)
         labels = warm.labels(shop.log, config) if warm else choose_labels(shop.log, split, config)
         start = grown(warm.origin.trained, shop.table.ids, config) if warm else None
-        customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout]))
-        trained, report, members = _train_tower(
-            shop, split, labels, customers, config=config, run_dir=run_dir, tracker=tracker, start=start
-        )
+        windows = _windows(shop, split, config) if config.tower == "sequence" else []
+        read = [(window.user_id, window.time) for window in windows] or keys_of(labels.tower)
+        customers = join_customers(shop.store, [*read, *keys_of([*labels.validation, *labels.ranker, *labels.holdout])])
+        if config.tower == "sequence":
+            trained, report = _train_sequence_tower(shop, labels, customers, windows=windows, config=config, tracker=tracker)
+            members: dict[str, float] = {}
+        else:
+            trained, report, members = _train_tower(
+                shop, split, labels, customers, config=config, run_dir=run_dir, tracker=tracker, start=start
+            )
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
     trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained, tracker=tracker, start=start)
@@ -234,7 +241,13 @@ def quantize(settings: Settings, run_dir: Path) -> list[Figures]:
 
 
 def _validation(shop: Shop, trained: Trained, record: RunRecord) -> TowerSet:
-    """Returns the labels and texts that validated a run's tower."""
+    """Returns the labels and texts that validated a run's text tower.
+
+    Raises:
+        RefusedVariantError: it has none.
+    """
+    if trained.config.tower == "sequence":
+        raise RefusedVariantError("the encoder of a sequence tower is exported in fp32 only")
     config = trained.config.with_cut(from_micros(record.cut))
     split = split_of(shop.log, config)
     split = replace(split, ranker_start=record.ranker_start or split.ranker_start)  # an update divides its time otherwise
@@ -301,6 +314,25 @@ def _train_tower(
     return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report, members
 
 
+def _windows(shop: Shop, split: Split, config: TrainConfig) -> list[Window]:
+    labels = visit_labels(shop.log, config.actions(config.tower_actions), start=split.begin, end=split.ranker_start)
+    windows = training_windows(shop.log, labels, until=split.ranker_start, read=config.sequence_length)
+    return windows[-config.sequence_windows :]
+
+
+def _train_sequence_tower(
+    shop: Shop, labels: Labels, customers: Customers, *, windows: Sequence[Window], config: TrainConfig, tracker: Tracker
+) -> tuple[Trained, TowerReport]:
+    data = SequenceData(
+        windows,
+        [customers[window.user_id, window.time].activity for window in windows],
+        labels.validation,
+        [customers[key].activity for key in keys_of(labels.validation)],
+    )
+    model, tokenizer, report = train_model(shop.table, data, config=config, tracker=tracker)
+    return Trained(config, model, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report
+
+
 def _train_ranker(
     shop: Shop,
     split: Split,
@@ -345,7 +377,7 @@ def queries_of(
         return []
     config = trained.config
     known = [customers[key] for key in keys_of(labels)]
-    users = user_vectors(trained.tower, trained.tokenizer, [customer.activity for customer in known], table=shop.table, config=config)
+    users = trained.user_vectors([customer.activity for customer in known], shop.table, vectors)
     weights = weights or collaborative.fit(shop.log, len(shop.table), until=until, config=config)
     model = Model(vectors, weights, SignalConfig(config.half_life_days))
     return make_queries(labels, known, users, model=model, snapshots=snapshots)

@@ -270,7 +270,10 @@ def _origin(champion: ModelVersion) -> Origin:
     """Fetches what the champion's bundle carries for an update."""
     expected = champion.manifest["files"].get(TRAINING)
     if expected is None:
-        raise TrainingDataError(f"{champion.model_version} carries no {TRAINING}: export, publish and activate it again with this release")
+        raise TrainingDataError(
+            f"{champion.model_version} carries no {TRAINING}: its tower is a sequence tower, which is not updated yet, "
+            "or an earlier release made it; then export, publish and activate it again with this one"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / TRAINING
         fetch_file(champion.uri, TRAINING, path, expected=expected)
