@@ -50,12 +50,14 @@ def sample_shop(settings: Settings, folder: Path, users: int) -> None:
 def data_of(settings: Settings, config: TrainConfig) -> tuple[TowerData, TowerData]:
     """Returns what the towers learn from, and the same with the holdout's labels in the place of the validation's."""
     shop = open_shop(settings)
-    labels = choose_labels(shop.log, split_of(shop.log, config), config)
+    split = split_of(shop.log, config)
+    labels = choose_labels(shop.log, split, config)
     holdout = [label for label in labels.holdout if label.items]
     customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation, *holdout]))
     tokenizer = load_tokenizer(config.base_model)
-    data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer)
-    return data, tower_data(shop, replace(labels, validation=holdout), customers, config=config, tokenizer=tokenizer)
+    until = split.ranker_start
+    data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer, until=until)
+    return data, tower_data(shop, replace(labels, validation=holdout), customers, config=config, tokenizer=tokenizer, until=until)
 
 
 def train_all(data: TowerData, config: TrainConfig) -> dict[str, Tower]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import psycopg
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -39,6 +40,14 @@ def note(connection: psycopg.Connection, command: str, *, target: str) -> None:
     except (KeyError, OSError):  # a container's user may have no name
         who = "unknown"
     note_command(connection, AuditEntry(f"command:{who}", command, "OK", target=target))
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Splits an argument of --set; without an equals sign it is refused."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise typer.BadParameter(f"{text!r} is not name=value", param_hint="--set")
+    return name, value
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import redis.exceptions
 import sqlalchemy.exc
 import typer
 
-from cli import audit, calls, data, demo, experiments, identity, keys, models, reports
+from cli import audit, calls, data, dataset, demo, experiments, identity, keys, models, reports
 from cli.context import console
 from features.bundle import BundleError
 from features.importers.mapping import MappingError
@@ -26,7 +26,7 @@ app = typer.Typer(
     "Runs on PostgreSQL and Redis named by CONCORD_POSTGRES_DSN and CONCORD_REDIS_URL, or on embedded ones under .data/.\n\n"
     "Example: concord demo",
 )
-for group in (data, models, reports, experiments, keys, calls, identity, audit, demo):
+for group in (data, dataset, models, reports, experiments, keys, calls, identity, audit, demo):
     group.register(app)
 
 # Errors a person can act on: one line, no traceback. Anything else is a defect and shows where it happened.

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cli import update
 from cli.activation import move_pointer
-from cli.context import shop
+from cli.context import pair, shop
 from cli.reports import Run, newest_run, print_metrics
 from features.models import OnUnready
 from features.settings import Settings
@@ -113,7 +113,7 @@ def train(
     if since_last:
         if given & {"task", "preset", "resume"}:
             raise typer.BadParameter("an update keeps the active model's task and configuration; --set changes fields of it")
-        values = dict(_pair(text) for text in assign or [])
+        values = dict(pair(text) for text in assign or [])
         policy = {name: value for name, value in context.params.items() if name in _POLICY}
         with shop(Settings) as settings:
             update.since_last(settings, policy, values=values, dry_run=dry_run)
@@ -163,7 +163,7 @@ def training_config(preset: str, config_file: Path | None, assign: list[str], *,
     presets = {"demo": TrainConfig.demo, "full": TrainConfig.full, "tiny": TrainConfig.tiny}
     if preset not in presets:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(presets)}", param_hint="--preset")
-    values = dict(_pair(text) for text in assign)
+    values = dict(pair(text) for text in assign)
     if ensemble > 1:
         values["ensemble"] = str(ensemble)
     try:
@@ -256,10 +256,3 @@ def replicas() -> None:
         _out.print("Replicas wait, NOT_SERVING, until those with other settings that decide a slate have left: stop one kind or the other.")
     if len({replica.config for replica in found if replica.live}) > 1:
         _out.print("[red]The live replicas differ in the settings that decide a slate:[/red] they answer differently.")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise typer.BadParameter(f"{text!r} is not name=value", param_hint="--set")
-    return name, value

@@ -16,12 +16,12 @@ from feast.types import Array, Float64, Int64, String
 user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING, description="A customer, the same in every channel.")
 item = Entity(name="item", join_keys=["item_id"], value_type=ValueType.STRING, description="A thing the shop sells.")
 
-# One row per customer and distinct moment: the state just after everything that happened then.
+# One row per customer and distinct moment: the state just after everything that happened then. OFFSET 0 keeps the planner from
+# computing it again for every row that a point-in-time join compares it with (five times a row at 16 rows a customer).
 _activity_batch = PostgreSQLSource(
     name="user_activity_batch",
     query="""
-        SELECT m.user_id, a.* FROM (SELECT DISTINCT user_id, occurred_at FROM events) m,
-        LATERAL user_activity_at(m.user_id, m.occurred_at) a
+        SELECT m.user_id, a.* FROM activity_moments m, LATERAL user_activity_at(m.user_id, m.occurred_at) a OFFSET 0
     """,
     timestamp_field="event_timestamp",
 )

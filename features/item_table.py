@@ -1,6 +1,6 @@
 """The catalogue of one index epoch as columns: what candidates and ranking features are computed from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,6 +16,18 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 
 POPULARITY = ("purchases_7d", "purchases_28d", "purchases_total", "views_7d", "views_28d", "buyers_28d")
+
+
+@dataclass(frozen=True)
+class Description:
+    """How an epoch describes an item; the price is in millionths of the currency unit, None where there is none."""
+
+    title: str
+    text: str
+    category: str
+    brand: str
+    price_micros: int | None
+    content_hash: str
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,41 @@ class ItemTable:
         age = np.maximum(as_of_day - self.listed_days, 0).astype(np.float32)
         return replace(self, popularity=popularity, age_days=age)
 
+    def with_descriptions(self, descriptions: Mapping[int, Description]) -> "ItemTable":
+        """Returns the table with some rows described otherwise: as they were in an earlier epoch."""
+        if not descriptions:
+            return self
+
+        def column(now: Sequence[str], then: Callable[[Description], str]) -> tuple[str, ...]:
+            return tuple(then(descriptions[row]) if row in descriptions else value for row, value in enumerate(now))
+
+        categories = column(self.category_names, lambda d: d.category)
+        brands = column(self.brand_names, lambda d: d.brand)
+        log_price = self.log_price.copy()
+        for row, description in descriptions.items():
+            log_price[row] = np.log((description.price_micros or np.nan) / 1e6)
+        return replace(
+            self,
+            titles=column(self.titles, lambda d: d.title),
+            texts=column(self.texts, lambda d: item_text(d.title, d.text, d.category, d.brand)),
+            content_hashes=column(self.content_hashes, lambda d: d.content_hash),
+            category_names=categories,
+            brand_names=brands,
+            categories=_codes(categories),
+            brands=_codes(brands),
+            log_price=log_price,
+        )
+
+    def with_relations(self, edges: Sequence[tuple[str, str, float]]) -> "ItemTable":
+        """Returns the table with other knowledge-graph edges; those of items it does not hold drop out."""
+        kept = sorted((self.rows[a], self.rows[b], w) for a, b, w in edges if a in self.rows and b in self.rows)
+        return replace(
+            self,
+            relation_from=np.array([k[0] for k in kept], np.int32),
+            relation_to=np.array([k[1] for k in kept], np.int32),
+            relation_weight=np.array([k[2] for k in kept], np.float32),
+        )
+
 
 _ITEMS = """
 SELECT x.item_id, x.title, x.text, x.category, x.brand, x.price_micros, x.content_hash, extract(epoch FROM x.listed_at) / 86400.0,
@@ -104,12 +151,9 @@ def load_item_table(connection: Connection[TupleRow], index_version: int | None 
 
 def _build(index_version: int, items: Sequence[TupleRow], edges: Sequence[TupleRow], as_of_day: float) -> ItemTable:
     ids = tuple(row[0] for row in items)
-    position = {item: k for k, item in enumerate(ids)}
     prices = np.array([row[5] if row[5] else np.nan for row in items], np.float64)
     listed = np.array([float(row[7]) for row in items], np.float64)
-    kept = [(position[a], position[b], w) for a, b, w in edges if a in position and b in position]
-    kept.sort()
-    return ItemTable(
+    table = ItemTable(
         index_version=index_version,
         ids=ids,
         titles=tuple(row[1] for row in items),
@@ -122,11 +166,12 @@ def _build(index_version: int, items: Sequence[TupleRow], edges: Sequence[TupleR
         log_price=np.log(prices / 1e6).astype(np.float32),
         popularity=np.array([[value or 0 for value in row[8:14]] for row in items], np.float32).reshape(len(ids), len(POPULARITY)),
         age_days=np.maximum(as_of_day - listed, 0).astype(np.float32),
-        relation_from=np.array([k[0] for k in kept], np.int32),
-        relation_to=np.array([k[1] for k in kept], np.int32),
-        relation_weight=np.array([k[2] for k in kept], np.float32),
+        relation_from=np.zeros(0, np.int32),
+        relation_to=np.zeros(0, np.int32),
+        relation_weight=np.zeros(0, np.float32),
         listed_days=listed,
     )
+    return table.with_relations([(edge[0], edge[1], edge[2]) for edge in edges])
 
 
 def _codes(names: Sequence[str]) -> IntArray:

@@ -23,6 +23,18 @@ def feature_store(settings: Settings) -> FeatureStore:
     return FeatureStore(repo_path=str(REPOSITORY))
 
 
+def joining_store(store: FeatureStore, schema: str) -> FeatureStore:
+    """Returns a store for point-in-time joins whose entity rows are a query over tables in ``schema``.
+
+    Feast then neither uploads rows, which its SDK does one by one, nor makes a table of them; ``schema`` comes before ``public`` on
+    its search path.
+    """
+    config = store.config.model_copy()
+    config.offline_config = config.offline_config | {"db_schema": schema, "entity_select_mode": "embed_query"}
+    config._offline_store = None  # Feast keeps here what it made of the configuration
+    return FeatureStore(config=config)
+
+
 def apply_repository(settings: Settings) -> None:
     """Registers entities, views and services, exactly as ``feast -c features apply`` does; running it twice changes nothing."""
     os.environ.update(settings.feast_environment())

@@ -7,17 +7,19 @@ own beside the two towers: trained and measured on the same visits, split by tim
 from collections.abc import Sequence
 
 import numpy as np
+import psycopg
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from training.config import TrainConfig
-from training.dataset import Shop, Split, join_customers
+from training.dataset import Shop, Split, behaviour_texts, join_customers
 from training.labels import Label, choose_labels, keys_of
 from training.metrics import area_under_curve
+from training.negatives import NegativeSampler
+from training.on_sale import read_on_sale
 from training.pairs import Head, PairModel, Pairs, PairSets
-from training.text import activity_texts
 
 
 class Clicks(Head):
@@ -32,8 +34,11 @@ class Clicks(Head):
     def pairs(self, shop: Shop, split: Split, tokenizer: Tokenizer, config: TrainConfig) -> PairSets:
         """Returns the pairs of the tower's visits, and to validate on those of the ranker's period."""
         labels, rng = choose_labels(shop.log, split, config), np.random.default_rng(config.seed)
-        training = make_pairs(shop, labels.tower, tokenizer, config=config, rng=rng)
-        return PairSets(training, make_pairs(shop, labels.validation, tokenizer, config=config, rng=rng))
+        with psycopg.connect(shop.dsn) as connection:
+            on_sale = read_on_sale(connection, shop.table, shop.log)
+        sampler = NegativeSampler(labels.tower, on_sale, config, rng)
+        training = make_pairs(shop, labels.tower, tokenizer, sampler=sampler, config=config, rng=rng)
+        return PairSets(training, make_pairs(shop, labels.validation, tokenizer, sampler=sampler, config=config, rng=rng))
 
     def prepare(self, model: PairModel, answers: Tensor) -> None:
         """Leaves the logits as they are."""
@@ -56,21 +61,22 @@ class Clicks(Head):
         return {"constant_accuracy": float((answers == int(train.float().mean() > 0.5)).float().mean())}
 
 
-def make_pairs(shop: Shop, labels: Sequence[Label], tokenizer: Tokenizer, *, config: TrainConfig, rng: np.random.Generator) -> Pairs:
+def make_pairs(
+    shop: Shop, labels: Sequence[Label], tokenizer: Tokenizer, *, sampler: NegativeSampler, config: TrainConfig, rng: np.random.Generator
+) -> Pairs:
     """Returns one taken item per label, and ``classifier_negatives`` others drawn by how often items are taken.
 
     Drawing negatives like positives keeps the classifier from learning mere popularity.
     """
     customers = join_customers(shop.store, keys_of(labels))
-    behaviours = activity_texts([customers[key].activity for key in keys_of(labels)], shop.table, config.behaviour_limit)
-    taken = np.array([row for label in labels for row in label.items], np.int64)
     texts: list[tuple[str, str]] = []
     clicked: list[int] = []
-    for label, behaviour in zip(labels, behaviours, strict=True):
+    for label, behaviour in zip(labels, behaviour_texts(shop, keys_of(labels), customers, config.behaviour_limit), strict=True):
         if not behaviour:
             continue
-        drawn = [row for row in rng.choice(taken, config.classifier_negatives).tolist() if row not in {*label.items, *label.bought}]
+        titles = shop.descriptions.before(label.time).titles
+        drawn = sampler.pick(label, config.classifier_negatives)
         for row, answer in [(int(rng.choice(label.items)), 1), *((row, 0) for row in drawn)]:
-            texts.append((behaviour, shop.table.titles[row]))
+            texts.append((behaviour, titles[row]))
             clicked.append(answer)
     return Pairs.of(texts, torch.tensor(clicked, dtype=torch.int64), tokenizer, config.user_tokens + config.item_tokens)

@@ -13,7 +13,7 @@ from training.dataset import Shop, join_customers, take_snapshots
 from training.events import Micros
 from training.labels import Label, keys_of
 from training.metrics import Tally
-from training.run import queries_of
+from training.queries import queries_of, vectors_by
 
 _RESAMPLES = 9_999
 # Resamples drawn at once: 100 × 10,000 customers are 8 MB.
@@ -66,7 +66,7 @@ def measure(shop: Shop, contenders: Sequence[Contender], labels: Sequence[Label]
             customers,
             snapshots=snapshots,
             trained=contender.trained,
-            vectors=contender.trained.item_vectors(shop.table),
+            vectors=vectors_by(contender.trained),
             until=cut,
             weights=weights,
         )

@@ -9,7 +9,9 @@ from typing import Any
 
 from features.behaviour import ACTIONS, ACTIVITY_LENGTH
 
+SPLITS = ("time", "session")
 _POSITIVE = (
+    "session_folds",
     "ranker_folds",
     "snapshot_days",
     "tower_labels",
@@ -71,6 +73,8 @@ class TrainConfig:
         threads: CPU threads of PyTorch and ONNX Runtime; 0 means one per core.
         cut: end of the training period, an ISO 8601 time (UTC without an offset); "" means the last ``holdout_fraction`` of the time span.
         holdout_fraction: share of the time span after the cut, when ``cut`` is empty; in (0, 1).
+        split: "time": what follows the cut is held out; "session": each customer's last visit before it is.
+        session_folds: parts by time of the held-out visits of a split by sessions; collaborative weights are fitted anew before each.
         ranker_fraction: share of the time span before the cut whose labels train the ranker and validate the tower; in (0, 1).
         ranker_folds: parts of the ranker's period; collaborative weights are fitted anew on everything before each part.
         snapshot_days: days between popularity snapshots within the ranker's period.
@@ -91,6 +95,8 @@ class TrainConfig:
         accumulation_steps: batches whose gradients make one optimizer step; each batch has negatives of its own.
         negative_count: sampled negatives per step, shared by the labels of the batch.
         negative_power: exponent of an item's label count in the sampling of negatives; 0 is uniform.
+        exposure_negatives: weight in the loss of an item the customer was shown before the visit and did not take, where an
+            item nobody showed them weighs 1; 0 leaves exposures unread, and shown items are like all others.
         epochs: passes over the tower's labels at the most.
         max_steps: optimizer steps of tower, classifier or rating at the most; 0 means no bound. A bound makes two runs bit-identical.
         time_budget_s: seconds these train at the most; 0 means no bound. The learning rate decays over it.
@@ -153,6 +159,8 @@ class TrainConfig:
     threads: int = 0
     cut: str = ""
     holdout_fraction: float = 0.1
+    split: str = "time"
+    session_folds: int = 8
     ranker_fraction: float = 0.15
     ranker_folds: int = 2
     snapshot_days: int = 7
@@ -172,6 +180,7 @@ class TrainConfig:
     accumulation_steps: int = 1
     negative_count: int = 512
     negative_power: float = 0.5
+    exposure_negatives: float = 0.0
     epochs: int = 3
     max_steps: int = 0
     time_budget_s: float = 0.0
@@ -245,6 +254,10 @@ class TrainConfig:
         for name in ("target_actions", "tower_actions"):
             if not self.actions(getattr(self, name)) or set(self.actions(getattr(self, name))) - set(ACTIONS):
                 raise ValueError(f"training field {name!r} must name actions: {', '.join(ACTIONS)}")
+        if self.split not in SPLITS:
+            raise ValueError(f"training field 'split' must be one of {', '.join(SPLITS)}")
+        if not self.exposure_negatives >= 0:
+            raise ValueError("training field 'exposure_negatives' must be at least 0")
         if self.cut:
             try:
                 datetime.fromisoformat(self.cut)
@@ -262,6 +275,8 @@ class TrainConfig:
             )
         if self.tower == "sequence" and (self.ensemble > 1 or self.warmup_objective != "none"):
             raise ValueError("training field 'tower': a sequence tower knows neither 'ensemble' nor 'warmup_objective'")
+        if self.tower == "sequence" and self.split == "session":
+            raise ValueError("training field 'split': a sequence tower learns from every visit before a time, so it takes 'time'")
 
     @classmethod
     def demo(cls) -> "TrainConfig":

@@ -1,6 +1,7 @@
 """The event log as columns: who did what with which item, when, and on which visit."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -73,23 +74,65 @@ class EventLog:
 
 
 def read_events(connection: Connection[TupleRow], table: ItemTable) -> EventLog:
-    """Streams the event log into columns; items the table does not hold become -1."""
-    users: dict[str, int] = {}
-    visits: dict[tuple[int, str | int], int] = {}
-    columns: tuple[list[int], ...] = ([], [], [], [], [])
+    """Reads the event log into columns, 21 bytes an event; items the table does not hold become -1."""
+    return _joined(list(stream_events(connection, table)))
+
+
+def stream_events(connection: Connection[TupleRow], table: ItemTable, *, rows: int = 100_000) -> Iterator[EventLog]:
+    """Yields the event log in pieces of whole customers with at least ``rows`` events each (the last excepted)."""
+    piece = _Piece()
     with connection.cursor(name="training_events") as cursor:
         cursor.itersize = 20_000
         for user_id, item_id, action, time, session_id in cursor.execute(_EVENTS):
-            user = users.setdefault(user_id, len(users))
-            visit = visits.setdefault((user, session_id or time // MICROS_PER_DAY), len(visits))
-            for column, value in zip(columns, (user, table.rows.get(item_id, -1), _ACTION_CODE[action], time, visit), strict=True):
-                column.append(value)
-    user_c, item_c, action_c, time_c, visit_c = columns
+            if len(piece.time) >= rows and user_id != piece.users[-1]:
+                yield piece.log()
+                piece = _Piece()
+            piece.add(user_id, table.rows.get(item_id, -1), _ACTION_CODE[action], time=time, session_id=session_id)
+    if piece.time:
+        yield piece.log()
+
+
+class _Piece:
+    """Columns in the making."""
+
+    def __init__(self) -> None:
+        self.users: list[str] = []
+        self.user, self.item, self.visit = array("i"), array("i"), array("i")
+        self.action, self.time = array("b"), array("q")
+        self._visits: dict[str | int, int] = {}
+        self._visit_count = 0
+
+    def add(self, user_id: str, item: int, action: int, *, time: Micros, session_id: str | None) -> None:
+        if not self.users or user_id != self.users[-1]:
+            self.users.append(user_id)
+            self._visits = {}
+        visit = self._visits.setdefault(session_id or time // MICROS_PER_DAY, self._visit_count)
+        self._visit_count = max(self._visit_count, visit + 1)
+        for column, value in ((self.user, len(self.users) - 1), (self.item, item), (self.visit, visit)):
+            column.append(value)
+        self.action.append(action)
+        self.time.append(time)
+
+    def log(self) -> EventLog:
+        numbers = [np.array(column, np.int32) for column in (self.user, self.item, self.visit)]
+        return EventLog(
+            tuple(self.users), numbers[0], numbers[1], np.array(self.action, np.int8), np.array(self.time, np.int64), numbers[2]
+        )
+
+
+def _joined(pieces: list[EventLog]) -> EventLog:
+    """Puts pieces together; customers and visits are numbered through."""
+    users, visits = 0, 0
+    user, visit = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    for piece in pieces:
+        user.append(piece.user + np.int32(users))
+        visit.append(piece.visit + np.int32(visits))
+        users, visits = users + len(piece.users), visits + int(piece.visit.max()) + 1
     return EventLog(
-        tuple(users),
-        np.array(user_c, np.int32),
-        np.array(item_c, np.int32),
-        np.array(action_c, np.int8),
-        np.array(time_c, np.int64),
-        np.array(visit_c, np.int32),
+        tuple(name for piece in pieces for name in piece.users),
+        np.concatenate(user),
+        np.concatenate([np.zeros(0, np.int32), *(piece.item for piece in pieces)]),
+        np.concatenate([np.zeros(0, np.int8), *(piece.action for piece in pieces)]),
+        np.concatenate([np.zeros(0, np.int64), *(piece.time for piece in pieces)]),
+        np.concatenate(visit),
     )

@@ -135,8 +135,8 @@ def score(model: PairModel, pairs: Pairs) -> tuple[FloatArray, FloatArray]:
 def _encode(shop: Shop, pairs: Sequence[Pair], config: TrainConfig, now: datetime) -> tuple[Pairs, list[int]]:
     """Returns the readable pairs' tokens, and their places in ``pairs``."""
     time = to_micros(now)
-    customers = join_customers(shop.store, {(user, time) for user, item in pairs if item in shop.table.rows})
-    users = sorted({user for user, _ in customers})
+    users = sorted({user for user, item in pairs if item in shop.table.rows})
+    customers = join_customers(shop.store, [(user, time) for user in users])
     written = activity_texts([customers[user, time].activity for user in users], shop.table, config.behaviour_limit)
     texts = dict(zip(users, written, strict=True))
     kept = [place for place, (user, item) in enumerate(pairs) if item in shop.table.rows and texts[user]]

@@ -1,7 +1,7 @@
 """Labels: what a customer turned to on a visit, to be predicted from what came before it."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,9 @@ import numpy as np
 from training.config import TrainConfig
 from training.dataset import Split, TrainingDataError
 from training.events import EventLog, Micros
+
+TAKEN = ("purchase", "add_to_cart", "wishlist")
+"""Actions that take an item: what was taken is no negative."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,16 @@ class Label:
         time: everything known of the customer and the shop must be from strictly before this, microseconds of Unix time.
         items: rows of the target items, none of them bought before.
         bought: rows of all items bought before ``time``.
+        taken: rows of all items taken on the visit, targets or not.
+        shown: rows of items shown before ``time`` and not taken, last shown first; empty unless exposures were read.
     """
 
     user_id: str
     time: Micros
     items: tuple[int, ...]
     bought: frozenset[int]
+    taken: frozenset[int] = frozenset()
+    shown: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,19 +46,27 @@ class Labels:
 
 
 def choose_labels(log: EventLog, split: Split, config: TrainConfig) -> Labels:
-    """Returns the run's labels: each kind from its own period, cut down to the configured numbers.
+    """Returns the run's labels: each kind from its own part of the split, cut down to the configured numbers.
 
     Raises:
         TrainingDataError: there is no label to train the tower or the ranker on.
     """
     rng = np.random.default_rng(config.seed)
-    targets = config.actions(config.target_actions)
-    tower = visit_labels(log, config.actions(config.tower_actions), start=split.begin, end=split.ranker_start)
-    ranker = _sample(visit_labels(log, targets, start=split.ranker_start, end=split.cut), config.ranker_labels, rng)
-    holdout = _sample(holdout_labels(log, targets, cut=split.cut), config.evaluation_users, rng)
+    tower, ranker, holdout = all_labels(log, split, config)
+    ranker = _sample(ranker, config.ranker_labels, rng)
+    holdout = _sample(holdout, config.evaluation_users, rng)
     if not tower or not ranker:
         raise TrainingDataError(f"{len(tower)} visits to train the tower on and {len(ranker)} for the ranker: too few events")
     return Labels(tower[-config.tower_labels :], _sample(ranker, config.validation_labels, rng), ranker, holdout)
+
+
+def all_labels(log: EventLog, split: Split, config: TrainConfig) -> tuple[Sequence[Label], Sequence[Label], Sequence[Label]]:
+    """Returns every label of a log for the tower, the ranker and the holdout; a customer's depend on that customer's events only."""
+    targets, wider = config.actions(config.target_actions), config.actions(config.tower_actions)
+    if config.split == "session":
+        return session_labels(log, targets, wider, split=split)
+    tower = visit_labels(log, wider, start=split.begin, end=split.ranker_start)
+    return tower, visit_labels(log, targets, start=split.ranker_start, end=split.cut), holdout_labels(log, targets, cut=split.cut)
 
 
 def _sample(labels: Sequence[Label], count: int, rng: np.random.Generator) -> Sequence[Label]:
@@ -65,6 +80,16 @@ def keys_of(labels: Sequence[Label]) -> list[tuple[str, Micros]]:
     return [(label.user_id, label.time) for label in labels]
 
 
+def folds(labels: Sequence[Label], count: int) -> list[tuple[Micros, Sequence[Label]]]:
+    """Returns labels in ``count`` parts by time, each with the time that its first label must not see beyond.
+
+    Collaborative weights and descriptions of a part are as of that time: a little old for its last labels, too new for none.
+    """
+    ordered = sorted(labels, key=lambda label: label.time)
+    bounds = np.linspace(0, len(ordered), count + 1).astype(int).tolist()
+    return [(ordered[a].time, ordered[a:b]) for a, b in itertools.pairwise(bounds) if b > a]
+
+
 def visit_labels(log: EventLog, actions: Sequence[str], *, start: Micros, end: Micros) -> list[Label]:
     """Returns one label per visit that began in [start, end) and turned to new items, in order of time.
 
@@ -72,20 +97,44 @@ def visit_labels(log: EventLog, actions: Sequence[str], *, start: Micros, end: M
     customer without earlier events is left out, and so are targets after ``end``.
     """
     wanted = log.has_action(actions)
-    bought_now = log.has_action(("purchase",))
+    bought_now, taken_now = log.has_action(("purchase",)), log.has_action(TAKEN) & (log.time < end)
     labels: list[Label] = []
     for span in _customers(log):
         bought: set[int] = set()
+        known = span.start
         for visit in _visits(log, span):
             began = int(log.time[visit.start])
-            if start <= began < end and visit.start > span.start:
+            # Another visit may have begun at the very same time, as invoices of one minute do: it is not known either.
+            before = span.start + int(np.searchsorted(log.time[span], began))
+            bought.update(log.item[known:before][bought_now[known:before]].tolist())
+            known = before
+            if start <= began < end and before > span.start:
                 inside = np.flatnonzero(wanted[visit] & (log.time[visit] < end)) + visit.start
                 items = tuple(dict.fromkeys(int(row) for row in log.item[inside] if int(row) not in bought))
                 if items:
-                    labels.append(Label(log.users[log.user[span.start]], began, items, frozenset(bought)))
-            bought.update(log.item[visit][bought_now[visit]].tolist())
-    labels.sort(key=lambda label: (label.time, label.user_id))
-    return labels
+                    taken = frozenset(log.item[visit][taken_now[visit]].tolist())
+                    labels.append(Label(log.users[log.user[span.start]], began, items, frozenset(bought), taken))
+    return _by_time(labels)
+
+
+def session_labels(
+    log: EventLog, actions: Sequence[str], tower_actions: Sequence[str], *, split: Split
+) -> tuple[Sequence[Label], Sequence[Label], Sequence[Label]]:
+    """Returns the labels of a split by sessions: each customer's last visit is held out, the last but one trains the ranker.
+
+    The tower learns from the visits before these. Every label keeps the time of its own visit.
+    """
+    own: dict[str, list[Label]] = {}
+    for label in visit_labels(log, actions, start=split.begin, end=split.end):
+        own.setdefault(label.user_id, []).append(label)
+    ends = {user: labels[-2:][0].time for user, labels in own.items()}
+    wider = visit_labels(log, tower_actions, start=split.begin, end=split.end)
+    tower = [label for label in wider if label.time < ends.get(label.user_id, split.end)]
+    return tower, _by_time(labels[-2] for labels in own.values() if len(labels) > 1), _by_time(labels[-1] for labels in own.values())
+
+
+def _by_time(labels: Iterable[Label]) -> list[Label]:
+    return sorted(labels, key=lambda label: (label.time, label.user_id))
 
 
 def holdout_labels(log: EventLog, actions: Sequence[str], *, cut: Micros) -> list[Label]:

@@ -30,15 +30,15 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step: b labels against b in-batch and s sampled items; this process reads the texts of p of the labels.
+    """One training step: b labels against b in-batch and s other items; this process reads the texts of p of the labels.
 
     Attributes:
         user_ids, user_mask: int64[p, l] behaviour texts.
         item_ids, item_mask: int64[p, m] texts of the target items.
         item_rows: int64[b + s], rows of the targets, then of the sampled negatives.
         negative_pools: float32[s, h], pooled encoder outputs of the sampled items, from the last refresh.
-        log_q: float32[b + s], log of the expected number of times each item is in the pool of such a step.
-        wrong: bool[p, b + s], pairs that are no negatives: other targets of the label, and what its customer has already.
+        log_q: float32[p, b + s], what each logit is reduced by (``training.negatives``).
+        wrong: bool[p, b + s], pairs that are no negatives.
         mine: places of this process's labels among the b.
         teacher: float32[p, b + s], a teacher's logits over the pool, to be imitated; None where nothing is distilled.
         teacher_weight: share of that in the loss, from 0 to 1; the labels have the rest.

@@ -7,6 +7,7 @@ joined as of its label. Only an export refits the collaborative weights on every
 """
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +16,12 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psycopg
 import torch
 from tokenizers import Tokenizer
 
 from features.bundle import Manifest
-from features.item_table import FloatArray
 from features.settings import Settings
-from features.signals import CollaborativeWeights, SignalConfig
 from features.store import contract_of
 from training import checkpoint, collaborative
 from training import evaluate as evaluation
@@ -29,11 +29,12 @@ from training.checkpoint import RunRecord, Trained
 from training.config import TrainConfig
 from training.dataset import (
     SERVICE,
-    Customer,
+    Customers,
     Shop,
     Snapshots,
     Split,
     TrainingDataError,
+    behaviour_texts,
     join_customers,
     open_shop,
     split_of,
@@ -41,22 +42,25 @@ from training.dataset import (
 )
 from training.distill import Places, TowerData, train_towers
 from training.distributed import agreed, is_first, processes, rank_zero_first
-from training.evaluate import Visits
 from training.events import Micros, from_micros, to_micros
 from training.export import BundleContext, export_encoder, write_bundle
+from training.exposures import with_exposures
 from training.facts import facts_of
-from training.labels import Label, Labels, choose_labels, holdout_labels, keys_of, visit_labels
+from training.labels import Label, Labels, all_labels, choose_labels, folds, keys_of, visit_labels
 from training.model import TwoTower
+from training.on_sale import OnSale, read_on_sale
 from training.quantize import Encoding, Figures, RefusedVariantError, measure_all, save
+from training.queries import holdout_queries, queries_of, vectors_by, visits_of_holdout
+from training.ragged import Ragged
 from training.ranker import Ranker, train_ranker
 from training.regimes import Regime
 from training.results import Evaluation
 from training.run_card import add_card
 from training.runs import Begun, begin, checkpoints, finish
-from training.scoring import Model, Query, make_queries
-from training.segments import visits_of
+from training.scoring import Query
 from training.sequence_run import SequenceData, train_model
-from training.text import activity_texts, load_tokenizer, tokenize
+from training.shards import batches
+from training.text import Tokens, load_tokenizer, tokenize
 from training.tracking import Tracker, open_trackers
 from training.train import TowerReport, TowerSet
 from training.variants import Variant
@@ -64,7 +68,8 @@ from training.warm_start import WarmStart, grown
 from training.warmup import past_activities, warm_up
 from training.windows import Window, training_windows
 
-Customers = dict[tuple[str, Micros], Customer]
+_JOINED = "customers"
+_LABELS_AT_ONCE = 4_096
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,17 @@ def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: T
             split = _begin(run_dir, shop, config, warm)
             # Before the customers are joined: their profiles are snapshots too, and a ranker that trained without them
             # meets them for the first time in production (Online Retail: NDCG@10 0.120 instead of 0.130 on the same run).
-            snapshots = None if rank else take_snapshots(shop, start=split.ranker_start, cut=split.cut, every_days=config.snapshot_days)
-        labels = warm.labels(shop.log, config) if warm else choose_labels(shop.log, split, config)
+            earliest = split.begin if config.split == "session" else split.ranker_start
+            snapshots = None if rank else take_snapshots(shop, start=earliest, cut=split.cut, every_days=config.snapshot_days)
+            labels = warm.labels(shop.log, config) if warm else choose_labels(shop.log, split, config)
+            windows = _windows(shop, split, config) if config.tower == "sequence" else []
+            read = [(window.user_id, window.time) for window in windows] or keys_of(labels.tower)
+            # The others find what the first has joined, and go on at once.
+            keys = [*read, *keys_of([*labels.validation, *labels.ranker, *labels.holdout])]
+            customers = join_customers(shop.store, keys, run_dir / _JOINED)
         start = grown(warm.origin.trained, shop.table.ids, config) if warm else None
-        windows = _windows(shop, split, config) if config.tower == "sequence" else []
-        read = [(window.user_id, window.time) for window in windows] or keys_of(labels.tower)
-        customers = join_customers(shop.store, [*read, *keys_of([*labels.validation, *labels.ranker, *labels.holdout])])
         if config.tower == "sequence":
-            trained, report = _train_sequence_tower(shop, labels, customers, windows=windows, config=config, tracker=tracker)
+            trained, report = _train_sequence_tower(shop, split, labels, customers, windows=windows, config=config, tracker=tracker)
             members: dict[str, float] = {}
         else:
             trained, report, members = _train_tower(
@@ -136,8 +144,8 @@ def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: T
             )
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
-    trained, holdout = _train_ranker(shop, split, labels, customers, snapshots=snapshots, trained=trained, tracker=tracker, start=start)
-    found = evaluation.measure(holdout, trained.ranker, _visits(shop, labels.holdout, customers, config=config, cut=split.cut))
+    trained, holdout = _train_ranker(shop, labels, customers, snapshots=snapshots, trained=trained, tracker=tracker, start=start)
+    found = evaluation.measure(holdout, trained.ranker, visits_of_holdout(shop, labels.holdout, customers, config=config))
     metrics = evaluation.metrics_of(found)
     metrics |= members | {
         "tower_validation_ndcg_at_10": report.ndcg_at_10,
@@ -149,11 +157,14 @@ def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: T
     found.save(run_dir)
     facts_of(shop, split, labels, config).save(run_dir)
     finish(run_dir)
+    shutil.rmtree(run_dir / _JOINED)  # it holds what customers did, which is to be forgotten with them
     return TrainResult(run_dir, metrics, seconds, report.steps)
 
 
 def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None, cut: datetime | None = None) -> Evaluation:
     """Measures a run on each customer's first purchase visit after ``cut`` (by default its own), all customers included.
+
+    A run that was split by sessions is measured on the last sessions before that time.
 
     Args:
         settings: the shop.
@@ -171,14 +182,15 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
     if moment < record.cut:
         raise ValueError("the cut lies in the period this run was trained on")
     shop = open_shop(settings)
-    labels = holdout_labels(shop.log, trained.config.actions(trained.config.target_actions), cut=moment)
-    snapshots = take_snapshots(shop, start=moment, cut=moment, every_days=trained.config.snapshot_days)
+    config = trained.config.with_cut(from_micros(moment))
+    labels = all_labels(shop.log, split_of(shop.log, config), config)[2]
+    start = min((label.time for label in labels), default=moment)
+    snapshots = take_snapshots(shop, start=start, cut=moment, every_days=config.snapshot_days)
     customers = join_customers(shop.store, keys_of(labels))
-    vectors = trained.item_vectors(shop.table)
-    queries = queries_of(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=moment)
+    queries = holdout_queries(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=vectors_by(trained))
     if rankings:
         evaluation.write_rankings(queries, trained.ranker, rankings)
-    return evaluation.measure(queries, trained.ranker, _visits(shop, labels, customers, config=trained.config, cut=moment))
+    return evaluation.measure(queries, trained.ranker, visits_of_holdout(shop, labels, customers, config=config))
 
 
 def export(
@@ -255,11 +267,23 @@ def _validation(shop: Shop, trained: Trained, record: RunRecord) -> TowerSet:
     return tower_set(shop, labels, join_customers(shop.store, keys_of(labels)), config=config, tokenizer=trained.tokenizer)
 
 
-def tower_set(shop: Shop, labels: Sequence[Label], customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer) -> TowerSet:
+def tower_set(
+    shop: Shop,
+    labels: Sequence[Label],
+    customers: Customers,
+    *,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    on_sale: OnSale | None = None,
+) -> TowerSet:
     """Returns those labels whose customers' behaviours say something, with the tokens of what they say."""
-    texts = activity_texts([customers[key].activity for key in keys_of(labels)], shop.table, config.behaviour_limit)
-    kept = [row for row, text in enumerate(texts) if text]
-    return TowerSet([labels[row] for row in kept], tokenize(tokenizer, [texts[row] for row in kept], config.user_tokens))
+    kept: list[Label] = []
+    ids: list[Ragged] = []
+    for part in batches(labels, _LABELS_AT_ONCE):
+        texts = list(behaviour_texts(shop, keys_of(part), customers, config.behaviour_limit))
+        kept += [label for label, text in zip(part, texts, strict=True) if text]
+        ids.append(Ragged(tokenize(tokenizer, filter(None, texts), config.user_tokens).ids))
+    return TowerSet(kept, Tokens(Ragged.joined(ids)), on_sale)
 
 
 def prepare_torch(config: TrainConfig) -> None:
@@ -280,12 +304,20 @@ def _begin(run_dir: Path, shop: Shop, config: TrainConfig, warm: WarmStart | Non
     return begun.split(shop.log)
 
 
-def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer) -> TowerData:
-    """Returns what towers of this configuration learn from."""
-    train, validation = (
-        tower_set(shop, chosen, customers, config=config, tokenizer=tokenizer) for chosen in (labels.tower, labels.validation)
-    )
-    return TowerData(tokenize(tokenizer, shop.table.texts, config.item_tokens), train, validation)
+def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer, until: Micros) -> TowerData:
+    """Returns what towers of this configuration learn from.
+
+    There is one text per item for all labels: that of strictly before ``until``, the end of the tower's period, which no label of the
+    validation, the ranker or the holdout can have changed.
+    """
+    chosen = labels.tower
+    with psycopg.connect(shop.dsn) as connection:
+        on_sale = read_on_sale(connection, shop.table, shop.log)
+        if config.exposure_negatives:
+            chosen = with_exposures(connection, chosen, shop.table, shop.log)
+    train = tower_set(shop, chosen, customers, config=config, tokenizer=tokenizer, on_sale=on_sale)
+    validation = tower_set(shop, labels.validation, customers, config=config, tokenizer=tokenizer)
+    return TowerData(tokenize(tokenizer, shop.descriptions.before(until).texts, config.item_tokens), train, validation)
 
 
 def _train_tower(
@@ -300,7 +332,7 @@ def _train_tower(
     start: Trained | None,
 ) -> tuple[Trained, TowerReport, dict[str, float]]:
     tokenizer = load_tokenizer(config.base_model)
-    data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer)
+    data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer, until=split.ranker_start)
 
     def prepare(tower: TwoTower, member: TrainConfig, name: str) -> Regime:
         regime = Regime(tower.encoder, member.regime or "top_k", member)
@@ -321,7 +353,14 @@ def _windows(shop: Shop, split: Split, config: TrainConfig) -> list[Window]:
 
 
 def _train_sequence_tower(
-    shop: Shop, labels: Labels, customers: Customers, *, windows: Sequence[Window], config: TrainConfig, tracker: Tracker
+    shop: Shop,
+    split: Split,
+    labels: Labels,
+    customers: Customers,
+    *,
+    windows: Sequence[Window],
+    config: TrainConfig,
+    tracker: Tracker,
 ) -> tuple[Trained, TowerReport]:
     data = SequenceData(
         windows,
@@ -329,13 +368,12 @@ def _train_sequence_tower(
         labels.validation,
         [customers[key].activity for key in keys_of(labels.validation)],
     )
-    model, tokenizer, report = train_model(shop.table, data, config=config, tracker=tracker)
+    model, tokenizer, report = train_model(shop.descriptions.before(split.ranker_start), data, config=config, tracker=tracker)
     return Trained(config, model, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report
 
 
 def _train_ranker(
     shop: Shop,
-    split: Split,
     labels: Labels,
     customers: Customers,
     *,
@@ -345,39 +383,10 @@ def _train_ranker(
     start: Trained | None,
 ) -> tuple[Trained, list[Query]]:
     """Trains the ranker on labels that neither tower nor collaborative weights have seen; also returns the holdout's queries."""
-    config, vectors = trained.config, trained.item_vectors(shop.table)
+    config, vectors = trained.config, vectors_by(trained)
     queries: list[Query] = []
-    for start_of_fold, end in split.folds(config.ranker_folds):
-        fold = [label for label in labels.ranker if start_of_fold <= label.time < end]
-        queries += queries_of(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=start_of_fold)
+    for until, fold in folds(labels.ranker, config.ranker_folds):
+        queries += queries_of(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=until)
     ranker = train_ranker(queries, config, start=start.ranker if start else None, tracker=tracker)
-    holdout = queries_of(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=split.cut)
+    holdout = holdout_queries(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors)
     return Trained(config, trained.tower, trained.tokenizer, ranker, trained.item_ids), holdout
-
-
-def _visits(shop: Shop, labels: Sequence[Label], customers: Customers, *, config: TrainConfig, cut: Micros) -> Visits:
-    """Looks up what reports tell the holdout's customers apart by."""
-    histories = {user: [b.channel for b in customers[user, time].activity.behaviours] for user, time in keys_of(labels)}
-    return visits_of(shop.dsn, labels, histories, items=shop.table.ids, actions=config.actions(config.target_actions), cut=cut)
-
-
-def queries_of(
-    shop: Shop,
-    labels: Sequence[Label],
-    customers: Customers,
-    *,
-    snapshots: Snapshots,
-    trained: Trained,
-    vectors: FloatArray,
-    until: Micros,
-    weights: CollaborativeWeights | None = None,
-) -> list[Query]:
-    """Prepares labels from ``until`` on, by default with collaborative weights fitted on everything strictly before it."""
-    if not labels:
-        return []
-    config = trained.config
-    known = [customers[key] for key in keys_of(labels)]
-    users = trained.user_vectors([customer.activity for customer in known], shop.table, vectors)
-    weights = weights or collaborative.fit(shop.log, len(shop.table), until=until, config=config)
-    model = Model(vectors, weights, SignalConfig(config.half_life_days))
-    return make_queries(labels, known, users, model=model, snapshots=snapshots)

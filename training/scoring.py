@@ -9,7 +9,7 @@ from features.candidates import Candidates, Signals, generate
 from features.item_table import FloatArray, ItemTable
 from features.ranking import ranking_matrix
 from features.signals import CollaborativeWeights, SignalConfig, history, relation_scores
-from training.dataset import Customer, Snapshots, visible_items
+from training.dataset import Customer, Snapshots, listed_items, visible_items
 from training.labels import Label
 from training.metrics import BoolArray
 from training.progress import bar
@@ -65,8 +65,11 @@ def make_queries(
 def make_query(label: Label, customer: Customer, user_vector: FloatArray, *, model: Model, table: ItemTable) -> Query:
     """Computes signals, candidates and ranking features of one label."""
     past = history(customer.activity, table, model.config)
+    # einsum, as the server does it: the bits of a product by BLAS depend on the size of the catalogue.
+    vector = np.einsum("nd,d->n", model.vectors, user_vector)
+    vector[~listed_items(table)] = 0.0  # or an item of the future would take a place among the ranks
     signals = Signals(
-        vector=np.asarray(model.vectors @ user_vector, np.float32),
+        vector=vector,
         collaborative=model.collaborative.scores(past.rows, past.weights),
         relation=relation_scores(past, table),
     )

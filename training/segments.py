@@ -11,7 +11,7 @@ import psycopg
 from training.card import Metric, Segment
 from training.estimates import bootstrap
 from training.evaluate import BASELINES, Visit, Visits, metrics_of
-from training.events import Micros
+from training.events import from_micros
 from training.labels import Label
 from training.metrics import Tally
 from training.results import PIPELINE, Catalogue, Evaluation, UserResult
@@ -139,17 +139,17 @@ def _grouped(wanted: Sequence[int], names: Sequence[str]) -> Parts:
     return found
 
 
-# The first wanted event after the cut decides: it is on the very visit that the holdout's label is made of.
+# The first wanted event from the label's time on decides: it is on the very visit that the holdout's label is made of.
 _TARGET_CHANNELS = """
 SELECT DISTINCT ON (user_id) user_id, channel FROM events
-WHERE user_id = ANY(%(users)s) AND item_id = ANY(%(items)s) AND action = ANY(%(actions)s)
-  AND occurred_at >= to_timestamp(0) + %(cut)s * interval '1 microsecond'
+JOIN unnest(%(users)s::text[], %(times)s::timestamptz[]) AS l (user_id, since) USING (user_id)
+WHERE item_id = ANY(%(items)s) AND action = ANY(%(actions)s) AND occurred_at >= since
 ORDER BY user_id, occurred_at, event_id
 """
 
 
 def visits_of(
-    dsn: str, labels: Sequence[Label], histories: Mapping[str, Sequence[str]], *, items: Sequence[str], actions: Sequence[str], cut: Micros
+    dsn: str, labels: Sequence[Label], histories: Mapping[str, Sequence[str]], *, items: Sequence[str], actions: Sequence[str]
 ) -> Visits:
     """Looks up where the holdout's visits took place.
 
@@ -159,10 +159,9 @@ def visits_of(
         histories: the channels of each customer's known behaviours, repeated as they come.
         items: ids of the catalogue.
         actions: those that make an item a label.
-        cut: of the holdout.
     """
     users = [label.user_id for label in labels]
     with psycopg.connect(dsn) as connection:
-        values = {"users": users, "items": list(items), "actions": list(actions), "cut": cut}
+        values = {"users": users, "items": list(items), "actions": list(actions), "times": [from_micros(label.time) for label in labels]}
         channels: dict[str, str] = dict(connection.execute(_TARGET_CHANNELS, values).fetchall())
     return Visits({user: Visit(channels.get(user, ""), tuple(sorted(set(histories.get(user, ()))))) for user in users})

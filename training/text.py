@@ -1,6 +1,6 @@
 """Tokenizing and batching of texts for the encoder: the same tokenizer file and truncation as the server's."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,11 @@ from transformers.utils.logging import disable_progress_bar
 from features.behaviour import Activity, behaviour_text
 from features.item_table import ItemTable
 from training.progress import quiet
+from training.ragged import Ragged
+from training.shards import batches
 
 TINY = "tiny"
+_TEXTS_AT_ONCE = 4_096
 _TINY_WIDTH = 32
 
 
@@ -65,7 +68,7 @@ def load_tokenizer(base_model: str) -> Tokenizer:
 class Tokens:
     """Token ids of n texts, ragged."""
 
-    ids: tuple[tuple[int, ...], ...]
+    ids: Sequence[tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,11 +94,11 @@ class Tokens:
             yield batch
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> Tokens:
-    """Returns the token ids of ``texts``, each truncated to ``limit`` tokens (special tokens included)."""
+def tokenize(tokenizer: Tokenizer, texts: Iterable[str], limit: int) -> Tokens:
+    """Returns the token ids of ``texts``, each truncated to ``limit`` tokens (special tokens included); texts are read as they are used."""
     tokenizer.enable_truncation(limit)
     try:
-        return Tokens(tuple(tuple(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))))
+        return Tokens(Ragged.joined([Ragged(e.ids for e in tokenizer.encode_batch(part)) for part in batches(texts, _TEXTS_AT_ONCE)]))
     finally:
         tokenizer.no_truncation()
 

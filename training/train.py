@@ -17,6 +17,8 @@ from training.labels import Label
 from training.loop import Loop, Plan, decayed
 from training.metrics import best_rows, ndcg
 from training.model import Batch, TwoTower
+from training.negatives import NegativeSampler
+from training.on_sale import OnSale
 from training.progress import quiet
 from training.regimes import Regime
 from training.text import Tokens
@@ -25,10 +27,11 @@ from training.tracking import Tracker
 
 @dataclass(frozen=True)
 class TowerSet:
-    """Labels with the tokens of their customers' behaviour texts, row by row."""
+    """Labels with the tokens of their customers' behaviour texts, row by row; None for ``on_sale`` means everything, always."""
 
     labels: Sequence[Label]
     tokens: Tokens
+    on_sale: OnSale | None = None
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,6 @@ class TowerReport:
     ndcg_at_10: float
     untrained_ndcg_at_10: float
     losses: tuple[float, ...] = ()
-
-
-class Sampler:
-    """Draws negatives and knows how often any item is to be expected in a step's pool."""
-
-    def __init__(self, labels: Sequence[Label], item_count: int, config: TrainConfig, rng: np.random.Generator) -> None:
-        counts = np.bincount([row for label in labels for row in label.items], minlength=item_count).astype(np.float64)
-        weights = (counts + 1.0) ** config.negative_power
-        self._probability = weights / weights.sum()
-        in_batch = config.batch_size * counts / max(counts.sum(), 1.0)
-        self.log_q = np.log(in_batch + config.negative_count * self._probability).astype(np.float32)
-        self._count, self._rng = config.negative_count, rng
-
-    def negatives(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """Returns rows of sampled items, drawn with replacement."""
-        return self._rng.choice(len(self._probability), self._count, p=self._probability)
 
 
 class Trainer:
@@ -85,7 +72,7 @@ class Trainer:
         """
         self.tower, self.items, self.train, self.validation, self.config = tower, items, train, validation, config
         self.rng = np.random.default_rng([config.seed, 0])
-        self.sampler = Sampler(train.labels, len(items), config, self.rng)
+        self.sampler = NegativeSampler(train.labels, train.on_sale or OnSale.always(len(items)), config, self.rng)
         self.pools = torch.zeros(len(items), tower.vector_size)
         self.regime = regime or Regime(tower.encoder, config.regime or "top_k", config)
         tower.warm[[row for label in train.labels for row in label.items]] = 1.0
@@ -129,24 +116,21 @@ class Trainer:
         ]
 
     def batch(self, rows: Sequence[int], mine: Sequence[int] | None = None) -> Batch:
-        """Assembles the step of some labels: one random target each, and the sampled negatives.
+        """Assembles the step of some labels: one random target each, and what competes with it.
 
         Every process draws the same for all labels, and takes the texts of those at the places ``mine``; None means all.
         """
         own = range(len(rows)) if mine is None else mine
         labels = [self.train.labels[row] for row in rows]
         targets = np.array([self.rng.choice(label.items) for label in labels], np.int64)
-        negatives = self.sampler.negatives()
-        pool = np.concatenate([targets, negatives])
-        wrong = np.array([[row in label.bought or row in label.items for row in pool.tolist()] for label in labels])
-        np.fill_diagonal(wrong, False)
+        drawn = self.sampler.draw(labels, targets)
         return Batch(
             *self.train.tokens.pad([rows[place] for place in own]),
             *self.items.pad(targets[list(own)]),
-            torch.from_numpy(pool),
-            self.pools[negatives],
-            torch.from_numpy(self.sampler.log_q[pool]),
-            torch.from_numpy(wrong[list(own)]),
+            torch.from_numpy(drawn.rows),
+            self.pools[drawn.rows[len(rows) :]],
+            torch.from_numpy(drawn.log_q[list(own)]),
+            torch.from_numpy(drawn.wrong[list(own)]),
             own,
         )
 

@@ -86,7 +86,7 @@ def tune(settings: Settings, base: TrainConfig, space: Space, search: Search) ->
     customers = join_customers(shop.store, keys_of([*labels.tower, *labels.validation]))
 
     def prepare(config: TrainConfig) -> TowerData:
-        return tower_data(shop, labels, customers, config=config, tokenizer=load_tokenizer(config.base_model))
+        return tower_data(shop, labels, customers, config=config, tokenizer=load_tokenizer(config.base_model), until=split.ranker_start)
 
     folder = settings.data_dir / "studies" / search.study
     folder.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ def prepare(settings: Settings, policy: UpdatePolicy, *, values: Mapping[str, st
         if idle := _nothing_new(connection, champion, models):
             return idle
     origin = _origin(champion)
-    config = replace(origin.trained.config, cut="").with_values(values or {})
+    config = replace(origin.trained.config, cut="", split="time").with_values(values or {})
     if config.distil_weight:  # the active model is the student: it goes on by itself, its teachers are not trained again
         config = replace(config, ensemble=1, ensemble_models="", distil_weight=0.0)
     shop = open_shop(settings)

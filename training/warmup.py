@@ -36,8 +36,9 @@ def past_activities(shop: Shop, *, until: Micros, config: TrainConfig) -> list[A
     """Returns what customers had done before ``until``, of at most ``warmup_customers`` chosen at random."""
     seen = np.unique(shop.log.user[shop.log.time < until])
     chosen = np.sort(np.random.default_rng(config.seed).permutation(seen)[: config.warmup_customers])
-    customers = join_customers(shop.store, [(shop.log.users[user], until) for user in chosen.tolist()])
-    return [customer.activity for customer in customers.values()]
+    keys = [(shop.log.users[user], until) for user in chosen.tolist()]
+    customers = join_customers(shop.store, keys)
+    return [customers[key].activity for key in keys]
 
 
 def warm_up(

@@ -267,6 +267,17 @@ def test_the_click_classifier_trains_and_says_what_to_label_next_from_the_comman
     assert "batch_sise" in refused.stderr
 
 
+def test_a_training_set_is_written_from_the_command_line(live: ServerSettings, tmp_path: Path) -> None:
+    written = run(live, "dataset", "--out", str(tmp_path / "set"), "--set", "cut=2026-03-20")
+    assert written.returncode == 0, written.stderr[-1000:]
+    assert "recent_items" in written.stdout
+    assert json.loads((tmp_path / "set" / "schema.json").read_text())["split"]["kind"] == "time"
+    assert list((tmp_path / "set").glob("part-*.parquet"))
+    refused = run(live, "dataset", "--out", str(tmp_path / "set"), "--set", "cut=1999-03-20")
+    assert refused.returncode == 2
+    assert "1999-03-20" in refused.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_embedded_stack_is_stopped_with_the_command(number: int) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CONCORD_")}
@@ -305,6 +316,7 @@ def test_an_unknown_or_invalid_setting_stops_with_its_name(live: ServerSettings)
         "generate",
         "apply",
         "materialize",
+        "dataset",
         "rebuild",
         "env",
         "settings",

@@ -1,15 +1,13 @@
 """Labels are what came next, and know nothing of it."""
 
-import itertools
-
 import numpy as np
 import pytest
 
 from tests.unit.training_shop import DAY, START, chain_log, event_log
 from training.config import TrainConfig
 from training.dataset import Split, TrainingDataError, split_of
-from training.events import to_micros
-from training.labels import choose_labels, holdout_labels, visit_labels
+from training.events import from_micros, to_micros
+from training.labels import all_labels, choose_labels, folds, holdout_labels, visit_labels
 
 
 def test_a_label_is_a_visit_and_its_time_the_first_event_of_it() -> None:
@@ -62,9 +60,6 @@ def test_the_periods_of_a_split_follow_each_other() -> None:
     assert split.begin < split.ranker_start < split.cut < split.end
     assert (split.cut - split.begin) / (split.end - split.begin) == pytest.approx(0.8)
     assert (split.cut - split.ranker_start) / (split.cut - split.begin) == pytest.approx(0.25)
-    edges = split.folds(3)
-    assert (edges[0][0], edges[-1][1]) == (split.ranker_start, split.cut)
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(edges))
 
 
 def test_a_cut_outside_the_log_is_refused() -> None:
@@ -98,3 +93,64 @@ def test_times_are_exact_to_the_microsecond() -> None:
     assert to_micros(moment) == 1_767_323_045_678_901
     assert to_micros(moment.replace(tzinfo=None)) == to_micros(moment)
     assert np.int64(to_micros(moment)) == to_micros(moment)
+
+
+def test_visits_that_begin_at_one_time_do_not_know_of_each_other() -> None:
+    log = event_log([("a", "purchase", 1, 0, 0), ("a", "purchase", 2, 5, 1), ("a", "purchase", 3, 5, 2), ("b", "purchase", 1, 5, 0)])
+    labels = visit_labels(log, ("purchase",), start=START, end=START + 10 * DAY)
+    assert [(label.items, label.bought) for label in labels] == [((2,), frozenset({1})), ((3,), frozenset({1}))]
+
+
+def test_what_was_taken_on_a_visit_is_known_until_the_period_ends() -> None:
+    events = [("a", "view", 0, 0, 0), ("a", "view", 5, 5, 1), ("a", "add_to_cart", 1, 5.1, 1), ("a", "purchase", 2, 5.2, 1)]
+    log = event_log([*events, ("a", "wishlist", 3, 7, 1)])
+    (label,) = visit_labels(log, ("purchase",), start=START, end=START + 6 * DAY)
+    assert (label.items, label.taken) == ((2,), frozenset({1, 2}))
+
+
+def test_a_split_by_sessions_holds_out_each_customers_last_visit() -> None:
+    visits = [("a", "purchase", k, 10 * k, k) for k in range(4)] + [("b", "purchase", 0, 1, 0), ("b", "purchase", 5, 35, 1)]
+    log = event_log([*visits, ("c", "purchase", 0, 2, 0)])
+    config = TrainConfig(split="session")
+    split = split_of(log, config)
+    tower, ranker, holdout = all_labels(log, split, config)
+    assert [(label.user_id, label.items) for label in holdout] == [("a", (3,)), ("b", (5,))]
+    assert [(label.user_id, label.items) for label in ranker] == [("a", (2,))]
+    assert [(label.user_id, label.items) for label in tower] == [("a", (1,))]
+    for label in [*tower, *ranker, *holdout]:
+        mine = (log.user == log.users.index(label.user_id)) & (log.time == label.time)
+        assert label.time == log.time[mine][0]  # each at its own time, not at a common cut
+
+
+def test_no_visit_of_a_split_by_sessions_has_two_uses_and_the_order_is_kept() -> None:
+    log, config = chain_log(), TrainConfig(split="session", tower_actions="purchase,view")
+    tower, ranker, holdout = all_labels(log, split_of(log, config), config)
+    keys = [{(label.user_id, label.time) for label in labels} for labels in (tower, ranker, holdout)]
+    assert all(keys)
+    assert not keys[0] & keys[1]
+    assert not keys[2] & (keys[0] | keys[1])
+    last = {label.user_id: label.time for label in holdout}
+    before = {label.user_id: label.time for label in ranker}
+    assert all(label.time < before[label.user_id] < last[label.user_id] for label in tower if label.user_id in before)
+
+
+def test_a_split_by_sessions_ends_at_the_cut() -> None:
+    log = event_log([("a", "purchase", k, 10 * k, k) for k in range(4)])
+    config = TrainConfig(split="session").with_cut(from_micros(START + 25 * DAY))
+    tower, ranker, holdout = all_labels(log, split_of(log, config), config)
+    assert [label.items for label in holdout] == [(2,)]
+    assert [label.items for label in ranker] == [(1,)]
+    assert list(tower) == []
+    with pytest.raises(ValueError, match="split"):
+        TrainConfig(split="halves")
+
+
+def test_folds_cut_by_time_and_know_nothing_of_their_own_labels() -> None:
+    log = chain_log()
+    labels = visit_labels(log, ("purchase",), start=START, end=START + 99 * DAY)
+    parts = folds(labels, 3)
+    assert [label for _, part in parts for label in part] == sorted(labels, key=lambda label: label.time)
+    assert all(until == min(label.time for label in part) for until, part in parts)
+    assert max(map(len, (part for _, part in parts))) - min(map(len, (part for _, part in parts))) <= 1
+    assert folds([], 3) == []
+    assert len(folds(labels[:2], 5)) == 2

@@ -12,10 +12,12 @@ from training.checkpoint import new_tower
 from training.config import TrainConfig
 from training.labels import Label, visit_labels
 from training.model import TwoTower
+from training.negatives import NegativeSampler
+from training.on_sale import OnSale
 from training.regimes import freeze_below
 from training.text import Tokens, activity_texts, load_tokenizer, tokenize
 from training.tracking import HISTORY, Trackers, open_trackers, read_history
-from training.train import Sampler, TowerSet, Trainer, mean_ndcg
+from training.train import TowerSet, Trainer, mean_ndcg
 
 CONFIG = replace(TrainConfig.tiny(), epochs=30, max_steps=0, patience=99, learning_rate=1e-3, dropout=0.0, negative_count=8)
 
@@ -92,10 +94,11 @@ def test_the_loss_ignores_pairs_that_are_no_negatives(tokenizer) -> None:  # typ
 def test_log_q_is_the_expected_count_in_a_steps_pool() -> None:
     labels = [Label("a", 0, (0,), frozenset()), Label("b", 0, (0, 1), frozenset())]
     config = replace(CONFIG, batch_size=4, negative_count=2000, negative_power=0.5)
-    sampler = Sampler(labels, 4, config, np.random.default_rng(0))
-    drawn = np.bincount(sampler.negatives(), minlength=4)
+    drawn = NegativeSampler(labels, OnSale.always(4), config, np.random.default_rng(0)).draw([labels[0]] * 4, np.array([0, 0, 0, 1]))
+    sampled = np.bincount(drawn.rows[4:], minlength=4)
     in_batch = 4 * np.array([2, 1, 0, 0]) / 3
-    assert np.allclose(np.exp(sampler.log_q), in_batch + drawn, rtol=0.15)
+    expected = {int(row): float(np.exp(log_q)) for row, log_q in zip(drawn.rows, drawn.log_q[0], strict=True)}
+    assert np.allclose([expected[row] for row in range(4)], in_batch + sampled, rtol=0.15)
 
 
 def test_the_same_seed_gives_the_same_losses(tokenizer) -> None:  # type: ignore[no-untyped-def]
