@@ -115,12 +115,14 @@ def test_a_training_killed_and_resumed_ends_with_the_figures_of_one_that_was_not
     log = settings.data_dir / "killed.log"
     known = set((settings.data_dir / "runs").iterdir())
     with log.open("w") as lines, subprocess.Popen(command, env=environment(settings), stdout=lines, stderr=lines) as process:
-        until = time.monotonic() + 90
-        while not list((settings.data_dir / "runs").glob("*/checkpoints/tower/step-*")):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        process.kill()
+        try:
+            until = time.monotonic() + 250
+            while not list((settings.data_dir / "runs").glob("*/checkpoints/tower/step-*")):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < until, log.read_text()
+                time.sleep(0.02)
+        finally:
+            process.kill()
     (run_dir,) = set((settings.data_dir / "runs").iterdir()) - known
     assert not (run_dir / "run.json").exists()
     for name, value in environment(settings).items():

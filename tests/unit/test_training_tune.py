@@ -14,7 +14,7 @@ from training.progress import quiet
 from training.space import Choices, Space, Span
 from training.tune import DEFAULT_SPACE, Search, StudyMismatchError, finish, objective_of, open_study, run_trials
 
-CONFIG = replace(TrainConfig.tiny(), max_steps=0, patience=99, dropout=0.0, negative_count=8)
+CONFIG = replace(TrainConfig.tiny(), threads=1, max_steps=0, patience=99, dropout=0.0, negative_count=8)
 MADE_ON = {"labels": 3, "config": {"seed": 1}}
 
 

@@ -18,11 +18,12 @@ from training.blend import RECENCY, SIGNALS, SignalSource, fit_neighbours, fit_w
 from training.encode import pretrained_vectors
 from training.metrics import BoolArray, Tally
 from training.quality.result import QualityResult
-from training.sequence import Rows, SequenceConfig, SequenceTower, log_probabilities, train_sequence_tower
+from training.sequence import Rows, SequenceConfig, SequenceTower, log_probabilities
+from training.sequence_fit import train_sequence_tower
 
 ITEMS, SEQUENCES = "amazon_beauty_items.parquet", "amazon_beauty_sequences.parquet"
 PARTS = ("text", "sequence", "collaborative", "recency", "ensemble")
-TOWERS = (SequenceConfig(width=128, epochs=18), SequenceConfig(width=256, epochs=9))
+TOWERS = (SequenceConfig(width=128, epochs=20), SequenceConfig(width=256, epochs=10))
 # Cold items are 5 % of the catalogue for tuning and 5 % for the test, the same ones whatever the run's seed.
 COLD_SHARE, COLD_SEED = 0.05, 0
 _COLD_IDENTITY_DROPOUT = 0.2
