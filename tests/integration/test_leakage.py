@@ -153,7 +153,7 @@ def rewrite_the_future(world: World, seed: int) -> None:
             [rng.choice(ITEMS), turn],
         )
         connection.execute("DELETE FROM exposures WHERE answered_at >= %s AND hashtext(exposure_id::text) %% 3 = 0", [turn])
-        connection.execute("UPDATE exposures SET item_ids = %s WHERE answered_at > %s", [list(ITEMS[5:]), turn])
+        connection.execute("UPDATE exposures SET item_ids = %s WHERE answered_at > %s", [list(ITEMS[4 + seed :]), turn])
         upsert_items(connection, catalogue(rng, f"future{seed}"))
         upsert_relations(connection, [Relation(ITEMS[0], ITEMS[1], "complement", rng.random()), Relation(ITEMS[4], ITEMS[5], "complement")])
         version = publish_epoch(connection)
@@ -201,9 +201,7 @@ def test_a_leak_in_any_input_is_noticed(world: World, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Descriptions, "before", lambda self, time: self._table)
     history = collaborative.history_matrix
     monkeypatch.setattr(collaborative, "history_matrix", lambda log, count, *, until, **more: history(log, count, until=2**62, **more))
-    monkeypatch.setattr(
-        "training.exposures._shown", lambda answers, time, table, gone: tuple(dict.fromkeys(table.rows[i] for _, s in answers for i in s))
-    )
+    monkeypatch.setattr("training.exposures._shown", lambda answers, time, table, gone: tuple(table.rows[i] for _, s in answers for i in s))
     monkeypatch.setattr("training.on_sale.OnSale.at", lambda self, times: np.isin(np.arange(len(self.first)), self.gap_rows))
     before = rows_before(world, keys)
     rewrite_the_future(world, seed=2)
