@@ -67,6 +67,7 @@ def train_model(
     tower = SequenceTower(settings, reader.around_centre(items), examples.known(len(table)), queries=queries)
     validate = _validation(reader, tokenizer, validation, labels=data.validation, spec=spec, config=config)
     untrained = validate(tower.eval())
+    tracker.scalar("validation/ndcg_at_10", untrained, 0)
     history, taken = fit(
         tower,
         examples.draw,

@@ -22,6 +22,7 @@ from training.labels import keys_of, visit_labels
 from training.ranker import Ranker
 from training.sequence_model import SequenceModel
 from training.sequence_run import SequenceData, spec_of, train_model
+from training.tracking import Trackers, open_trackers
 from training.train import TowerReport
 from training.windows import training_windows
 
@@ -67,7 +68,8 @@ def data() -> SequenceData:
 
 
 def train(config: TrainConfig, folder: Path) -> tuple[Trained, TowerReport]:
-    model, tokenizer, report = train_model(TABLE, data(), config=config, log_dir=folder)
+    with open_trackers(("tensorboard",), folder) as tracker:
+        model, tokenizer, report = train_model(TABLE, data(), config=config, tracker=tracker)
     ranker = Ranker(config.ranker_hidden)
     ranker.normalise_by(np.random.default_rng(0).normal(2, 3, (99, 23)).astype(np.float32))
     return Trained(config, model, tokenizer, ranker.eval(), TABLE.ids), report
@@ -120,7 +122,7 @@ def test_the_vocabulary_is_what_the_training_met() -> None:
 
 def test_nothing_to_learn_from_is_said(tmp_path: Path) -> None:
     with pytest.raises(TrainingDataError, match="too few events"):
-        train_model(TABLE, SequenceData([], [], [], []), config=CONFIG, log_dir=tmp_path)
+        train_model(TABLE, SequenceData([], [], [], []), config=CONFIG, tracker=Trackers())
 
 
 def test_a_run_folder_gives_back_the_model(trained: Trained, tmp_path: Path) -> None:
