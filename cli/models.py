@@ -1,26 +1,34 @@
 """Commands on models and the replicas that answer with them: train, export, publish, activate, list."""
 
-import time
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import psycopg
 import typer
-from psycopg import Connection
-from psycopg.rows import TupleRow
 from rich.console import Console
 from rich.table import Table
 
-from cli.context import console, note, pair, shop
+from cli import update
+from cli.activation import move_pointer
+from cli.context import pair, shop
 from cli.reports import Run, newest_run, print_metrics
-from features.models import Activation, OnUnready
+from features.models import OnUnready
 from features.settings import Settings
 
 if TYPE_CHECKING:
     from training.config import TrainConfig
 
 _out = Console()
+_UPDATE = "With --since-last"
+_POLICY = ("replay_fraction", "holdout_fraction", "margin", "confidence", "certain", "min_customers")
+
+
+class Tower(str, Enum):  # noqa: UP042 - as below
+    """How a customer's behaviours become a vector."""
+
+    text = "text"
+    sequence = "sequence"
 
 
 class Task(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
@@ -45,7 +53,7 @@ _TRAINED = {Task.recommend: "tower", Task.clicks: "classifier", Task.rating: "ra
 
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
-    app.command(epilog="Example: concord train --preset full --set cut=2011-11-01")(train)
+    app.command(epilog="Example: concord train --preset full --set cut=2011-11-01 or concord train --since-last --margin 0.002")(train)
     app.command(epilog="Example: concord export --out .data/bundle")(export)
     app.command(epilog="Example: concord publish .data/bundle")(publish)
     app.command(epilog="Example: concord activate 20260131-0123456789")(activate)
@@ -54,10 +62,14 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
+    context: typer.Context,
     task: Annotated[
         Task, typer.Option(help="recommend: tower, weights and ranker; clicks: the click classifier; rating: the rating regression.")
     ] = Task.recommend,
     preset: Annotated[str, typer.Option(help="demo (minutes), full (a real shop) or tiny (a random model, for tests).")] = "full",
+    tower: Annotated[
+        Tower | None, typer.Option(help="text (default): BERT over behaviours as text; sequence: a small transformer over vectors.")
+    ] = None,
     config_file: Annotated[Path | None, typer.Option("--config", help="A configuration instead of a preset, such as best.json.")] = None,
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
     ensemble: Annotated[int, typer.Option(min=1, help="Train this many towers, of seeds in a row, and average their scores.")] = 1,
@@ -66,8 +78,26 @@ def train(
         Path | None, typer.Option(help="A run folder that was broken off: goes on from its last checkpoint, as it was configured.")
     ] = None,
     track: Annotated[list[Track] | None, typer.Option(help="Who follows the run, repeatable; default: tensorboard.")] = None,
+    since_last: Annotated[bool, typer.Option("--since-last", help="Update the active model with what has happened since it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.", rich_help_panel=_UPDATE)] = False,
+    margin: Annotated[
+        float, typer.Option(help="NDCG@10 by which the new model must be better to be activated.", rich_help_panel=_UPDATE)
+    ] = 0.0,
+    certain: Annotated[
+        bool, typer.Option("--certain", help="The interval's lower end, not the mean, must be above it.", rich_help_panel=_UPDATE)
+    ] = False,
+    confidence: Annotated[float, typer.Option(help="Of the interval around the difference, in (0, 1).", rich_help_panel=_UPDATE)] = 0.95,
+    replay_fraction: Annotated[
+        float, typer.Option(help="Share of older visits among those trained on, in [0, 1).", rich_help_panel=_UPDATE)
+    ] = 0.5,
+    holdout_fraction: Annotated[
+        float, typer.Option(help="Newest share of the time since the active model that is held out, in (0, 1).", rich_help_panel=_UPDATE)
+    ] = 0.5,
+    min_customers: Annotated[
+        int, typer.Option(min=2, help="With fewer customers to compare on, nothing is done.", rich_help_panel=_UPDATE)
+    ] = 30,
 ) -> None:
-    """Fine-tunes the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
+    """Trains the user tower on this shop's events, fits the collaborative weights and the ranker, and evaluates them.
 
     With --task clicks: fine-tunes the click classifier, BERT over (behaviours, candidate) with two logits, and measures it.
     With --task rating: the same with one output and mean squared error, on the ratings of rate and review events.
@@ -75,7 +105,21 @@ def train(
     Among the fields: regime=full|top_k|frozen|lora|adalora|adapter (what of BERT is fine-tuned), optimizer=adamw|sgd,
     schedule=linear|cosine|constant, label_smoothing, accumulation_steps, mixed_precision, device, checkpoint_steps, and
     warmup_objective=mlm|contrastive with warmup_steps (self-supervised, before the labels). All: docs/training.md.
+
+    With --since-last: goes on from the active model's weights and configuration, on new visits and a replay of old ones; compares
+    both on the newest holdout, publishes the new model, and activates it if it wins. Without new events it does nothing.
     """
+    given = {name for name in context.params if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    if since_last:
+        if given & {"task", "preset", "resume"}:
+            raise typer.BadParameter("an update keeps the active model's task and configuration; --set changes fields of it")
+        values = dict(pair(text) for text in assign or [])
+        policy = {name: value for name, value in context.params.items() if name in _POLICY}
+        with shop(Settings) as settings:
+            update.since_last(settings, policy, values=values, dry_run=dry_run)
+        return
+    if alone := sorted(given & {"dry_run", *_POLICY}):
+        raise typer.BadParameter("only with --since-last", param_hint=", ".join(f"--{name.replace('_', '-')}" for name in alone))
     from training.classifier import Clicks
     from training.dataset import TrainingDataError
     from training.distill import TokenizerMismatchError
@@ -85,9 +129,10 @@ def train(
     from training.runs import Begun
     from training.tracking import TrackerMissingError
 
-    if resume and (assign or config_file or ensemble > 1 or distil):
+    if resume and (assign or config_file or ensemble > 1 or distil or tower):
         raise typer.BadParameter("a run that is resumed keeps the configuration it began with", param_hint="--resume")
-    configured = training_config(preset, config_file, assign or [], ensemble=ensemble, distil=distil)
+    chosen = [*(assign or []), *([f"tower={tower.value}"] if tower else [])]
+    configured = training_config(preset, config_file, chosen, ensemble=ensemble, distil=distil)
     begun = Begun.load(resume) if resume else Begun(_TRAINED[task], configured, 0)
     heads = {head.name: head for head in (Clicks(), Ratings())}
     if begun.task in heads and begun.config.ensemble > 1:
@@ -173,34 +218,8 @@ def activate(
     wait: Annotated[float, typer.Option(min=0, max=3600, help="How long the replicas may take, in seconds.")] = 30.0,
 ) -> None:
     """Has every running server load a published model, then moves the fleet's pointer to it; an earlier one is the roll-back."""
-    from features.bundle import fetch
-    from features.models import activate as run
-    from features.models import find_model
-
-    with shop(Settings) as settings, psycopg.connect(settings.postgres_dsn) as connection:
-        fetch(find_model(connection, model_version).uri, settings.data_dir / "bundles" / model_version)
-        with console.status(f"preparing the replicas for {model_version}"):
-            activation = run(connection, model_version, on_unready=on_unready, wait_seconds=wait)
-        note(connection, "activate", target=f"model:{activation.model_version}")
-        followed = _followed(connection, activation)
-    _out.print(f"active: {activation.model_version} (before: {activation.previous or 'none'}, move {activation.activation})")
-    if not followed:
-        _out.print("No replica has confirmed it yet: they answer with it as soon as they reach PostgreSQL and Redis.")
-
-
-def _followed(connection: Connection[TupleRow], activation: Activation) -> bool:
-    """Waits until a replica answers with the move, which is when Redis tells all of them; True at once when none runs."""
-    from features.replicas import list_replicas
-
-    until = time.monotonic() + 5.0
-    while True:
-        live = [replica for replica in list_replicas(connection) if replica.live]
-        connection.commit()
-        if not live or any(replica.activation >= activation.activation for replica in live):
-            return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.05)
+    with shop(Settings) as settings:
+        move_pointer(settings, model_version, on_unready=on_unready, wait_seconds=wait)
 
 
 def models() -> None:

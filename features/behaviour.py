@@ -48,6 +48,9 @@ _VERB = {
 
 MICROS_PER_DAY = 86_400_000_000
 
+# Behaviours that the ``user_activity`` view holds, online and offline; the SQL function user_activity_at says so too.
+ACTIVITY_LENGTH = 50
+
 
 @dataclass(frozen=True)
 class Behaviour:
@@ -66,7 +69,7 @@ class Activity:
 
     Attributes:
         version: the user_version this activity reflects.
-        behaviours: at most 50, newest first; ties in time are ordered by event id.
+        behaviours: at most ACTIVITY_LENGTH (50), newest first; ties in time are ordered by event id.
         purchased_items: distinct items ever bought, most recent first, at most 300.
         purchased_days: day (since 1970) of the last purchase of each of ``purchased_items``.
     """

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import fsspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from features.sequence import SequenceSpec
 
 MANIFEST = "manifest.json"
 ENCODER = "encoder.onnx"
@@ -20,6 +22,8 @@ COLLABORATIVE = "collaborative.npz"
 GOLDEN = "golden.npz"
 CARD_HTML = "model_card.html"  # the cards are for people: no server reads them
 CARD_MARKDOWN = "model_card.md"
+TRAINING = "training.safetensors"  # optional: what an update starts from; no server reads it
+TOWER = "tower.onnx"
 REQUIRED_FILES = (ENCODER, RANKER, TOKENIZER, ITEMS, COLLABORATIVE, GOLDEN)
 
 
@@ -60,14 +64,15 @@ class Manifest(BaseModel):
     """What a bundle says of itself.
 
     Attributes:
-        format: layout of the folder; this release reads 1.
+        format: layout of the folder: 1 of a bundle with a text tower, 2 of one with a sequence tower, which earlier releases refuse.
         model_version: name of the version, unique in the registry.
         created_at: when it was exported (UTC).
         base_model: the pretrained BERT it was fine-tuned from.
-        tower: kind of user tower.
+        tower: kind of user tower: the encoder over the behaviour text, or ``tower.onnx`` over the behaviour sequence.
         vector_size: components of item and user vectors.
         item_tokens, user_tokens: the encoder truncates item texts and behaviour texts to these many tokens.
         behaviour_limit: phrases written into a behaviour text at the most.
+        sequence: how the sequence tower reads behaviours; None for a text tower.
         half_life_days: of features.signals.SignalConfig.
         ranking_features: columns of the ranker's input, in order.
         candidate_count: rows of the ranker's input.
@@ -82,7 +87,7 @@ class Manifest(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     model_version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     created_at: datetime
     base_model: str
@@ -91,6 +96,7 @@ class Manifest(BaseModel):
     item_tokens: int
     user_tokens: int
     behaviour_limit: int
+    sequence: SequenceSpec | None = None
     half_life_days: float
     ranking_features: tuple[str, ...]
     candidate_count: int
@@ -102,6 +108,19 @@ class Manifest(BaseModel):
     data_until: datetime
     settings: dict[str, str | int | float | bool | None]
     files: dict[str, str]
+
+    @model_validator(mode="after")
+    def _tower_is_whole(self) -> Self:
+        """A sequence tower comes with how it reads behaviours, in a format that releases without such towers refuse."""
+        expected = (2, True) if self.tower == "sequence" else (1, False)
+        if (self.format, self.sequence is not None) != expected:
+            raise ValueError(f"format {self.format} does not go with a {self.tower} tower")
+        return self
+
+    @property
+    def required_files(self) -> tuple[str, ...]:
+        """The files without which such a bundle is none."""
+        return (*REQUIRED_FILES, TOWER) if self.tower == "sequence" else REQUIRED_FILES
 
 
 def checksum(path: Path) -> str:
@@ -116,8 +135,9 @@ def checksums(folder: Path) -> Mapping[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes ``manifest.json``: the last step of an export."""
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    """Writes ``manifest.json``: the last step of an export. That of a text tower names nothing that format 1 does not know."""
+    unknown = {"sequence"} if manifest.sequence is None else set()
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude=unknown) + "\n")
 
 
 def read_bundle(folder: Path) -> Manifest:
@@ -132,7 +152,7 @@ def read_bundle(folder: Path) -> Manifest:
         raise BundleError(f"{folder.name}: {MANIFEST} is missing") from None
     except (OSError, ValidationError, ValueError) as error:
         raise BundleError(f"{folder.name}: {MANIFEST} cannot be read: {_first_line(error)}") from None
-    for name in REQUIRED_FILES:
+    for name in manifest.required_files:
         if name not in manifest.files:
             raise BundleError(f"{manifest.model_version}: {MANIFEST} names no {name}")
     for name, expected in manifest.files.items():
@@ -170,6 +190,21 @@ def fetch(url: str, folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise BundleError(f"no bundle at the registered address: {_first_line(error)}") from None
     return read_bundle(folder)
+
+
+def fetch_file(url: str, name: str, path: Path, *, expected: str) -> None:
+    """Copies one file of the bundle at ``url`` to ``path`` and compares its SHA-256 with ``expected``.
+
+    Raises:
+        BundleError: it cannot be read, or is damaged.
+    """
+    filesystem, source = fsspec.core.url_to_fs(url)
+    try:
+        filesystem.get_file(f"{source}/{name}", str(path))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"no {name} at the registered address: {_first_line(error)}") from None
+    if checksum(path) != expected:
+        raise BundleError(f"checksum of {name} differs from the manifest")
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from features.behaviour import ACTIONS
+from features.behaviour import ACTIONS, ACTIVITY_LENGTH
 
 SPLITS = ("time", "session")
 _POSITIVE = (
@@ -37,6 +37,14 @@ _POSITIVE = (
     "ranker_learning_rate",
     "ranker_patience",
     "warmup_fraction",
+    "sequence_length",
+    "sequence_width",
+    "sequence_layers",
+    "sequence_heads",
+    "sequence_windows",
+    "sequence_epochs",
+    "sequence_batch_size",
+    "sequence_learning_rate",
     "ensemble",
     "adapter_rank",
     "accumulation_steps",
@@ -45,6 +53,7 @@ _POSITIVE = (
 )
 # Fields that take one of a few names.
 _CHOICES = {
+    "tower": ("text", "sequence"),
     "regime": ("", "full", "top_k", "frozen", "lora", "adalora", "adapter"),
     "optimizer": ("adamw", "sgd"),
     "schedule": ("linear", "cosine", "constant"),
@@ -128,6 +137,21 @@ class TrainConfig:
             whole ``epochs``, ``max_steps`` and ``time_budget_s``.
         ensemble_models: base models of the towers in turn, comma-separated, all of one tokenizer; "" means ``base_model`` for all.
         distil_weight: above 0 the ensemble is distilled into one tower, and this is the share of its softmax in the loss; at most 1.
+        tower: kind of user tower: text (BERT over the behaviour text) or sequence (a small transformer over behaviour vectors; BERT stays
+            as it is). The settings of labels, batches and learning rates above are the text tower's, except where they name all.
+        sequence_length: behaviours the sequence tower reads at the most, the newest; the online feature holds 50.
+        sequence_texts: searches and messages among them at the most: each costs the server a run of BERT, once.
+        sequence_width: components of its item and user vectors.
+        sequence_layers: its transformer's layers.
+        sequence_heads: its attention heads.
+        sequence_dropout: dropout probability inside it.
+        sequence_input_dropout: dropout probability on its input vectors.
+        sequence_identity_dropout: share of items that lose their id embedding in a step, so that text alone learns to carry new items.
+        sequence_label_smoothing: share of a target's probability that is spread over the catalogue.
+        sequence_windows: stretches of behaviours it trains on at the most, newest kept.
+        sequence_epochs: passes over them at the most; ``max_steps``, ``time_budget_s`` and ``patience`` bound it as well.
+        sequence_batch_size: stretches per step and process.
+        sequence_learning_rate: its peak learning rate.
     """
 
     base_model: str = ""
@@ -195,6 +219,20 @@ class TrainConfig:
     ensemble: int = 1
     ensemble_models: str = ""
     distil_weight: float = 0.0
+    tower: str = "text"
+    sequence_length: int = 50
+    sequence_texts: int = 8
+    sequence_width: int = 128
+    sequence_layers: int = 2
+    sequence_heads: int = 2
+    sequence_dropout: float = 0.4
+    sequence_input_dropout: float = 0.5
+    sequence_identity_dropout: float = 0.1
+    sequence_label_smoothing: float = 0.1
+    sequence_windows: int = 100_000
+    sequence_epochs: int = 20
+    sequence_batch_size: int = 128
+    sequence_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         for name in ("holdout_fraction", "ranker_fraction", "dropout", "ranker_dropout", "warmup_fraction", "momentum", "label_smoothing"):
@@ -205,6 +243,7 @@ class TrainConfig:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"training field {name!r} must be above 0")
+        self._check_sequence_tower()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"training field {name!r} must be one of {', '.join(choice or repr(choice) for choice in choices)}")
@@ -224,6 +263,20 @@ class TrainConfig:
                 datetime.fromisoformat(self.cut)
             except ValueError:
                 raise ValueError(f"training field 'cut': {self.cut!r} is not an ISO 8601 time") from None
+
+    def _check_sequence_tower(self) -> None:
+        for name in ("sequence_dropout", "sequence_input_dropout", "sequence_identity_dropout", "sequence_label_smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"training field {name!r} must be at least 0 and below 1")
+        if self.sequence_length > ACTIVITY_LENGTH or self.sequence_texts < 0 or self.sequence_width % self.sequence_heads:
+            raise ValueError(
+                f"training field 'sequence_length' must be at most {ACTIVITY_LENGTH}, 'sequence_texts' at least 0, and 'sequence_width' "
+                "a multiple of 'sequence_heads'"
+            )
+        if self.tower == "sequence" and (self.ensemble > 1 or self.warmup_objective != "none"):
+            raise ValueError("training field 'tower': a sequence tower knows neither 'ensemble' nor 'warmup_objective'")
+        if self.tower == "sequence" and self.split == "session":
+            raise ValueError("training field 'split': a sequence tower learns from every visit before a time, so it takes 'time'")
 
     @classmethod
     def demo(cls) -> "TrainConfig":
@@ -254,6 +307,9 @@ class TrainConfig:
             ranker_epochs=20,
             ranker_learning_rate=1e-2,
             evaluation_users=60,
+            sequence_width=32,
+            sequence_epochs=1,
+            sequence_batch_size=16,
         )
 
     def member(self, number: int) -> "TrainConfig":
@@ -306,8 +362,16 @@ class TrainConfig:
         Raises:
             ValueError: the file names a field this release does not know.
         """
-        values: dict[str, Any] = json.loads(path.read_text())
+        return cls.from_record(json.loads(path.read_text()), path.name)
+
+    @classmethod
+    def from_record(cls, values: Mapping[str, Any], source: str) -> "TrainConfig":
+        """Returns the configuration of plain values, as ``record`` gives them; fields that they lack have their default.
+
+        Raises:
+            ValueError: they name a field this release does not know; the message names ``source``.
+        """
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"{path.name}: unknown field {', '.join(sorted(unknown))}")
+            raise ValueError(f"{source}: unknown field {', '.join(sorted(unknown))}")
         return cls(**values)

@@ -92,9 +92,11 @@ def chosen_regime(tower: TwoTower, config: TrainConfig, _name: str) -> Regime:
 
 
 def train_towers(
-    data: TowerData, config: TrainConfig, places: Places, prepare: Prepare = chosen_regime
+    data: TowerData, config: TrainConfig, places: Places, prepare: Prepare = chosen_regime, *, start: Tower | None = None
 ) -> tuple[Tower, TowerReport, dict[str, float]]:
     """Trains what the configuration asks for: one tower, an ensemble, or an ensemble distilled into one tower.
+
+    With ``start``, one tower or an ensemble goes on from its weights, in place.
 
     Returns:
         The model, how its training went (steps and seconds of all towers), and the validation NDCG@10 of the towers behind it:
@@ -103,14 +105,15 @@ def train_towers(
     Raises:
         TokenizerMismatchError: the base models of an ensemble do not share a tokenizer.
     """
+    begun = start.members if isinstance(start, Ensemble) else [start] if isinstance(start, TwoTower) else []
     if config.ensemble == 1:
-        tower = new_tower(config, len(data.items))
+        tower = begun[0] if begun else new_tower(config, len(data.items))
         return tower, _train(tower, data, config, places=places, prepare=prepare, name="tower"), {}
     _check_tokenizers(config)
     towers, reports = [], []
     for number in range(config.ensemble):
         member = config.member(number)
-        towers.append(new_tower(member, len(data.items)))
+        towers.append(begun[number] if begun else new_tower(member, len(data.items)))
         reports.append(_train(towers[-1], data, member, places=places, prepare=prepare, name=f"tower{number}"))
     ensemble = Ensemble(towers).eval()
     figures = {f"tower_{k}_validation_ndcg_at_10": report.ndcg_at_10 for k, report in enumerate(reports)}

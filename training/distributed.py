@@ -1,7 +1,7 @@
 """Where training runs: one device or several processes under ``torchrun``, through accelerate, and what these tell each other."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.config import TrainConfig
 
@@ -19,6 +19,11 @@ from training.config import TrainConfig
 def world_size() -> int:
     """Returns how many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Returns the number of this process among them, from 0."""
+    return int(os.environ.get("RANK", 0))
 
 
 def is_first() -> bool:
@@ -85,11 +90,28 @@ def rank_zero_first() -> Iterator[None]:
 
 def any_process(flag: bool) -> bool:
     """Returns whether the flag is up anywhere: clocks differ, and a process that leaves alone would hang the others."""
+    return bool(largest(float(flag)))
+
+
+def largest(value: float) -> float:
+    """Returns the largest of the processes' values, the same in all of them."""
     if world_size() == 1:
-        return flag
-    votes = torch.tensor(float(flag), device=PartialState().device)
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes)
+        return value
+    values = torch.tensor(value, device=PartialState().device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return float(values)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces gradients by their mean over the processes, for models too small to be worth DistributedDataParallel's buckets."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mean = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(mean)
+    mean /= world_size()
+    for gradient, part in zip(gradients, torch.split(mean, [gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def agreed(folder: Path) -> Path:

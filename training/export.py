@@ -24,6 +24,8 @@ from features.bundle import (
     RANKER,
     REQUIRED_FILES,
     TOKENIZER,
+    TOWER,
+    TRAINING,
     FeatureContract,
     Invariance,
     Manifest,
@@ -33,6 +35,7 @@ from features.bundle import (
 from features.candidates import CANDIDATE_COUNT
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
+from features.sequence import TOWER_INPUTS
 from features.signals import CollaborativeWeights
 from training.checkpoint import Trained
 from training.events import from_micros
@@ -41,7 +44,10 @@ from training.model import ExportedEncoder
 from training.progress import bar, quiet
 from training.quantize import TOLERANCE, Encoding, ship
 from training.ranker import Ranker
+from training.sequence_export import measure_tower, tower_example, write_tower_golden
+from training.sequence_model import ExportedTower, SequenceModel
 from training.text import Tokens, base_name, tokenize
+from training.warm_start import Origin, save_origin
 
 _GOLDEN_TEXTS = 8
 
@@ -52,7 +58,10 @@ class ParityError(Exception):
 
 @dataclass(frozen=True)
 class BundleContext:
-    """What the manifest says beyond the model itself; times in microseconds of Unix time."""
+    """What the manifest says beyond the model itself; times in microseconds of Unix time.
+
+    ``ranker_start``, ``cut`` and ``warm_start`` are those of ``training.checkpoint.RunRecord``.
+    """
 
     name: str
     created_at: datetime
@@ -61,6 +70,8 @@ class BundleContext:
     cut: int
     first_event: int
     last_event: int
+    ranker_start: int = 0
+    warm_start: str = ""
 
 
 def write_bundle(
@@ -88,12 +99,17 @@ def write_bundle(
     vectors = trained.item_vectors(table)
     np.savez(folder / ITEMS, item_ids=np.array(table.ids, np.str_), content_hashes=np.array(table.content_hashes, np.str_), vectors=vectors)
     np.savez(folder / COLLABORATIVE, indptr=collaborative.indptr, indices=collaborative.indices, weights=collaborative.weights)
+    if not isinstance(trained.tower, SequenceModel):  # an update grows text towers only
+        save_origin(Origin(trained, context.ranker_start, context.cut), folder / TRAINING)
     parity = write_golden(folder, trained, golden_texts(table))
     if encoding is not None:
         lost = ship(folder, trained, encoding, table=table, items=vectors)
         context = replace(context, metrics=context.metrics | lost)
         # The graph is known to be right by now: what a lossy form of it differs by is a figure, not a defect.
         parity = write_golden(folder, trained, golden_texts(table), tolerance=float("inf"))
+    if isinstance(trained.tower, SequenceModel):
+        export_tower(trained.tower, vectors, folder / TOWER)
+        parity["tower"] = check_tower(trained.tower, vectors, folder)
     manifest = _manifest(trained, context, parity=parity, folder=folder, encoder="fp32" if encoding is None else encoding.variant.value)
     write_manifest(folder, manifest)
     return manifest
@@ -102,7 +118,8 @@ def write_bundle(
 def _clear(folder: Path) -> None:
     if folder.exists():
         names = {path.name for path in folder.iterdir()}
-        if MANIFEST not in names and names - {*REQUIRED_FILES, ENCODER_FP16}:  # an export that broke off leaves some of the files
+        # An export that broke off leaves some of the files.
+        if MANIFEST not in names and names - {*REQUIRED_FILES, ENCODER_FP16, TOWER, TRAINING}:
             raise FileExistsError(f"{folder} is not empty and no bundle")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +144,28 @@ def export_ranker(ranker: Ranker, path: Path) -> None:
     """Writes ``features`` float32[256, 23] → ``scores`` float32[256]; the fixed shape keeps scores equal to the bit."""
     example = torch.zeros(CANDIDATE_COUNT, len(RANKING_FEATURES))
     export_graph(ranker.eval(), (example,), path, inputs=("features",), outputs=("scores",), shapes=None)
+
+
+def export_tower(model: SequenceModel, vectors: FloatArray, path: Path) -> None:
+    """Writes ``features.sequence.tower_inputs`` → ``user_vector`` float32[1, d]; the fixed shape keeps vectors equal to the bit."""
+    inputs = tower_example(model.spec, vectors, model.spec.length)
+    example = tuple(torch.from_numpy(inputs[name]) for name in TOWER_INPUTS)
+    export_graph(ExportedTower(model.tower).eval(), example, path, inputs=TOWER_INPUTS, outputs=("user_vector",), shapes=None)
+
+
+def check_tower(model: SequenceModel, vectors: FloatArray, folder: Path) -> float:
+    """Adds the golden values of the folder's tower graph and compares them with PyTorch.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        ParityError: it is larger than rounding explains.
+    """
+    difference = write_tower_golden(folder, model, vectors)
+    if not difference <= TOLERANCE:
+        raise ParityError(f"ONNX Runtime differs from PyTorch: tower by {difference:.2g}")
+    return difference
 
 
 def export_graph(
@@ -209,6 +248,8 @@ def measure_graphs(folder: Path, trained: Trained) -> dict[str, dict[str, Invari
     for name in bar(encoders, "batch invariance"):
         examples = token_examples(("input_ids", "attention_mask"), vocabulary)
         measured[name] = measure(open_graph(folder / name), examples, longest=max(config.user_tokens, config.item_tokens))
+    if isinstance(trained.tower, SequenceModel):
+        measured[TOWER] = measure_tower(open_graph(folder / TOWER), np.load(folder / GOLDEN))
     return measured
 
 
@@ -235,12 +276,15 @@ def _golden_features(ranker: Ranker) -> npt.NDArray[np.float32]:
 
 def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, float], folder: Path, encoder: str) -> Manifest:
     config, files = trained.config, dict(checksums(folder))
+    spec = trained.tower.spec if isinstance(trained.tower, SequenceModel) else None
     digest = hashlib.sha256("".join(f"{name}{files[name]}" for name in sorted(files)).encode()).hexdigest()[:8]
     return Manifest(
         model_version=f"{context.name}-{digest}",
         created_at=context.created_at,
         base_model=base_name(config.base_model),
-        tower="text",
+        tower="text" if spec is None else "sequence",
+        format=1 if spec is None else 2,
+        sequence=spec,
         vector_size=trained.tower.vector_size,
         item_tokens=config.item_tokens,
         user_tokens=config.user_tokens,
@@ -258,6 +302,7 @@ def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, flo
         | {
             "metrics_of": f"holdout after {from_micros(context.cut).isoformat()}; tower and ranker trained before it",
             "collaborative_weights_of": "all events in the data window, refitted after the evaluation",
+            "warm_start": context.warm_start,
             "encoder": encoder,
         },
         files=files,

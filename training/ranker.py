@@ -83,20 +83,27 @@ def list_loss(scores: Tensor, filled: Tensor, wanted: Tensor) -> Tensor:
     return -((log_p * wanted).sum(-1) / wanted.sum(-1)).mean()
 
 
-def train_ranker(queries: Sequence[Query], config: TrainConfig, *, tracker: Tracker | None = None) -> Ranker:
-    """Trains on the earlier queries and stops early on the last fifth of them, by time."""
+def train_ranker(queries: Sequence[Query], config: TrainConfig, *, start: Ranker | None = None, tracker: Tracker | None = None) -> Ranker:
+    """Trains on the earlier queries and stops early on the last fifth of them, by time.
+
+    With ``start`` training goes on from its weights and its normalisation, and returns them if no pass improves on them.
+    """
     tracker = tracker or Trackers()
     torch.manual_seed(config.seed)
     ranker = Ranker(config.ranker_hidden, dropout=config.ranker_dropout)
+    if start is not None:
+        ranker.load_state_dict(start.state_dict())
     ordered = sorted(queries, key=lambda query: query.label.time)
     edge = int(len(ordered) * (1 - _VALIDATION_SHARE))
     lists, validation = to_lists(ordered[:edge]), ordered[edge:]
     if not len(lists.features):
         return ranker.eval()
-    ranker.normalise_by(lists.features[lists.filled].numpy())
+    if start is None:
+        ranker.normalise_by(lists.features[lists.filled].numpy())
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=config.ranker_learning_rate, weight_decay=config.ranker_weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
-    best, weights, worse = -1.0, copy.deepcopy(ranker.state_dict()), 0
+    best = -1.0 if start is None else validate(ranker, validation)
+    weights, worse = copy.deepcopy(ranker.state_dict()), 0
     for epoch in bar(range(1, config.ranker_epochs + 1), "ranker"):
         tracker.scalar("ranker/loss", _epoch(ranker, lists, optimizer, generator), epoch)
         score = validate(ranker, validation)

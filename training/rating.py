@@ -89,8 +89,9 @@ def read_ratings(shop: Shop) -> list[Rating]:
 
 def rated_pairs(shop: Shop, ratings: Sequence[Rating], tokenizer: Tokenizer, config: TrainConfig) -> Pairs:
     """Returns the ratings as pairs, each customer known as of just before; those without a past are left out."""
-    customers = join_customers(shop.store, [(rating.user_id, rating.time) for rating in ratings]) if ratings else {}
-    activities = [customers[rating.user_id, rating.time].activity for rating in ratings]
+    keys = [(rating.user_id, rating.time) for rating in ratings]
+    customers = join_customers(shop.store, keys)
+    activities = [customers[key].activity for key in keys]
     behaviours = activity_texts(activities, shop.table, config.behaviour_limit)
     kept = [(behaviour, rating) for behaviour, rating in zip(behaviours, ratings, strict=True) if behaviour]
     texts = [(behaviour, shop.table.titles[rating.item]) for behaviour, rating in kept]

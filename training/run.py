@@ -9,8 +9,8 @@ joined as of its label. Only an export refits the collaborative weights on every
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,7 @@ import torch
 from tokenizers import Tokenizer
 
 from features.bundle import Manifest
-from features.item_table import FloatArray, ItemTable
 from features.settings import Settings
-from features.signals import SignalConfig
 from features.store import contract_of
 from training import checkpoint, collaborative
 from training import evaluate as evaluation
@@ -35,6 +33,7 @@ from training.dataset import (
     Shop,
     Snapshots,
     Split,
+    TrainingDataError,
     behaviour_texts,
     join_customers,
     open_shop,
@@ -43,32 +42,32 @@ from training.dataset import (
 )
 from training.distill import Places, TowerData, train_towers
 from training.distributed import agreed, is_first, processes, rank_zero_first
-from training.encode import user_vectors
-from training.evaluate import Visits
 from training.events import Micros, from_micros, to_micros
 from training.export import BundleContext, export_encoder, write_bundle
 from training.exposures import with_exposures
 from training.facts import facts_of
-from training.labels import Label, Labels, all_labels, choose_labels, folds, keys_of
+from training.labels import Label, Labels, all_labels, choose_labels, folds, keys_of, visit_labels
 from training.model import TwoTower
 from training.on_sale import OnSale, read_on_sale
-from training.quantize import Encoding, Figures, measure_all, save
+from training.quantize import Encoding, Figures, RefusedVariantError, measure_all, save
+from training.queries import holdout_queries, queries_of, vectors_by, visits_of_holdout
 from training.ragged import Ragged
 from training.ranker import Ranker, train_ranker
 from training.regimes import Regime
 from training.results import Evaluation
 from training.run_card import add_card
 from training.runs import Begun, begin, checkpoints, finish
-from training.scoring import Model, Query, make_queries
-from training.segments import visits_of
+from training.scoring import Query
+from training.sequence_run import SequenceData, train_model
 from training.shards import batches
 from training.text import Tokens, load_tokenizer, tokenize
 from training.tracking import Tracker, open_trackers
 from training.train import TowerReport, TowerSet
 from training.variants import Variant
+from training.warm_start import WarmStart, grown
 from training.warmup import past_activities, warm_up
+from training.windows import Window, training_windows
 
-Vectors = Callable[[ItemTable], FloatArray]
 _JOINED = "customers"
 _LABELS_AT_ONCE = 4_096
 
@@ -90,6 +89,7 @@ def train(
     now: datetime | None = None,
     resume: Path | None = None,
     track: Sequence[str] = ("tensorboard",),
+    warm: WarmStart | None = None,
 ) -> TrainResult:
     """Trains and evaluates a model; the run folder is ``<data_dir>/runs/<time>``.
 
@@ -99,49 +99,61 @@ def train(
         now: names the run folder; by default the time of the call.
         resume: a run folder that was broken off, to go on from its last checkpoint with its own configuration.
         track: who follows the run, of ``training.tracking.TRACKERS``.
+        warm: start from these weights, with these periods, instead of from the pretrained model; not together with ``resume``.
 
     Raises:
         TrackerMissingError: the package of a tracker is not installed.
         TrainingDataError: no items, no events, the Feast repository is not applied, too few events before the cut, or others
-            than when the run to resume began.
+            than when the run to resume began; or that was an update, which is planned anew instead.
+        ValueError: ``config`` asks for another network than that of ``warm``.
     """
     run_dir = resume or settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}"
     with open_trackers(track, run_dir, active=is_first()) as tracker:
         tracker.params(config.record())
-        result = _train(settings, config, run_dir, tracker=tracker)
+        result = _train(settings, config, run_dir, tracker=tracker, warm=warm)
         for name, value in result.metrics.items():
             tracker.scalar(f"holdout/{name}", value, result.steps)
     return result
 
 
-def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: Tracker) -> TrainResult:
+def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: Tracker, warm: WarmStart | None) -> TrainResult:
     started = time.monotonic()
     prepare_torch(config)
     with processes(config) as rank:
         run_dir = agreed(run_dir)
         with rank_zero_first():
             shop = open_shop(settings)
-            split = begin(run_dir, Begun("tower", config, split_of(shop.log, config).cut)).split(shop.log)
+            split = _begin(run_dir, shop, config, warm)
             # Before the customers are joined: their profiles are snapshots too, and a ranker that trained without them
             # meets them for the first time in production (Online Retail: NDCG@10 0.120 instead of 0.130 on the same run).
-            start = split.begin if config.split == "session" else split.ranker_start
-            snapshots = None if rank else take_snapshots(shop, start=start, cut=split.cut, every_days=config.snapshot_days)
-            labels = choose_labels(shop.log, split, config)
+            earliest = split.begin if config.split == "session" else split.ranker_start
+            snapshots = None if rank else take_snapshots(shop, start=earliest, cut=split.cut, every_days=config.snapshot_days)
+            labels = warm.labels(shop.log, config) if warm else choose_labels(shop.log, split, config)
+            windows = _windows(shop, split, config) if config.tower == "sequence" else []
+            read = [(window.user_id, window.time) for window in windows] or keys_of(labels.tower)
             # The others find what the first has joined, and go on at once.
-            keys = keys_of([*labels.tower, *labels.validation, *labels.ranker, *labels.holdout])
+            keys = [*read, *keys_of([*labels.validation, *labels.ranker, *labels.holdout])]
             customers = join_customers(shop.store, keys, run_dir / _JOINED)
-        trained, report, members = _train_tower(shop, split, labels, customers, config=config, run_dir=run_dir, tracker=tracker)
+        start = grown(warm.origin.trained, shop.table.ids, config) if warm else None
+        if config.tower == "sequence":
+            trained, report = _train_sequence_tower(shop, split, labels, customers, windows=windows, config=config, tracker=tracker)
+            members: dict[str, float] = {}
+        else:
+            trained, report, members = _train_tower(
+                shop, split, labels, customers, config=config, run_dir=run_dir, tracker=tracker, start=start
+            )
     if snapshots is None:
         return TrainResult(run_dir, {}, time.monotonic() - started, report.steps)
-    trained, holdout = _train_ranker(shop, labels, customers, snapshots=snapshots, trained=trained, tracker=tracker)
-    found = evaluation.measure(holdout, trained.ranker, _visits(shop, labels.holdout, customers, config=config))
+    trained, holdout = _train_ranker(shop, labels, customers, snapshots=snapshots, trained=trained, tracker=tracker, start=start)
+    found = evaluation.measure(holdout, trained.ranker, visits_of_holdout(shop, labels.holdout, customers, config=config))
     metrics = evaluation.metrics_of(found)
     metrics |= members | {
         "tower_validation_ndcg_at_10": report.ndcg_at_10,
         "untrained_tower_validation_ndcg_at_10": report.untrained_ndcg_at_10,
     }
     seconds = time.monotonic() - started
-    checkpoint.save(trained, RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds), run_dir)
+    record = RunRecord(shop.table.ids, split.cut, metrics, report.steps, seconds, split.ranker_start, warm.version if warm else "")
+    checkpoint.save(trained, record, run_dir)
     found.save(run_dir)
     facts_of(shop, split, labels, config).save(run_dir)
     finish(run_dir)
@@ -175,10 +187,10 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
     start = min((label.time for label in labels), default=moment)
     snapshots = take_snapshots(shop, start=start, cut=moment, every_days=config.snapshot_days)
     customers = join_customers(shop.store, keys_of(labels))
-    queries = _holdout_queries(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=_vectors_by(trained))
+    queries = holdout_queries(shop, labels, customers, snapshots=snapshots, trained=trained, vectors=vectors_by(trained))
     if rankings:
         evaluation.write_rankings(queries, trained.ranker, rankings)
-    return evaluation.measure(queries, trained.ranker, _visits(shop, labels, customers, config=config))
+    return evaluation.measure(queries, trained.ranker, visits_of_holdout(shop, labels, customers, config=config))
 
 
 def export(
@@ -214,6 +226,8 @@ def export(
         cut=record.cut,
         first_event=first,
         last_event=last,
+        ranker_start=record.ranker_start,
+        warm_start=record.warm_start,
     )
     manifest = write_bundle(out, trained, table=shop.table, collaborative=weights, context=context, encoding=encoding)
     return add_card(out, manifest, run_dir)
@@ -239,9 +253,17 @@ def quantize(settings: Settings, run_dir: Path) -> list[Figures]:
 
 
 def _validation(shop: Shop, trained: Trained, record: RunRecord) -> TowerSet:
-    """Returns the labels and texts that validated a run's tower."""
+    """Returns the labels and texts that validated a run's text tower.
+
+    Raises:
+        RefusedVariantError: it has none.
+    """
+    if trained.config.tower == "sequence":
+        raise RefusedVariantError("the encoder of a sequence tower is exported in fp32 only")
     config = trained.config.with_cut(from_micros(record.cut))
-    labels = choose_labels(shop.log, split_of(shop.log, config), config).validation
+    split = split_of(shop.log, config)
+    split = replace(split, ranker_start=record.ranker_start or split.ranker_start)  # an update divides its time otherwise
+    labels = choose_labels(shop.log, split, config).validation
     return tower_set(shop, labels, join_customers(shop.store, keys_of(labels)), config=config, tokenizer=trained.tokenizer)
 
 
@@ -271,6 +293,17 @@ def prepare_torch(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
 
 
+def _begin(run_dir: Path, shop: Shop, config: TrainConfig, warm: WarmStart | None) -> Split:
+    """Notes what the run sets out to do, and returns its periods; a run that is resumed keeps those it began with."""
+    if warm is not None:
+        begin(run_dir, Begun("update", config, warm.split.cut))
+        return warm.split
+    begun = begin(run_dir, Begun("tower", config, split_of(shop.log, config).cut))
+    if begun.task == "update":
+        raise TrainingDataError("an update is not resumed: concord train --since-last begins it anew")
+    return begun.split(shop.log)
+
+
 def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: TrainConfig, tokenizer: Tokenizer, until: Micros) -> TowerData:
     """Returns what towers of this configuration learn from.
 
@@ -288,80 +321,72 @@ def tower_data(shop: Shop, labels: Labels, customers: Customers, *, config: Trai
 
 
 def _train_tower(
-    shop: Shop, split: Split, labels: Labels, customers: Customers, *, config: TrainConfig, run_dir: Path, tracker: Tracker
+    shop: Shop,
+    split: Split,
+    labels: Labels,
+    customers: Customers,
+    *,
+    config: TrainConfig,
+    run_dir: Path,
+    tracker: Tracker,
+    start: Trained | None,
 ) -> tuple[Trained, TowerReport, dict[str, float]]:
     tokenizer = load_tokenizer(config.base_model)
     data = tower_data(shop, labels, customers, config=config, tokenizer=tokenizer, until=split.ranker_start)
 
     def prepare(tower: TwoTower, member: TrainConfig, name: str) -> Regime:
         regime = Regime(tower.encoder, member.regime or "top_k", member)
-        if member.warmup_objective != "none" and not list(checkpoints(run_dir, name).glob("step-*")):
+        if start is None and member.warmup_objective != "none" and not list(checkpoints(run_dir, name).glob("step-*")):
             histories = past_activities(shop, until=split.ranker_start, config=member)
             warm_up(tower, histories, shop.table, config=member, folder=checkpoints(run_dir, f"warmup-{name}"))
         return regime
 
     places = Places(tracker, partial(checkpoints, run_dir))
-    tower, report, members = train_towers(data, config, places, prepare)
+    tower, report, members = train_towers(data, config, places, prepare, start=start.tower if start else None)
     return Trained(config, tower, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report, members
 
 
-def _train_ranker(
-    shop: Shop, labels: Labels, customers: Customers, *, snapshots: Snapshots, trained: Trained, tracker: Tracker
-) -> tuple[Trained, list[Query]]:
-    """Trains the ranker on labels that neither tower nor collaborative weights have seen; also returns the holdout's queries."""
-    config, vectors = trained.config, _vectors_by(trained)
-    queries: list[Query] = []
-    for until, fold in folds(labels.ranker, config.ranker_folds):
-        queries += _queries(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=until)
-    ranker = train_ranker(queries, config, tracker=tracker)
-    holdout = _holdout_queries(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors)
-    return Trained(config, trained.tower, trained.tokenizer, ranker, trained.item_ids), holdout
+def _windows(shop: Shop, split: Split, config: TrainConfig) -> list[Window]:
+    labels = visit_labels(shop.log, config.actions(config.tower_actions), start=split.begin, end=split.ranker_start)
+    windows = training_windows(shop.log, labels, until=split.ranker_start, read=config.sequence_length)
+    return windows[-config.sequence_windows :]
 
 
-def _holdout_queries(
-    shop: Shop, labels: Sequence[Label], customers: Customers, *, snapshots: Snapshots, trained: Trained, vectors: Vectors
-) -> list[Query]:
-    """Prepares the holdout: all at the cut, or each session at its own time."""
-    parts = folds(labels, trained.config.session_folds if trained.config.split == "session" else 1)
-    return [
-        query
-        for until, part in parts
-        for query in _queries(shop, part, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=until)
-    ]
-
-
-def _vectors_by(trained: Trained) -> Vectors:
-    """Returns a function from a table to its items' vectors that encodes the same texts once."""
-    known: dict[tuple[str, ...], FloatArray] = {}
-
-    def vectors(table: ItemTable) -> FloatArray:
-        if table.texts not in known:
-            known[table.texts] = trained.item_vectors(table)
-        return known[table.texts]
-
-    return vectors
-
-
-def _visits(shop: Shop, labels: Sequence[Label], customers: Customers, *, config: TrainConfig) -> Visits:
-    """Looks up what reports tell the holdout's customers apart by."""
-    histories = {user: [b.channel for b in customers[user, time].activity.behaviours] for user, time in keys_of(labels)}
-    return visits_of(shop.dsn, labels, histories, items=shop.table.ids, actions=config.actions(config.target_actions))
-
-
-def _queries(
+def _train_sequence_tower(
     shop: Shop,
-    labels: Sequence[Label],
+    split: Split,
+    labels: Labels,
+    customers: Customers,
+    *,
+    windows: Sequence[Window],
+    config: TrainConfig,
+    tracker: Tracker,
+) -> tuple[Trained, TowerReport]:
+    data = SequenceData(
+        windows,
+        [customers[window.user_id, window.time].activity for window in windows],
+        labels.validation,
+        [customers[key].activity for key in keys_of(labels.validation)],
+    )
+    model, tokenizer, report = train_model(shop.descriptions.before(split.ranker_start), data, config=config, tracker=tracker)
+    return Trained(config, model, tokenizer, Ranker(config.ranker_hidden), shop.table.ids), report
+
+
+def _train_ranker(
+    shop: Shop,
+    labels: Labels,
     customers: Customers,
     *,
     snapshots: Snapshots,
     trained: Trained,
-    vectors: Vectors,
-    until: Micros,
-) -> list[Query]:
-    """Prepares labels from ``until`` on, with descriptions and collaborative weights of strictly before it."""
-    config, table = trained.config, shop.descriptions.before(until)
-    known = [customers[key] for key in keys_of(labels)]
-    users = user_vectors(trained.tower, trained.tokenizer, [customer.activity for customer in known], table=table, config=config)
-    weights = collaborative.fit(shop.log, len(shop.table), until=until, config=config)
-    model = Model(vectors(table), weights, SignalConfig(config.half_life_days))
-    return make_queries(labels, known, users, model=model, snapshots=snapshots)
+    tracker: Tracker,
+    start: Trained | None,
+) -> tuple[Trained, list[Query]]:
+    """Trains the ranker on labels that neither tower nor collaborative weights have seen; also returns the holdout's queries."""
+    config, vectors = trained.config, vectors_by(trained)
+    queries: list[Query] = []
+    for until, fold in folds(labels.ranker, config.ranker_folds):
+        queries += queries_of(shop, fold, customers, snapshots=snapshots, trained=trained, vectors=vectors, until=until)
+    ranker = train_ranker(queries, config, start=start.ranker if start else None, tracker=tracker)
+    holdout = holdout_queries(shop, labels.holdout, customers, snapshots=snapshots, trained=trained, vectors=vectors)
+    return Trained(config, trained.tower, trained.tokenizer, ranker, trained.item_ids), holdout

@@ -2,28 +2,23 @@
 
 An item's vector is an id embedding plus a linear map of its text vector, used at the input and at the output (Kang & McAuley,
 "Self-Attentive Sequential Recommendation", ICDM 2018; full-catalogue cross-entropy as in Klenitskiy & Vasilev, RecSys 2023).
+A shop's tower also reads searches and messages (rows after the items', by text alone) and what was done, where and after how long.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, log_softmax, scaled_dot_product_attention
-from torch.optim.swa_utils import AveragedModel
-from transformers import get_cosine_schedule_with_warmup
+from torch.nn.functional import dropout, log_softmax, normalize, scaled_dot_product_attention
 
 from features.item_table import FloatArray
-from training.progress import bar
 from training.softmax import mean_log_normaliser
 
 Rows = npt.NDArray[np.int64]
-_POOL_BATCHES = 8
 _SCORED_AT_ONCE = 512
 
 
@@ -46,6 +41,11 @@ class SequenceConfig:
         clip_norm: gradients are scaled down to this Euclidean norm.
         ema_decay: of the moving average of the weights, which is what is validated and kept; smaller in the first steps.
         seed: of initial weights, order and dropout.
+        positions: whether a step's place, counted from the newest, has an embedding; distances between steps are always known.
+        contexts: sizes of the vocabularies that describe a step besides its item (action, channel, gap); empty for none.
+        context_dropout: share of these ids that are read as 0, the unknown, in training.
+        temperature: of the softmax at first, learned; items and customers are then unit vectors, as the server needs them, and
+            nothing else tells popular items. 0 leaves vectors as long as they are.
     """
 
     width: int = 128
@@ -65,6 +65,10 @@ class SequenceConfig:
     clip_norm: float = 5.0
     ema_decay: float = 0.999
     seed: int = 0
+    positions: bool = True
+    contexts: tuple[int, ...] = ()
+    context_dropout: float = 0.0
+    temperature: float = 0.0
 
 
 class _Block(nn.Module):
@@ -98,64 +102,116 @@ class SequenceTower(nn.Module):
     Attributes:
         text: float32[n, t], the items' text vectors; t is 0 for a tower that knows ids only.
         known: float32[n, 1], 1 for items with training interactions; the others are read and scored by their text alone.
+        queries: float32[m, t], text vectors of what is read but is no item; their rows follow those of the items.
     """
 
     text: Tensor
     known: Tensor
+    queries: Tensor
 
-    def __init__(self, config: SequenceConfig, text: Tensor, known: Tensor) -> None:
+    def __init__(self, config: SequenceConfig, text: Tensor, known: Tensor, *, queries: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("text", text)
         self.register_buffer("known", known.to(torch.float32)[:, None])
+        self.register_buffer("queries", text[:0] if queries is None else queries, persistent=False)
         self.identity = nn.Embedding(len(text), config.width)
         self.text_map = nn.Linear(text.shape[1], config.width, bias=False) if text.shape[1] else None
-        self.position = nn.Embedding(config.max_length, config.width)
-        for table in (self.identity, self.position):
+        self.position = nn.Embedding(config.max_length, config.width) if config.positions else None
+        contexts = [nn.Embedding(size, config.width) for size in config.contexts]
+        for table in (self.identity, *([self.position] if self.position else []), *contexts):
             nn.init.normal_(table.weight, std=0.02)
-        self.popularity = nn.Parameter(torch.zeros(len(text)))
+        self.contexts = nn.ModuleList(contexts)
+        self.popularity = None if config.temperature else nn.Parameter(torch.zeros(len(text)))
+        self.log_temperature = nn.Parameter(torch.tensor(config.temperature).log()) if config.temperature else None
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
     def item_vectors(self, kept: Tensor | None = None) -> Tensor:
         """Returns float[n, w]; ``kept`` float[n, 1] says which items keep their id embedding in this step."""
         identity = self.identity.weight * (self.known if kept is None else self.known * kept)
-        return identity if self.text_map is None else identity + self.text_map(self.text)
+        return self.finished(identity if self.text_map is None else identity + self.text_map(self.text))
 
-    def forward(self, rows: Tensor, filled: Tensor, items: Tensor) -> Tensor:
+    def mapped(self, text: Tensor) -> Tensor:
+        """Returns what text vectors float[m, t] contribute to item vectors float[m, w]."""
+        assert self.text_map is not None
+        contribution: Tensor = self.text_map(text)
+        return contribution
+
+    def text_vectors(self, text: Tensor) -> Tensor:
+        """Returns float[m, w], in the space of items, of text vectors float[m, t] of what is no known item."""
+        return self.finished(self.mapped(text))
+
+    def finished(self, vectors: Tensor) -> Tensor:
+        """Scales vectors to unit length where the tower compares by cosine."""
+        return normalize(vectors, dim=-1) if self.config.temperature else vectors
+
+    def forward(self, rows: Tensor, filled: Tensor, items: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns user vectors float[b, l, w] after each step.
 
         Args:
             rows: int64[b, l], item rows, the newest last; padding comes first.
             filled: bool[b, l], false for padding.
             items: float[n, w], what ``item_vectors`` returns.
+            context: int64[b, l, c], ids of each step by vocabulary of ``contexts``.
         """
-        config, length = self.config, rows.shape[1]
-        places = torch.arange(config.max_length - length, config.max_length, device=rows.device)
-        x = items[rows] * math.sqrt(config.width) + self.position(places)
+        table = torch.cat([items, self.text_vectors(self.queries)]) if len(self.queries) else items
+        return self.read(table[rows], filled, context)
+
+    def read(self, vectors: Tensor, filled: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns what ``forward`` does, of steps given as vectors float[b, l, w]."""
+        config, length, device = self.config, vectors.shape[1], vectors.device
+        x = vectors * math.sqrt(config.width)
+        if self.position is not None:
+            x = x + self.position(torch.arange(config.max_length - length, config.max_length, device=device))
+        if context is not None:
+            x = x + self._described(context)
         x = dropout(x, config.input_dropout, self.training)
-        earlier = torch.ones(length, length, dtype=torch.bool, device=rows.device).tril()
+        earlier = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         # A padded step reads itself: a row that may read nothing is NaN after the softmax.
-        itself = torch.eye(length, dtype=torch.bool, device=rows.device)
+        itself = torch.eye(length, dtype=torch.bool, device=device)
         visible = ((earlier & filled[:, None, :]) | itself)[:, None]
         for block in self.blocks:
             x = block(x, visible)
-        users: Tensor = self.norm(x)
-        return users
+        return self.finished(self.norm(x))
+
+    def _described(self, context: Tensor) -> Tensor:
+        if self.training and self.config.context_dropout:
+            context = context * (torch.rand(context.shape, device=context.device) >= self.config.context_dropout)
+        return torch.stack([table(ids) for table, ids in zip(self.contexts, context.unbind(-1), strict=True)]).sum(0)
+
+    def logit_parts(self, users: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what user vectors float[m, w] contribute to a product with item vectors, and each item's own share float[n]."""
+        if self.log_temperature is not None:
+            return users / self.log_temperature.exp().clamp(0.01, 1.0), users.new_zeros(len(self.text))
+        assert self.popularity is not None
+        return users, self.popularity * self.known[:, 0]
 
     def scores(self, users: Tensor, items: Tensor) -> Tensor:
         """Returns logits float[m, n] of user vectors float[m, w]."""
-        return users @ items.T + self.popularity * self.known[:, 0]
+        users, bias = self.logit_parts(users)
+        return users @ items.T + bias
 
 
-def next_item_loss(tower: SequenceTower, rows: Tensor, filled: Tensor, targets: Tensor, *, kept: Tensor | None) -> Tensor:
-    """Returns the cross-entropy over the full catalogue with label smoothing, averaged over the filled steps.
+def next_item_loss(
+    tower: SequenceTower, rows: Tensor, filled: Tensor, targets: Tensor, *, kept: Tensor | None, context: Tensor | None = None
+) -> Tensor:
+    """Returns the cross-entropy over the full catalogue with label smoothing, averaged over the steps that have a target.
 
     The smoothed part is the mean logit, which is a product with the mean item vector.
+
+    Args:
+        tower: in training mode or not.
+        rows: as ``SequenceTower.forward`` takes it.
+        filled: likewise.
+        targets: int64[b, l], the item each step should foresee; negative for none.
+        kept: as ``SequenceTower.item_vectors`` takes it.
+        context: as ``SequenceTower.forward`` takes it.
     """
     smoothing, items = tower.config.label_smoothing, tower.item_vectors(kept)
-    users, wanted = tower(rows, filled, items)[filled], targets[filled]
-    bias = tower.popularity * tower.known[:, 0]
+    asked = filled & (targets >= 0)
+    read, wanted = tower(rows, filled, items, context)[asked], targets[asked]
+    users, bias = tower.logit_parts(read)
     target = (users * items[wanted]).sum(-1) + bias[wanted]
     average = users @ items.mean(0) + bias.mean()
     loss: Tensor = mean_log_normaliser(users, items, bias) - ((1 - smoothing) * target + smoothing * average).mean()
@@ -163,9 +219,9 @@ def next_item_loss(tower: SequenceTower, rows: Tensor, filled: Tensor, targets: 
 
 
 def pad_left(histories: Sequence[Rows], length: int) -> tuple[Tensor, Tensor]:
-    """Returns rows int64[b, l] and filled bool[b, l] of histories cut to their ``length`` newest items."""
+    """Returns rows int64[b, l, ...] and filled bool[b, l] of histories int64[h, ...] cut to their ``length`` newest entries."""
     width = max(1, min(length, max(map(len, histories))))
-    rows = np.zeros((len(histories), width), np.int64)
+    rows = np.zeros((len(histories), width, *histories[0].shape[1:]), np.int64)
     filled = np.zeros((len(histories), width), np.bool_)
     for place, history in enumerate(histories):
         newest = history[-width:]
@@ -173,96 +229,6 @@ def pad_left(histories: Sequence[Rows], length: int) -> tuple[Tensor, Tensor]:
             rows[place, -len(newest) :] = newest
             filled[place, -len(newest) :] = True
     return torch.from_numpy(rows), torch.from_numpy(filled)
-
-
-def train_sequence_tower(
-    sequences: Sequence[Rows],
-    text: FloatArray,
-    *,
-    config: SequenceConfig,
-    validate: Callable[[SequenceTower], float],
-    device: str = "cpu",
-) -> tuple[SequenceTower, list[float]]:
-    """Trains a tower on item sequences and returns it with the validation of each epoch, at the weights of the best one.
-
-    Args:
-        sequences: item rows in order of time, int64[l] each; those of less than two items teach nothing.
-        text: float32[n, t], the items' text vectors; t may be 0.
-        config: settings; the same ones and the same number of threads give the same tower.
-        validate: larger is better; called after each epoch with the averaged weights in inference mode.
-        device: of PyTorch.
-    """
-    torch.manual_seed(config.seed)
-    usable = [sequence[-config.max_length - 1 :] for sequence in sequences if len(sequence) > 1]
-    known = torch.zeros(len(text))
-    known[np.unique(np.concatenate(usable))] = 1.0
-    tower = SequenceTower(config, torch.from_numpy(text), known).to(device)
-    average = AveragedModel(tower, multi_avg_fn=_moving_average(config.ema_decay))
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    steps = config.epochs * math.ceil(len(usable) / config.batch_size)
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, steps)
-    history, best = list[float](), dict[str, Tensor]()
-    tower.train()
-    for batch, last in bar(_steps(usable, config), "sequence tower", steps):
-        _step(tower, batch, optimizer=optimizer)
-        schedule.step()
-        average.update_parameters(tower)
-        if not last:
-            continue
-        averaged = cast("SequenceTower", average.module).eval()
-        history.append(validate(averaged))
-        if history[-1] > max(history[:-1], default=-math.inf):
-            best = copy.deepcopy(averaged.state_dict())
-        if len(history) - 1 - int(np.argmax(history)) >= config.patience:
-            break
-    tower.load_state_dict(best)
-    return tower.eval(), history
-
-
-def _moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Returns an exponential moving average whose window grows with the steps taken.
-
-    With a fixed decay of 0.999 the random initial weights would still be 45 % of the average after 800 steps.
-    """
-
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        weight = 1.0 - min(decay, (1.0 + float(count)) / (10.0 + float(count)))
-        for left, right in zip(averaged, current, strict=True):
-            left.lerp_(right, weight)
-
-    return update
-
-
-def _step(tower: SequenceTower, batch: Sequence[Rows], *, optimizer: torch.optim.Optimizer) -> None:
-    config, device = tower.config, tower.identity.weight.device
-    rows, filled = pad_left([sequence[:-1] for sequence in batch], config.max_length)
-    targets, _ = pad_left([sequence[1:] for sequence in batch], config.max_length)
-    kept = None
-    if config.identity_dropout:
-        kept = (torch.rand(len(tower.text), 1, device=device) >= config.identity_dropout).to(torch.float32)
-    loss = next_item_loss(tower, rows.to(device), filled.to(device), targets.to(device), kept=kept)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(tower.parameters(), config.clip_norm)
-    optimizer.step()
-
-
-def _steps(sequences: Sequence[Rows], config: SequenceConfig) -> Iterator[tuple[list[Rows], bool]]:
-    """Yields random batches of similar length, and whether each is the last of its epoch.
-
-    Sorting pools of eight batches by length halves the padding, and mixes still.
-    """
-    rng, size = np.random.default_rng(config.seed), config.batch_size
-    for _ in range(config.epochs):
-        order = rng.permutation(len(sequences))
-        pools = [order[start : start + size * _POOL_BATCHES].tolist() for start in range(0, len(order), size * _POOL_BATCHES)]
-        batches = [
-            pool[start : start + size]
-            for pool in (sorted(pool, key=lambda row: len(sequences[row])) for pool in pools)
-            for start in range(0, len(pool), size)
-        ]
-        for count, place in enumerate(rng.permutation(len(batches)), 1):
-            yield [sequences[row] for row in batches[place]], count == len(batches)
 
 
 @torch.inference_mode()

@@ -1,8 +1,10 @@
-"""A loaded bundle: encoder and ranker sessions, tokenizer, item vectors and collaborative weights, proved by golden outputs."""
+"""A loaded bundle: sessions of its graphs, tokenizer, item vectors and collaborative weights, proved by golden outputs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -10,9 +12,22 @@ import structlog
 from tokenizers import Tokenizer
 
 from features.behaviour import Activity, behaviour_text
-from features.bundle import COLLABORATIVE, ENCODER, ENCODER_FP16, GOLDEN, ITEMS, RANKER, TOKENIZER, BundleError, Manifest, read_bundle
+from features.bundle import (
+    COLLABORATIVE,
+    ENCODER,
+    ENCODER_FP16,
+    GOLDEN,
+    ITEMS,
+    RANKER,
+    TOKENIZER,
+    TOWER,
+    BundleError,
+    Manifest,
+    read_bundle,
+)
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
+from features.sequence import TOWER_INPUTS, SequenceSpec, behaviour_sequence, tower_inputs
 from features.signals import CollaborativeWeights, SignalConfig
 from server.errors import UnavailableError
 from server.inference.session import open_session, provider_of
@@ -23,13 +38,16 @@ _log = structlog.get_logger(__name__)
 _GOLDEN_TOLERANCE = 1e-3
 # The golden outputs are the fp32 encoder's: half precision differs from them by 1e-3 and more, a wrong graph by 0.2.
 _GOLDEN_TOLERANCE_FP16 = 2e-2
+# Searches and messages whose vectors are remembered: 6 MB of 384 components, and many customers search alike.
+_REMEMBERED_TEXTS = 4096
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything a bundle brings, ready to answer. Runs are single and unpadded (encoder) or of one fixed shape (ranker).
+    """Everything a bundle brings, ready to answer. Runs are single and unpadded (encoder) or of one fixed shape (tower, ranker).
 
     Attributes:
+        tower: the sequence tower, None where the encoder reads behaviours as text.
         item_rows: bundle row of each item id.
         item_hashes: content hash each bundle vector was made from.
         item_vectors: float32[m, d], unit length.
@@ -38,6 +56,7 @@ class LoadedModel:
 
     manifest: Manifest
     encoder: ort.InferenceSession
+    tower: ort.InferenceSession | None
     ranker: ort.InferenceSession
     tokenizer: Tokenizer
     item_rows: dict[str, int]
@@ -60,13 +79,36 @@ class LoadedModel:
         """Constants of the signals the ranker was trained with."""
         return SignalConfig(self.manifest.half_life_days)
 
-    def user_vector(self, activity: Activity, table: ItemTable) -> FloatArray | None:
-        """Returns the unit user vector, float32[d], or None when the behaviours say nothing the encoder could read."""
+    def user_vector(self, activity: Activity, table: ItemTable, vectors: FloatArray) -> FloatArray | None:
+        """Returns the unit user vector, float32[d], or None when the behaviours say nothing the model could read.
+
+        Args:
+            activity: the customer's behaviours.
+            table: the epoch's n items.
+            vectors: float32[n, d], their unit vectors.
+        """
+        if (spec := self.manifest.sequence) is not None:
+            return self._sequence_vector(activity, table, vectors, spec=spec)
         text = behaviour_text(activity, table.title_of, limit=self.manifest.behaviour_limit)
         return self._encode(text, "user_vector", self.manifest.user_tokens) if text else None
 
+    @cached_property
+    def text_vector(self) -> Callable[[str], FloatArray]:
+        """Vectors of searches and messages, in the space of the items; those asked for last are remembered."""
+        return lru_cache(_REMEMBERED_TEXTS)(self.item_vector)
+
+    def _sequence_vector(self, activity: Activity, table: ItemTable, vectors: FloatArray, *, spec: SequenceSpec) -> FloatArray | None:
+        sequence = behaviour_sequence(activity, table.rows, spec)
+        return self._run_tower(tower_inputs(sequence, sequence.vectors(vectors, self.text_vector), spec)) if len(sequence) else None
+
+    def _run_tower(self, inputs: "dict[str, np.ndarray[Any, Any]]") -> FloatArray:
+        assert self.tower is not None
+        with span("onnx tower", {"concord.model_version": self.model_version, "concord.behaviours": int(inputs["length"][0])}):
+            vector: FloatArray = self.tower.run(["user_vector"], inputs)[0][0]
+        return vector
+
     def item_vector(self, text: str) -> FloatArray:
-        """Returns the unit vector of an item the bundle does not carry, float32[d]."""
+        """Returns the unit vector of an item the bundle does not carry, or of a search or message, float32[d]."""
         return self._encode(text, "item_vector", self.manifest.item_tokens)
 
     def _encode(self, text: str, output: str, limit: int) -> FloatArray:
@@ -103,6 +145,10 @@ class LoadedModel:
             ids = golden["input_ids"][k : k + 1, :length]
             for output in ("user_vector", "item_vector"):
                 self._compare(output, self._run_encoder(ids, output), golden[f"{output}s"][k], allowed=allowed)
+        if self.tower is not None:
+            for k, expected in enumerate(golden["tower_user_vectors"]):
+                seen = self._run_tower({name: golden[f"tower_{name}"][k : k + 1] for name in TOWER_INPUTS})
+                self._compare("tower", seen, expected, allowed=_GOLDEN_TOLERANCE)
         self._compare("scores", self.rank(golden["ranker_features"]), golden["ranker_scores"], allowed=_GOLDEN_TOLERANCE)
 
     def _compare(self, name: str, seen: FloatArray, expected: FloatArray, *, allowed: float) -> None:
@@ -182,10 +228,13 @@ def _open_encoder(folder: Path, manifest: Manifest, *, provider: str, threads: i
 
 def _open(folder: Path, manifest: Manifest, tokenizer: Tokenizer, encoder: ort.InferenceSession) -> LoadedModel:
     ranker = open_session(folder / RANKER, provider="cpu", threads=1)  # 256 × 23 numbers: the copy to a GPU costs more
+    # One customer's 50 behaviours: on one thread, as the ranker, it takes less than waking others.
+    tower = open_session(folder / TOWER, provider="cpu", threads=1) if manifest.tower == "sequence" else None
     items, weights = np.load(folder / ITEMS), np.load(folder / COLLABORATIVE)
     return LoadedModel(
         manifest=manifest,
         encoder=encoder,
+        tower=tower,
         ranker=ranker,
         tokenizer=tokenizer,
         item_rows={str(item): row for row, item in enumerate(items["item_ids"])},

@@ -54,10 +54,10 @@ class Understood:
 
 
 def understand(snapshot: Snapshot, activity: Activity) -> Understood:
-    """Computes history and scores of all items: one encoder run, one pass over the vectors."""
+    """Computes history and scores of all items: one run of the user tower, one pass over the vectors."""
     table = snapshot.table
     past = history(activity, table, snapshot.signals)
-    vector = snapshot.model.user_vector(activity, table) if snapshot.model and len(table) else None
+    vector = snapshot.model.user_vector(activity, table, snapshot.vectors) if snapshot.model and len(table) else None
     # einsum, not BLAS: each row's sum by itself, so its bits depend neither on the catalogue's size nor on threads.
     scores = np.zeros(len(table), np.float32) if vector is None else np.einsum("nd,d->n", snapshot.vectors, vector)
     collaborative = snapshot.collaborative.scores(past.rows, past.weights)

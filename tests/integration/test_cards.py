@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from cli.main import app
 from features.bundle import CARD_HTML, CARD_MARKDOWN, Manifest, read_bundle
 from server.settings import ServerSettings
-from tests.integration.test_processes import run
 from tests.unit.test_training_card import SECTIONS, Page, plots
 from training.card import ModelCard, number, render_markdown
 from training.facts import Facts, base_licence
@@ -125,8 +124,10 @@ def test_a_run_of_an_earlier_release_has_a_shorter_card(trained: tuple[ServerSet
 def test_reports_from_the_command_line(trained: tuple[ServerSettings, TrainResult], bundled: tuple[Path, Manifest], tmp_path: Path) -> None:
     settings, result = trained
     json_file, page, text = tmp_path / "e.json", tmp_path / "card.html", tmp_path / "card.md"
-    done = run(settings, "evaluate", str(result.run_dir), "--by", "channel", "--by", "customer", "--json", str(json_file), COLUMNS="200")
-    assert done.returncode == 0, done.stderr[-1000:]
+    named = {"CONCORD_POSTGRES_DSN": settings.postgres_dsn, "CONCORD_REDIS_URL": settings.redis_url}
+    command = partial(CliRunner().invoke, app, env=named | {"CONCORD_DATA_DIR": str(settings.data_dir), "COLUMNS": "200"})
+    done = command(["evaluate", str(result.run_dir), "--by", "channel", "--by", "customer", "--json", str(json_file)])
+    assert done.exit_code == 0, done.output
     for title in ("channel of the visit", "channels of the history", "new and known customers"):
         assert title in done.stdout
     assert "price of the wanted items" not in done.stdout
@@ -135,8 +136,6 @@ def test_reports_from_the_command_line(trained: tuple[ServerSettings, TrainResul
     assert set(written["segments"]) == {"channel", "history_channel", "customer", "category", "price_band"}
     assert sum(part["customers"] for part in written["segments"]["channel"]) == result.metrics["evaluated_users"]
     assert re.search(rf"{written['segments']['channel'][0]['name']}\W+{written['segments']['channel'][0]['customers']}", done.stdout)
-    named = {"CONCORD_POSTGRES_DSN": settings.postgres_dsn, "CONCORD_REDIS_URL": settings.redis_url}
-    command = partial(CliRunner().invoke, app, env=named | {"CONCORD_DATA_DIR": str(settings.data_dir), "COLUMNS": "200"})
     assert command(["card", str(bundled[0]), "--html", str(page), "--markdown", str(text)]).exit_code == 0
     assert page.read_bytes() == (bundled[0] / CARD_HTML).read_bytes()
     assert text.read_bytes() == (bundled[0] / CARD_MARKDOWN).read_bytes()

@@ -78,4 +78,4 @@ def test_no_text_reaches_the_session_as_something_it_refuses(model: LoadedModel,
 def test_a_customer_without_behaviour_has_no_vector(model: LoadedModel) -> None:
     from features.item_table import ItemTable
 
-    assert model.user_vector(Activity(0), ItemTable.__new__(ItemTable)) is None
+    assert model.user_vector(Activity(0), ItemTable.__new__(ItemTable), model.item_vectors) is None

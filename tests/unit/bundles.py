@@ -19,6 +19,7 @@ from features.bundle import (
     MANIFEST,
     RANKER,
     TOKENIZER,
+    TOWER,
     FeatureContract,
     FeatureRef,
     Manifest,
@@ -28,13 +29,17 @@ from features.bundle import (
 from features.candidates import CANDIDATE_COUNT
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
+from features.sequence import TOWER_INPUTS, SequenceSpec
 
 SIZE = 16  # components of a vector
+SPEC = SequenceSpec(length=12, text_count=3, actions=("purchase", "search", "view"), channels=("app", "web"))
 _WORDS = ("viewed", "bought", "added", "searched", "title", "text", ";")
 
 
-def write_bundle(folder: Path, table: ItemTable, *, model_version: str = "m1", seed: int = 1) -> Manifest:
-    """Writes a bundle over all items of ``table`` into ``folder``."""
+def write_bundle(
+    folder: Path, table: ItemTable, *, model_version: str = "m1", seed: int = 1, sequence: SequenceSpec | None = None
+) -> Manifest:
+    """Writes a bundle over all items of ``table`` into ``folder``: with a text tower, or a sequence tower that reads as ``sequence``."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     words = {word: code for code, word in enumerate(("[UNK]", *_WORDS, *table.ids))}
@@ -47,18 +52,22 @@ def write_bundle(folder: Path, table: ItemTable, *, model_version: str = "m1", s
     np.savez(folder / ITEMS, item_ids=np.array(table.ids), content_hashes=np.array(table.content_hashes), vectors=vectors)
     np.savez(folder / COLLABORATIVE, **_neighbours(rng, len(table)))
     _write_golden(folder, rng, len(words))
-    manifest = _manifest(folder, model_version)
+    if sequence is not None:
+        _write_tower(folder, rng, sequence)
+    manifest = _manifest(folder, model_version, sequence)
     write_manifest(folder, manifest)
     return manifest
 
 
-def _manifest(folder: Path, model_version: str) -> Manifest:
+def _manifest(folder: Path, model_version: str, sequence: SequenceSpec | None) -> Manifest:
     day = datetime(2026, 1, 1, tzinfo=UTC)
     return Manifest(
+        format=1 if sequence is None else 2,
         model_version=model_version,
         created_at=day,
         base_model="none",
-        tower="text",
+        tower="text" if sequence is None else "sequence",
+        sequence=sequence,
         vector_size=SIZE,
         item_tokens=16,
         user_tokens=24,
@@ -147,6 +156,45 @@ def _write_golden(folder: Path, rng: np.random.Generator, words: int) -> None:
         ranker_features=features,
         ranker_scores=ranker.run(None, {"features": features})[0],
     )
+
+
+def _write_tower(folder: Path, rng: np.random.Generator, spec: SequenceSpec) -> None:
+    """A mean over the filled places that tells actions, channels, gaps and places apart, and its golden values."""
+    sizes = {"actions": len(spec.actions) + 1, "channels": len(spec.channels) + 1, "gaps": len(spec.gap_seconds) + 2}
+    nodes = [helper.make_node("MatMul", ["vectors", "mixed"], ["sum0"])]
+    for k, name in enumerate(sizes):
+        nodes += [
+            helper.make_node("Gather", [f"{name}_table", name], [f"{name}_read"]),
+            helper.make_node("Add", [f"sum{k}", f"{name}_read"], [f"sum{k + 1}"]),
+        ]
+    nodes += [
+        helper.make_node("Sub", ["places", "begin"], ["since"]),
+        helper.make_node("Add", ["since", "length"], ["order"]),
+        helper.make_node("GreaterOrEqual", ["order", "zero"], ["filled"]),
+        helper.make_node("Cast", ["filled"], ["share"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["share", "fading"], ["weight"]),
+        helper.make_node("Unsqueeze", ["weight", "axes"], ["column"]),
+        helper.make_node("Mul", ["sum3", "column"], ["weighted"]),
+        helper.make_node("Tanh", ["weighted"], ["bent"]),
+        helper.make_node("ReduceSum", ["bent", "one"], ["total"], keepdims=0),
+        helper.make_node("LpNormalization", ["total"], ["user_vector"], axis=1, p=2),
+    ]
+    inputs = [helper.make_tensor_value_info("vectors", TensorProto.FLOAT, [1, spec.length, SIZE])]
+    inputs += [helper.make_tensor_value_info(name, TensorProto.INT64, [1, spec.length]) for name in sizes]
+    inputs += [helper.make_tensor_value_info("length", TensorProto.INT64, [1])]
+    weights: dict[str, Any] = {f"{name}_table": rng.standard_normal((size, SIZE)).astype(np.float32) for name, size in sizes.items()}
+    weights |= {"mixed": rng.standard_normal((SIZE, SIZE)).astype(np.float32), "places": np.arange(spec.length, dtype=np.int64)}
+    weights |= {name: np.array([value], np.int64) for name, value in (("begin", spec.length), ("zero", 0), ("one", 1), ("axes", -1))}
+    weights["fading"] = np.linspace(0.5, 1.5, spec.length, dtype=np.float32)
+    out = helper.make_tensor_value_info("user_vector", TensorProto.FLOAT, [1, SIZE])
+    onnx.save(_model(nodes, inputs, [out], **weights), str(folder / TOWER))
+    session = onnxruntime.InferenceSession(str(folder / TOWER), providers=["CPUExecutionProvider"])
+    golden: dict[str, Any] = {name: rng.integers(0, size, (3, spec.length)) for name, size in sizes.items()}
+    golden |= {"vectors": rng.standard_normal((3, spec.length, SIZE)).astype(np.float32), "length": np.array([1, 4, spec.length])}
+    users = [session.run(None, {name: golden[name][k : k + 1] for name in TOWER_INPUTS})[0] for k in range(3)]
+    known: dict[str, Any] = dict(np.load(folder / GOLDEN))
+    named = {f"tower_{name}": golden[name] for name in TOWER_INPUTS}
+    np.savez(folder / GOLDEN, **known, **named, tower_user_vectors=np.concatenate(users))
 
 
 def vary_bundle(bundle: Path, folder: Path, model_version: str, *, seed: int) -> Manifest:

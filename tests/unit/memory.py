@@ -258,7 +258,7 @@ class MemoryFleet:
         model = SimpleNamespace(
             model_version=model_version,
             signals=SignalConfig(),
-            user_vector=lambda seen, items: vectors[items.rows[seen.behaviours[0].item_id]] if seen.behaviours else None,
+            user_vector=lambda seen, items, _: vectors[items.rows[seen.behaviours[0].item_id]] if seen.behaviours else None,
             rank=rank,
         )
         return Snapshot(cast("Any", model), items, vectors, CollaborativeWeights.empty(COUNT))

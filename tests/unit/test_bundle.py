@@ -140,8 +140,8 @@ def test_a_published_bundle_without_its_manifest_is_not_read(folder: Path, tmp_p
 def test_an_opened_bundle_answers_as_recorded(folder: Path) -> None:
     model = load_model(folder, provider="cpu", threads=1)
     items = table(10)
-    assert model.user_vector(activity(), items) is None
-    vector = model.user_vector(activity(("i003", "view", 0)), items)
+    assert model.user_vector(activity(), items, model.item_vectors) is None
+    vector = model.user_vector(activity(("i003", "view", 0)), items, model.item_vectors)
     assert vector is not None
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
     assert model.item_rows == {item: row for row, item in enumerate(items.ids)}

@@ -1,14 +1,17 @@
 """The sequence tower: what a step may read, what an unknown item is known by, and that it learns what comes next."""
 
 import itertools
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from training.sequence import Rows, SequenceConfig, SequenceTower, log_probabilities, next_item_loss, pad_left, train_sequence_tower
+from training.sequence import Rows, SequenceConfig, SequenceTower, log_probabilities, next_item_loss, pad_left
+from training.sequence_fit import Steps, fit, train_sequence_tower
 
 ITEMS = 12
 SMALL = SequenceConfig(width=16, max_length=6, epochs=30, batch_size=32, learning_rate=1e-2, warmup_steps=5, ema_decay=0.9, patience=30)
@@ -120,3 +123,138 @@ def test_a_tower_can_do_without_text() -> None:
     )
     assert model.text_map is None
     assert np.isfinite(log_probabilities(model, [np.array([1])])).all()
+
+
+SHOP = replace(SMALL, positions=False, contexts=(3, 4), temperature=0.1)
+QUERIES = torch.nn.functional.normalize(torch.randn(2, 8, generator=torch.Generator().manual_seed(2)), dim=-1)
+
+
+def shop_tower(config: SequenceConfig = SHOP) -> SequenceTower:
+    """A tower as a shop's is: unit vectors, two searches after the items, and what was done beside each step."""
+    torch.manual_seed(0)
+    model = SequenceTower(config, text_of(), torch.ones(ITEMS), queries=QUERIES).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.distance.normal_()
+        for table in model.contexts:
+            table.weight.normal_()
+    return model
+
+
+def read(model: SequenceTower, rows: list[int], context: list[list[int]]) -> torch.Tensor:
+    with torch.no_grad():
+        filled = torch.ones(1, len(rows), dtype=torch.bool)
+        return model(torch.tensor([rows]), filled, model.item_vectors(), torch.tensor([context]))[0]
+
+
+def test_a_later_step_changes_no_earlier_output_whatever_of_it_changes() -> None:
+    model = shop_tower()
+    rows, context = [1, 2, 3, 4, 5], [[0, 1], [1, 2], [2, 3], [1, 0], [2, 2]]
+    before = read(model, rows, context)
+    for changed_rows, changed in (
+        ([1, 2, 3, 9, 5], context),
+        ([1, 2, 3, ITEMS + 1, 5], context),
+        (rows, [*context[:3], [0, 0], context[4]]),
+        (rows, [*context[:3], [1, 3], context[4]]),
+    ):
+        after = read(model, changed_rows, changed)
+        assert torch.equal(before[:3], after[:3])
+        assert not torch.allclose(before[3], after[3])
+
+
+def test_padding_in_front_changes_nothing_with_contexts() -> None:
+    model = shop_tower()
+    alone = read(model, [3, 4], [[1, 1], [2, 2]])
+    rows, context = torch.tensor([[7, 8, 3, 4]]), torch.tensor([[[2, 3], [1, 0], [1, 1], [2, 2]]])
+    with torch.no_grad():
+        padded = model(rows, torch.tensor([[False, False, True, True]]), model.item_vectors(), context)[0, -2:]
+    np.testing.assert_allclose(alone, padded, atol=1e-6)
+
+
+def test_a_shops_vectors_are_of_unit_length_and_its_scores_are_scaled_cosines() -> None:
+    model = shop_tower()
+    items, users = model.item_vectors(), read(model, [1, ITEMS], [[0, 0], [1, 1]])
+    assert torch.allclose(items.norm(dim=-1), torch.ones(ITEMS), atol=1e-5)
+    assert torch.allclose(users.norm(dim=-1), torch.ones(2), atol=1e-5)
+    assert torch.allclose(model.scores(users, items), users @ items.T / 0.1, atol=1e-4)
+
+
+def test_a_search_is_read_by_its_text_as_an_item_nobody_knows() -> None:
+    known = torch.ones(ITEMS)
+    known[4] = 0
+    torch.manual_seed(0)
+    model = SequenceTower(SHOP, text_of(), known, queries=text_of()[4:5]).eval()
+    by_row, by_text = read(model, [1, 4], [[0, 0], [1, 1]]), read(model, [1, ITEMS], [[0, 0], [1, 1]])
+    np.testing.assert_allclose(by_row, by_text, atol=1e-6)
+    assert "queries" not in model.state_dict()
+
+
+def test_steps_without_a_target_teach_nothing() -> None:
+    model = shop_tower()
+    rows, filled = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool)
+    context = torch.zeros(1, 3, 2, dtype=torch.int64)
+    loss = next_item_loss(model, rows, filled, torch.tensor([[-1, 7, -1]]), kept=None, context=context)
+    users = model(rows, filled, model.item_vectors(), context)[:, 1]
+    logits = model.scores(users, model.item_vectors())
+    assert torch.allclose(loss, cross_entropy(logits, torch.tensor([7]), label_smoothing=0.1), atol=1e-5)
+
+
+def test_what_was_done_is_learned_where_it_decides_what_follows() -> None:
+    """After item i comes i + 1 if the step says 1 and i - 1 if it says 2: rows alone cannot tell."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(ITEMS, size=(300, 4))
+    said = rng.integers(1, 3, size=(300, 4))
+    targets = (rows + np.where(said == 1, 1, -1)) % ITEMS
+    steps = [Steps(r, t, np.stack([s, np.zeros(4, np.int64)], axis=1)) for r, t, s in zip(rows, targets, said, strict=True)]
+
+    def right(model: SequenceTower) -> float:
+        chosen = [read(model, r.tolist(), np.stack([s, s * 0], axis=1).tolist())[-1] for r, s in zip(rows[:40], said[:40], strict=True)]
+        return float(((torch.stack(chosen) @ model.item_vectors().T).argmax(-1).numpy() == targets[:40, -1]).mean())
+
+    torch.manual_seed(0)
+    config = replace(SHOP, contexts=(3, 1), input_dropout=0.1, dropout=0.1, epochs=25)
+    model = SequenceTower(config, text_of(), torch.ones(ITEMS), queries=QUERIES)
+    seen: list[str] = []
+    history, count = fit(model, lambda _: steps, validate=right, observe=lambda name, value, step: seen.append(f"{name} {step}"))
+    assert max(history) > 0.9
+    assert count == len(history) * 10
+    assert [line for line in seen if line.startswith("validation")][:2] == ["validation/ndcg_at_10 10", "validation/ndcg_at_10 20"]
+
+
+def test_steps_and_seconds_are_bounded() -> None:
+    steps = [Steps(np.array([1, 2]), np.array([2, 3])) for _ in range(100)]
+    config = replace(SMALL, epochs=50)
+
+    def taken(**bounds: float) -> int:
+        return fit(SequenceTower(config, text_of(), torch.ones(ITEMS)), lambda _: steps, validate=lambda _: 0.5, **bounds)[1]  # type: ignore[arg-type]
+
+    assert taken(max_steps=3) == 3
+    assert taken(time_budget_s=1e-9) == 1
+
+
+def _train_one_of_two(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = SequenceTower(replace(SMALL, epochs=2, batch_size=10), text_of(), torch.ones(ITEMS))
+    walks = cycles(50, np.random.default_rng(0))
+    seen: list[int] = []
+    history, count = fit(
+        model,
+        lambda _: [Steps(walk[:-1], walk[1:]) for walk in walks],
+        validate=lambda averaged: -float(averaged.identity.weight.norm().detach()),
+        observe=lambda name, value, step: seen.append(step) if name == "train/loss" else None,
+    )
+    torch.save({"weights": model.state_dict(), "history": history, "steps": count, "seen": seen}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_batches_and_agree_on_the_weights(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_train_one_of_two, args=(str(tmp_path),), nprocs=2)
+    left, right = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert left["steps"] == right["steps"] == 2 * 3  # of five batches each process takes three: one is taken twice
+    assert left["history"] == right["history"]
+    assert all(torch.equal(left["weights"][name], right["weights"][name]) for name in left["weights"])
+    torch.manual_seed(0)
+    assert not torch.equal(left["weights"]["identity.weight"], SequenceTower(SMALL, text_of(), torch.ones(ITEMS)).identity.weight)

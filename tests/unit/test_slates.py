@@ -35,7 +35,7 @@ def snapshot(count: int = 300) -> Snapshot:
     mixer = rng.standard_normal(23).astype(np.float32)
     model = SimpleNamespace(
         signals=SignalConfig(),
-        user_vector=lambda seen, _: vectors[len(seen.behaviours)] if seen.behaviours else None,
+        user_vector=lambda seen, *_: vectors[len(seen.behaviours)] if seen.behaviours else None,
         rank=lambda matrix: np.einsum("cf,f->c", matrix, mixer),
     )
     return Snapshot(cast("Any", model), table(count), vectors, CollaborativeWeights.empty(count))

@@ -30,7 +30,16 @@ def test_an_unknown_field_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "text"),
-    [("holdout_fraction", "1.5"), ("batch_size", "0"), ("cut", "yesterday"), ("target_actions", "purchase,steal"), ("seed", "x")],
+    [
+        ("holdout_fraction", "1.5"),
+        ("batch_size", "0"),
+        ("cut", "yesterday"),
+        ("target_actions", "purchase,steal"),
+        ("seed", "x"),
+        ("tower", "image"),
+        ("sequence_length", "51"),
+        ("sequence_width", "33"),
+    ],
 )
 def test_an_impossible_value_is_refused_by_name(field: str, text: str) -> None:
     with pytest.raises(ValueError, match=field):

@@ -18,7 +18,8 @@ from training.blend import RECENCY, SIGNALS, SignalSource, fit_neighbours, fit_w
 from training.encode import pretrained_vectors
 from training.metrics import BoolArray, Tally
 from training.quality.result import QualityResult
-from training.sequence import Rows, SequenceConfig, SequenceTower, log_probabilities, train_sequence_tower
+from training.sequence import Rows, SequenceConfig, SequenceTower, log_probabilities
+from training.sequence_fit import train_sequence_tower
 
 ITEMS, SEQUENCES = "amazon_beauty_items.parquet", "amazon_beauty_sequences.parquet"
 PARTS = ("text", "sequence", "collaborative", "recency", "ensemble")
