@@ -205,16 +205,22 @@ def allowed_items(history: Rows, excluded: BoolArray) -> BoolArray:
     return allowed
 
 
-def rank(source: SignalSource, weights: FloatArray, histories: Sequence[Rows], *, excluded: BoolArray, count: int) -> Rows:
-    """Returns int64[u, count]: the best items outside each history, best first, ties by row."""
-    ranked = np.zeros((len(histories), count), np.int64)
+def rank(
+    source: SignalSource, weights: FloatArray, histories: Sequence[Rows], *, excluded: BoolArray, count: int
+) -> tuple[Rows, FloatArray]:
+    """Returns int64[u, count], the best items outside each history, best first, ties by row, and float32[u, count], their probabilities.
+
+    A probability is that of the softmax over all items outside the history.
+    """
+    ranked, probability = np.zeros((len(histories), count), np.int64), np.zeros((len(histories), count), np.float32)
     for start, signals in _chunks(source, histories, "ranking"):
         scores = np.einsum("s,usn->un", weights, signals, optimize=True)
         for place, line in enumerate(scores, start):
             line[~allowed_items(histories[place], excluded)] = -np.inf
             best = np.argpartition(-line, count)[:count]
             ranked[place] = best[np.lexsort((best, -line[best]))]
-    return ranked
+            probability[place] = np.exp(line[ranked[place]] - np.logaddexp.reduce(line))
+    return ranked, probability
 
 
 def _chunks(source: SignalSource, histories: Sequence[Rows], stage: str, size: int = 256) -> Iterator[tuple[int, FloatArray]]:

@@ -91,15 +91,16 @@ def test_weights_turn_to_the_signal_that_predicts(neighbours: Neighbours) -> Non
     weights = dict(zip(made.columns, fit_weights(made, histories, targets, excluded=NOTHING, seed=0), strict=True))
     assert weights["text_of_last"] > 1
     assert weights["text_of_last"] > 3 * abs(weights["popularity"])
-    ranked = rank(made, np.array(list(weights.values()), np.float32), histories, excluded=NOTHING, count=3)
+    ranked, _ = rank(made, np.array(list(weights.values()), np.float32), histories, excluded=NOTHING, count=3)
     assert (ranked[:, 0] == targets).mean() > 0.95
 
 
 def test_a_ranking_leaves_out_the_history_and_what_is_excluded(neighbours: Neighbours) -> None:
     excluded = NOTHING.copy()
     excluded[5] = True
-    ranked = rank(source(neighbours, "popularity"), np.ones(1, np.float32), [rows(0, 1)], excluded=excluded, count=5)
+    ranked, probability = rank(source(neighbours, "popularity"), np.ones(1, np.float32), [rows(0, 1)], excluded=excluded, count=5)
     assert ranked[0].tolist() == [2, 3, 4, 6, 7]  # by popularity, ties by row
+    np.testing.assert_allclose(probability[0], np.array([3, 2, 2, 1, 1]) / 9, rtol=1e-5)  # the softmax of log(1 + count)
 
 
 def test_a_target_of_the_history_teaches_nothing(neighbours: Neighbours) -> None:

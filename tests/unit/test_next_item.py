@@ -104,7 +104,19 @@ def quality(*arguments: str) -> Result:
 
 def test_the_command_writes_the_judges_file_and_ends_with_json(ring: list[Rows], tmp_path: Path) -> None:
     out = tmp_path / "new" / "rankings.jsonl"
-    done = quality("beauty", "--data", str(write(tmp_path, ring)), "--out", str(out), "--seed", "3", "--without", "text,ensemble")
+    done = quality(
+        "beauty",
+        "--data",
+        str(write(tmp_path, ring)),
+        "--out",
+        str(out),
+        "--seed",
+        "3",
+        "--without",
+        "text,ensemble",
+        "--card",
+        str(out.with_name("card.html")),
+    )
     assert done.exit_code == 0, done.output
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["user"] for line in lines] == [str(user) for user in range(1, len(ring) + 1)]
@@ -112,6 +124,21 @@ def test_the_command_writes_the_judges_file_and_ends_with_json(ring: list[Rows],
     last = json.loads(done.stdout.splitlines()[-1])
     assert {"set": "beauty", "seed": 3}.items() <= last.items()
     assert last["validation_ndcg_at_10"] > 0.5
+    card = (tmp_path / "new" / "card.md").read_text()
+    assert "tower 1: validation NDCG@10 by epoch" in card
+    assert "seen 10 times and more" in card
+    assert "Calibration" in (tmp_path / "new" / "card.html").read_text()
+
+
+def test_the_card_measures_on_the_last_items(result: QualityResult, ring: list[Rows]) -> None:
+    assert result.card is not None
+    figures = {metric.name: metric for metric in result.card.metrics}
+    ranked = [result.rankings[str(user)] for user in range(1, len(ring) + 1)]
+    hits = np.mean([str(rows[-1] + 1) in line[:10] for line, rows in zip(ranked, ring, strict=True)])
+    assert figures["hr_at_10"].value == pytest.approx(hits)
+    assert sum(segment.customers for segment in result.card.segments) == 2 * len(ring)
+    assert result.card.calibration is not None
+    assert np.shape(result.card.calibration.probability) == (10 * len(ring),)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
+from training.card import render_html, render_markdown
 from training.quality import next_item, online_retail
 from training.quality.result import QualityResult
 
@@ -34,6 +35,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Of every random choice of the run.")] = 0,
     cut: Annotated[str, typer.Option(help="Online Retail only: rank for what follows this day; tune on an earlier one.")] = "2011-11-01",
     without: Annotated[str, typer.Option(help=f"Parts left out, for the ablation: {', '.join(next_item.PARTS)}.")] = "",
+    card: Annotated[
+        Path | None, typer.Option(help="Beauty and cold: also write the model card there, as HTML, and as Markdown beside it.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 means PyTorch's choice, one per core.")] = 0,
 ) -> None:
     """Train on a public set by its published protocol and write the rankings for the judge.
@@ -53,6 +57,10 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w") as lines:
         lines.writelines(json.dumps({"user": user, "items": items}) + "\n" for user, items in result.rankings.items())
+    if card is not None and result.card is not None:
+        card.parent.mkdir(parents=True, exist_ok=True)
+        card.with_suffix(".html").write_text(render_html(result.card))
+        card.with_suffix(".md").write_text(render_markdown(result.card))
     typer.echo(json.dumps(result.details, indent=2))
     test = result.details.get("test")
     figures = {f"validation_{key}": value for key, value in result.validation.items()} | (test if isinstance(test, dict) else {})

@@ -1,7 +1,7 @@
 """Amazon Beauty, leave-one-out, and the same with items held out: two sequence towers, neighbours and text, blended.
 
 The published protocol: fitted on each sequence without its last two items, tuned on the second to last, ranked for the last
-item with the whole history before it, over the full catalogue. Nothing here looks at a last item before it is scored.
+item with the whole history before it, over the full catalogue. Nothing looks at a last item but the finished model's card.
 """
 
 import time
@@ -17,6 +17,7 @@ from features.item_table import FloatArray
 from training.blend import RECENCY, SIGNALS, SignalSource, fit_neighbours, fit_weights, rank
 from training.encode import pretrained_vectors
 from training.metrics import BoolArray, Tally
+from training.quality.cards import Ranked, next_item_card
 from training.quality.result import QualityResult
 from training.sequence import Rows, SequenceConfig, SequenceTower, log_probabilities
 from training.sequence_fit import train_sequence_tower
@@ -95,8 +96,8 @@ def run(
     targets = [int(rows[-2]) for rows in shop.rows]
     pasts = [rows[:-2] for rows in shop.rows]
     weights = fit_weights(source, [pasts[k] for k in tuned], [targets[k] for k in tuned], excluded=test, seed=seed)
-    found = rank(source, weights, [pasts[k] for k in measured], excluded=test, count=_RANKED)
-    ranked = rank(source, weights, [rows[:-1] for rows in shop.rows], excluded=np.zeros_like(test), count=_RANKED)
+    found, _ = rank(source, weights, [pasts[k] for k in measured], excluded=test, count=_RANKED)
+    ranked, probability = rank(source, weights, [rows[:-1] for rows in shop.rows], excluded=np.zeros_like(test), count=_RANKED)
     details: dict[str, object] = {
         "weights": dict(zip(source.columns, map(float, weights), strict=True)),
         "towers": [asdict(tower.config) for tower in towers],
@@ -107,7 +108,16 @@ def run(
     if cold:
         details["test"] = cold_metrics(ranked, [int(rows[-1]) for rows in shop.rows], test)
     rankings = {user: [shop.items[row] for row in line] for user, line in zip(shop.users, ranked.tolist(), strict=True)}
-    return QualityResult(rankings, _metrics(found, [targets[k] for k in measured]), details, time.monotonic() - started)
+    validation, seconds = _metrics(found, [targets[k] for k in measured]), time.monotonic() - started
+    card = next_item_card(
+        Ranked(shop.rows, shop.titles, ranked, probability),
+        counts=neighbours.counts,
+        curves=curves,
+        details=details,
+        seconds=seconds,
+        seed=seed,
+    )
+    return QualityResult(rankings, validation, details, seconds, card)
 
 
 def cold_items(count: int) -> tuple[BoolArray, BoolArray]:

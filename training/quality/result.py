@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from training.card import ModelCard
+
 
 @dataclass(frozen=True)
 class QualityResult:
@@ -12,9 +14,11 @@ class QualityResult:
         validation: metrics on the part that the run was tuned on, never on the judge's targets.
         details: configuration, counts and weights, as JSON can hold them.
         seconds: wall-clock time of the whole run.
+        card: the model card, where the set has one.
     """
 
     rankings: dict[str, list[str]]
     validation: dict[str, float]
     details: dict[str, object]
     seconds: float
+    card: ModelCard | None = None
