@@ -4,20 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 
 from features.signals import CollaborativeWeights
 from training import collaborative
 from training.checkpoint import Trained
 from training.dataset import Shop, join_customers, take_snapshots
+from training.estimates import bootstrap
 from training.events import Micros
 from training.labels import Label, keys_of
 from training.metrics import Tally
 from training.queries import queries_of, vectors_by
 
 _RESAMPLES = 9_999
-# Resamples drawn at once: 100 × 10,000 customers are 8 MB.
-_BATCH = 100
 
 
 @dataclass(frozen=True)
@@ -95,13 +93,7 @@ def paired_bootstrap(champion: Sequence[float], challenger: Sequence[float], *, 
     difference = np.subtract(np.asarray(challenger, np.float64), np.asarray(champion, np.float64))
     if len(difference) < 2:
         raise ValueError(f"{len(difference)} customers: a comparison needs two at least")
-    bounds = scipy.stats.bootstrap(
-        (difference,),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        batch=_BATCH,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Gain(float(difference.mean()), float(bounds.low), float(bounds.high))
+    (found,) = bootstrap(difference, seed=seed, resamples=_RESAMPLES, level=confidence)
+    assert found.low is not None
+    assert found.high is not None
+    return Gain(found.value, found.low, found.high)
