@@ -35,7 +35,7 @@ from features.settings import Settings
 from features.store import apply_repository
 from training.checkpoint import new_tower
 from training.config import TrainConfig
-from training.dataset import Customer, Shop, join_customers, open_shop, split_of
+from training.dataset import Customers, Shop, join_customers, open_shop, split_of
 from training.encode import pools
 from training.labels import Label, choose_labels, keys_of
 from training.model import TwoTower
@@ -82,9 +82,7 @@ def ground(settings: Settings, config: TrainConfig) -> Ground:
     return Ground(shop, tokenize(tokenizer, shop.table.texts, config.item_tokens), *sets)
 
 
-def tower_set(
-    shop: Shop, labels: Sequence[Label], customers: dict[tuple[str, int], Customer], tokenizer: Tokenizer, config: TrainConfig
-) -> TowerSet:
+def tower_set(shop: Shop, labels: Sequence[Label], customers: Customers, tokenizer: Tokenizer, config: TrainConfig) -> TowerSet:
     """Returns the labels whose customers have a past, with its tokens."""
     texts = activity_texts([customers[key].activity for key in keys_of(labels)], shop.table, config.behaviour_limit)
     kept = [row for row, text in enumerate(texts) if text]

@@ -60,7 +60,7 @@ class Both:
         customer = await Customers(self.reader.states).online(user_id, self.snapshot, as_of=datetime.now(UTC))
         self.asked.clear()
         assert self.snapshot.model is not None
-        self.snapshot.model.user_vector(customer.activity, self.snapshot.table)
+        self.snapshot.model.user_vector(customer.activity, self.snapshot.table, self.snapshot.vectors)
         return customer, self.asked[0]["input_ids"][0].tolist() if self.asked else None
 
 
@@ -188,7 +188,7 @@ async def test_the_ranker_reads_the_same_bytes(both: Both) -> None:
         served, _ = await both.serve(user)
         understood = understand(both.snapshot, served.activity)
         assert both.snapshot.model is not None
-        vector = both.snapshot.model.user_vector(served.activity, epoch)
+        vector = both.snapshot.model.user_vector(served.activity, epoch, both.snapshot.vectors)
         query = make_query(
             Label(user, both.label_time, (), bought_by(customers[user, both.label_time], table)),
             customers[user, both.label_time],
