@@ -293,6 +293,7 @@ class TrainConfig:
         """Returns the preset of the tests: every stage runs for real, on a random 2-layer BERT, in seconds."""
         return cls(
             base_model="tiny",
+            threads=1,  # two threads that wait for each other on a busy machine take ten times as long for matrices this small
             trainable_layers=-1,
             user_tokens=32,
             item_tokens=16,

@@ -85,7 +85,10 @@ async def test_profiles_are_whole_and_the_newest_event_wins(ground: Ground) -> N
 async def test_a_mechanism_switched_off_is_noticed(ground: Ground, switch: Switch) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
-        found = await tried(switch, ground.settings, off=True)  # `make audit` runs the control, with the mechanism on, as well
+        for _ in range(3):  # what is noticed are races: on a busy machine one of some sixty chances may not come up
+            found = await tried(switch, ground.settings, off=True)  # `make audit` runs the control, with the mechanism on, as well
+            if found.violations:
+                break
     finally:
         structlog.reset_defaults()
     assert found.violations > 0

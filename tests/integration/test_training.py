@@ -148,7 +148,13 @@ def test_ratings_are_regressed_beside_the_mean(trained: tuple[ServerSettings, Tr
     assert 0.8 < result.metrics["mean_rmse"] < 1.5
     assert result.metrics["rmse"] == pytest.approx(result.metrics["mean_rmse"], rel=0.2)
     assert result.metrics["parity"] < 1e-4
-    assert {path.name for path in result.run_dir.iterdir()} == {"rating.onnx", "rating.safetensors", "rating.json", "metrics.json"}
+    assert {path.name for path in result.run_dir.iterdir()} == {
+        "rating.onnx",
+        "rating.safetensors",
+        "rating.json",
+        "metrics.json",
+        "invariance.json",
+    }
 
 
 def test_a_rating_and_its_review_count_once(trained: tuple[ServerSettings, TrainResult]) -> None:
