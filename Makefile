@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 STUBS := client/concord/v1/.generated
 PROTOS := $(wildcard protos/concord/v1/*.proto)
 
-.PHONY: help install stubs demo test test-unit fuzz audit chaos quality lint format serve sbom dependency-audit clean
+.PHONY: help install stubs demo test test-long test-unit fuzz audit chaos quality lint format serve sbom dependency-audit clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ demo: install ## The main job end to end on the sample shop: import, train, publ
 
 test: install ## Run the whole suite on embedded real servers.
 	$(BIN)/python -m pytest
+
+test-long: install ## Run the tests of a minute each that the whole suite leaves out (three, about 3 min).
+	$(BIN)/python -m pytest -m long
 
 test-unit: install ## Run the tests that need no server.
 	$(BIN)/python -m pytest tests/unit tests/docs

@@ -241,6 +241,7 @@ def test_customers_are_linked_shown_and_forgotten_from_the_command_line(live: Se
     assert "NOT_FOUND" in told["graph web/cli-2"].stderr
 
 
+@pytest.mark.long
 def test_the_click_classifier_trains_and_says_what_to_label_next_from_the_command_line(live: ServerSettings, tmp_path: Path) -> None:
     # The cut is named: events that other tests record today would stretch the history until no visit is left before it.
     trained = run(live, "train", "--task", "clicks", "--preset", "tiny", "--set", "max_steps=3", "--set", "cut=2026-03-20")

@@ -56,6 +56,7 @@ def test_the_bundle_names_its_contract_window_and_parity(
     assert serving.NOW - timedelta(days=95) < manifest.data_from < manifest.data_until <= serving.NOW
 
 
+@pytest.mark.long
 def test_variants_of_an_encoder_are_measured_and_a_good_one_is_exported(
     trained: tuple[ServerSettings, TrainResult], tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_variants_of_an_encoder_are_measured_and_a_good_one_is_exported(
     assert "ranges come from the batch" in " ".join(refused.stderr.replace("│", " ").split())
 
 
+@pytest.mark.long
 def test_a_search_finds_a_configuration_and_an_ensemble_trains_with_it(trained: tuple[ServerSettings, TrainResult]) -> None:
     settings, _ = trained
     options = ("--preset", "tiny", "--set", "max_steps=4", "--study", "cli", "--space", "learning_rate=1e-4:1e-2:log", "--pruner", "none")
