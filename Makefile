@@ -28,7 +28,7 @@ $(STUBS): $(PROTOS) | $(INSTALLED)
 demo: install ## The main job end to end on the sample shop: import, train, publish, serve, five channels.
 	$(BIN)/concord demo
 
-test: install ## Run the whole suite on embedded real servers.
+test: install ## Run the suite, but for what test-long runs, on embedded real servers.
 	$(BIN)/python -m pytest
 
 test-long: install ## Run the tests of a minute each that the whole suite leaves out (three, about 3 min).
