@@ -116,11 +116,11 @@ def _late_writes(patch: pytest.MonkeyPatch) -> None:
 
 
 def _slow_help(patch: pytest.MonkeyPatch) -> None:
-    """A replica that is asked to write to Redis what another cannot takes its time."""
+    """A replica that is asked to write to Redis what another cannot takes its time: longer than two answers take on a busy machine."""
     help_others = Notices.help
 
     async def later(self: Notices) -> None:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.6)
         await help_others(self)
 
     patch.setattr(Notices, "help", later)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from training.quality import next_item
 from training.quality.__main__ import app
 from training.quality.result import QualityResult
 from training.sequence import Rows, SequenceConfig
+from training.sequence_fit import train_sequence_tower
 
 ITEMS = 60
 TINY = (SequenceConfig(width=16, epochs=6, batch_size=32, learning_rate=1e-2, warmup_steps=5, ema_decay=0.9),)
@@ -91,6 +93,23 @@ def test_without_ensembling_there_is_one_tower(ring: list[Rows], tmp_path: Path)
         found = next_item.run(data, seed=0, without=without, configs=[replace(config, epochs=1) for config in both])
         assert isinstance(found.details["towers"], list)
         assert len(found.details["towers"]) == towers
+
+
+def test_kept_towers_are_read_back_unless_their_settings_changed(
+    result: QualityResult, ring: list[Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, kept, trained = write(tmp_path, ring), tmp_path / "towers", list[int]()
+
+    def counted(*arguments: Any, config: SequenceConfig, **named: Any) -> Any:
+        trained.append(config.seed)
+        return train_sequence_tower(*arguments, config=config, **named)
+
+    monkeypatch.setattr(next_item, "train_sequence_tower", counted)
+    found = [next_item.run(data, seed=seed, without=WITHOUT_TEXT, configs=TINY, kept=kept) for seed in (0, 0, 1)]
+    assert trained == [0, 1]
+    assert found[0].rankings == found[1].rankings == result.rankings
+    assert found[0].details == found[1].details
+    assert found[2].rankings != result.rankings
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ def main(
     card: Annotated[
         Path | None, typer.Option(help="Beauty and cold: also write the model card there, as HTML, and as Markdown beside it.")
     ] = None,
+    towers: Annotated[
+        Path | None, typer.Option(help="Beauty and cold: keep trained towers there, and read back those that nothing changed for.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 means PyTorch's choice, one per core.")] = 0,
 ) -> None:
     """Train on a public set by its published protocol and write the rankings for the judge.
@@ -53,7 +56,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    result = _run(name, data, seed=seed, cut=cut, without=parts)
+    result = _run(name, data, seed=seed, cut=cut, without=parts, towers=towers)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w") as lines:
         lines.writelines(json.dumps({"user": user, "items": items}) + "\n" for user, items in result.rankings.items())
@@ -67,11 +70,11 @@ def main(
     typer.echo(json.dumps({"set": name, "seed": seed, "seconds": round(result.seconds, 1)} | _rounded(figures)))
 
 
-def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str]) -> QualityResult:
+def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str], towers: Path | None) -> QualityResult:
     try:
         if name is Set.ONLINE_RETAIL:
             return online_retail.run(data, seed=seed, cut=cut, without=without)
-        return next_item.run(data, seed=seed, without=without, cold=name is Set.COLD)
+        return next_item.run(data, seed=seed, without=without, cold=name is Set.COLD, kept=towers)
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from None
 

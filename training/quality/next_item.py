@@ -4,6 +4,7 @@ The published protocol: fitted on each sequence without its last two items, tune
 item with the whole history before it, over the full catalogue. Nothing looks at a last item but the finished model's card.
 """
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -64,6 +65,7 @@ def run(
     without: frozenset[str] = frozenset(),
     cold: bool = False,
     configs: Sequence[SequenceConfig] = TOWERS,
+    kept: Path | None = None,
 ) -> QualityResult:
     """Trains on the fit part, tunes on the second to last items and ranks for the last ones.
 
@@ -73,6 +75,7 @@ def run(
         without: parts left out, of PARTS, for the ablation.
         cold: hold items out of all training, and rank them among the others.
         configs: of the towers; their seeds follow from ``seed``.
+        kept: folder of trained towers: one trained before on the same sequences and text, with the same settings, is read back.
     """
     started = time.monotonic()
     shop = load(data)
@@ -84,7 +87,7 @@ def run(
     configs = [replace(config, seed=len(configs) * seed + place) for place, config in enumerate(configs)]
     if cold:
         configs = [replace(config, identity_dropout=_COLD_IDENTITY_DROPOUT) for config in configs]
-    towers, curves = _train_towers(shop, fitted, text, configs=_chosen(configs, without), judged=measured)
+    towers, curves = _train_towers(shop, fitted, text, configs=_chosen(configs, without), judged=measured, kept=kept)
     neighbours = fit_neighbours(fitted, len(shop.items))
     source = SignalSource(
         towers=(lambda histories: mean_log_probabilities(towers, histories)) if towers else None,
@@ -163,7 +166,7 @@ def _chosen(configs: Sequence[SequenceConfig], without: frozenset[str]) -> Seque
 
 
 def _train_towers(
-    shop: Sequences, fitted: Sequence[Rows], text: FloatArray, *, configs: Sequence[SequenceConfig], judged: Rows
+    shop: Sequences, fitted: Sequence[Rows], text: FloatArray, *, configs: Sequence[SequenceConfig], judged: Rows, kept: Path | None
 ) -> tuple[list[SequenceTower], list[list[float]]]:
     histories, targets = [shop.rows[k][:-2] for k in judged], [int(shop.rows[k][-2]) for k in judged]
 
@@ -175,8 +178,30 @@ def _train_towers(
         return float(np.where(place < 10, 1 / np.log2(place + 2), 0).mean())
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pairs = [train_sequence_tower(fitted, text, config=config, validate=validate, device=device) for config in configs]
+
+    def train(config: SequenceConfig) -> tuple[SequenceTower, list[float]]:
+        file = kept / f"tower-{_fingerprint(config, text, *fitted, judged)}.pt" if kept else None
+        if file and file.exists():
+            found = torch.load(file, weights_only=True, map_location=device)
+            tower = SequenceTower(config, found["tower"]["text"], found["tower"]["known"][:, 0])
+            tower.load_state_dict(found["tower"])
+            return tower.to(device).eval(), found["curve"]
+        tower, curve = train_sequence_tower(fitted, text, config=config, validate=validate, device=device)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"tower": tower.state_dict(), "curve": curve}, file)
+        return tower, curve
+
+    pairs = [train(config) for config in configs]
     return [tower for tower, _ in pairs], [curve for _, curve in pairs]
+
+
+def _fingerprint(config: SequenceConfig, *arrays: FloatArray | Rows) -> str:
+    digest = hashlib.sha256(repr(config).encode())
+    for array in arrays:
+        digest.update(repr(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
 
 
 def _metrics(ranked: Rows, targets: Sequence[int]) -> dict[str, float]:
