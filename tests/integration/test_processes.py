@@ -284,7 +284,15 @@ def test_an_embedded_stack_is_stopped_with_the_command(number: int) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CONCORD_")}
     with tempfile.TemporaryDirectory(prefix="concord-test-", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-m", "cli.main", "up"]
-        up = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=kept | {"CONCORD_DATA_DIR": folder}, text=True)
+        up = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=kept | {"CONCORD_DATA_DIR": folder},
+            text=True,
+            # A shell lets what it starts in the background ignore SIGINT, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         assert up.stdout is not None
         while "FEAST_USAGE" not in (line := up.stdout.readline()):  # the last of the variables it prints
             assert line, up.stderr and up.stderr.read()
