@@ -1,7 +1,8 @@
-"""A next-item ranker: towers, item-to-item neighbours and text, added up with listwise weights learned on validation targets."""
+"""Signals of the next item: towers, item-to-item neighbours and text, added up with listwise weights learned on validation targets."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -30,12 +31,17 @@ SIGNALS = {
     "ease_recent": "collaborative",
     "ease": "collaborative",
     "cosine_neighbours": "collaborative",
+    "walk": "collaborative",
     "popularity": "collaborative",
     "text_of_last": "text",
     "text_of_recent": "text",
     "text_of_nearest": "text",
+    "words_of_last": "text",
+    "words_of_recent": "text",
+    "words_of_nearest": "text",
 }
-RECENCY = ("ease_recent", "text_of_last", "text_of_recent")
+RECENCY = ("ease_recent", "text_of_last", "text_of_recent", "words_of_last", "words_of_recent")
+_COLD = ("tower", *(name for name, part in SIGNALS.items() if part == "text"))
 
 Towers = Callable[[Sequence[Rows]], FloatArray]
 
@@ -64,7 +70,9 @@ def fit_neighbours(sequences: Sequence[Rows], item_count: int) -> Neighbours:
     x = sp.csr_matrix((np.ones(len(items), np.float32), (owner, items)), (len(sequences), item_count))
     counts = np.bincount(items, minlength=item_count).astype(np.float32)
     x.data[:] = 1.0  # an item taken twice is summed to two
-    return Neighbours(_window(owner, items, counts), ease(x, _EASE_REGULARISATION), sp.csr_matrix(co_visitation(x)), counts)
+    # By rows in memory: scipy's product of a sparse matrix with one by columns copies it whole, 0.6 GB, at every call.
+    weights = np.ascontiguousarray(ease(x, _EASE_REGULARISATION))
+    return Neighbours(_window(owner, items, counts), weights, sp.csr_matrix(co_visitation(x)), counts)
 
 
 def _window(owner: Rows, items: Rows, counts: FloatArray) -> sp.csr_matrix:
@@ -86,6 +94,7 @@ class SignalSource:
         towers: log-probabilities float32[u, n] of histories; None leaves the towers out.
         neighbours: item-to-item weights.
         text: float32[n, t], unit text vectors.
+        words: sparse [n, n], what ``word_similarity`` returns.
         cold: bool[n], items without training interactions; they get an offset and text weights of their own.
         names: the signals used, of SIGNALS.
     """
@@ -93,6 +102,7 @@ class SignalSource:
     towers: Towers | None
     neighbours: Neighbours
     text: FloatArray
+    words: sp.csr_matrix
     cold: BoolArray
     names: tuple[str, ...] = tuple(SIGNALS)
 
@@ -103,7 +113,7 @@ class SignalSource:
 
     @property
     def _cold_names(self) -> tuple[str, ...]:
-        return tuple(name for name in ("tower", "text_of_last", "text_of_recent", "text_of_nearest") if name in self.names)
+        return tuple(name for name in _COLD if name in self.names)
 
     def signals(self, histories: Sequence[Rows]) -> FloatArray:
         """Returns float32[u, s, n], s in the order of ``columns``."""
@@ -113,10 +123,14 @@ class SignalSource:
             "ease_recent": lambda: 24 * (self._past(histories, _decay(histories)) @ self.neighbours.ease),
             "ease": lambda: 24 * (self._past(histories, np.ones_like(_decay(histories))) @ self.neighbours.ease),
             "cosine_neighbours": lambda: np.log1p(10 * (self._past(histories, _decay(histories)) @ self.neighbours.cosine).toarray()),
+            "walk": lambda: np.log1p(200 * (self._past(histories, _decay(histories)) @ self._step @ self._step).toarray()),
             "popularity": lambda: np.broadcast_to(np.log1p(self.neighbours.counts), (len(histories), len(self.text))),
             "text_of_last": lambda: 5 * (self._past(histories, (1.0,)) @ self.text) @ self.text.T,
-            "text_of_recent": lambda: 5 * self._recent_text(histories) @ self.text.T,
-            "text_of_nearest": lambda: 5 * self._nearest_text(histories),
+            "text_of_recent": lambda: 5 * (self._shares(histories) @ self.text) @ self.text.T,
+            "text_of_nearest": lambda: 5 * self._nearest(histories, lambda items: self.text[items] @ self.text.T),
+            "words_of_last": lambda: 5 * (self._past(histories, (1.0,)) @ self.words).toarray(),
+            "words_of_recent": lambda: 5 * (self._shares(histories) @ self.words).toarray(),
+            "words_of_nearest": lambda: 5 * self._nearest(histories, lambda items: self.words[items].toarray()),
         }
         result = np.zeros((len(histories), len(self.columns), len(self.text)), np.float32)
         for place, name in enumerate(self.names):
@@ -144,16 +158,21 @@ class SignalSource:
             values += list(newest.values())
         return sp.csr_matrix((np.array(values, np.float32), (rows, columns)), (len(histories), len(self.text)))
 
-    def _recent_text(self, histories: Sequence[Rows]) -> FloatArray:
-        past = self._past(histories, _decay(histories))
-        return np.asarray((past @ self.text) / np.maximum(past.sum(1), 1e-9), np.float32)
+    @cached_property
+    def _step(self) -> sp.csr_matrix:
+        """Sparse [n, n]: how likely a walk over the neighbours goes from a row's item to a column's."""
+        return sp.csr_matrix(self.neighbours.window.multiply(1.0 / np.maximum(self.neighbours.window.sum(1), 1e-9)))
 
-    def _nearest_text(self, histories: Sequence[Rows]) -> FloatArray:
+    def _shares(self, histories: Sequence[Rows]) -> sp.csr_matrix:
+        past = self._past(histories, _decay(histories))
+        return sp.csr_matrix(past.multiply(1.0 / np.maximum(past.sum(1), 1e-9)))
+
+    def _nearest(self, histories: Sequence[Rows], similarity: Callable[[list[int]], FloatArray]) -> FloatArray:
         nearest = np.full((len(histories), len(self.text)), -1.0, np.float32)
         for back in range(_NEWEST_READ):
             known = [place for place, history in enumerate(histories) if len(history) > back]
-            items = [int(histories[place][-1 - back]) for place in known]
-            nearest[known] = np.maximum(nearest[known], self.text[items] @ self.text.T)
+            if known:
+                nearest[known] = np.maximum(nearest[known], similarity([int(histories[place][-1 - back]) for place in known]))
         return nearest
 
 
@@ -176,7 +195,7 @@ def fit_weights(source: SignalSource, histories: Sequence[Rows], targets: Sequen
     histories, targets = [histories[place] for place in useful], [targets[place] for place in useful]
     # fp16: 4,000 lists of 12,101 items and 9 signals are 0.9 GB; its rounding of 5e-4 is far below what moves a weight.
     signals = torch.cat(
-        [torch.from_numpy(part.astype(np.float16)) for _, part in _chunks(source, histories, "signals of validation")],
+        [torch.from_numpy(part.astype(np.float16)) for _, part in chunks(source, histories, "signals of validation")],
     )
     allowed = torch.from_numpy(np.array([allowed_items(history, excluded) for history in histories]))
     wanted = torch.tensor(targets)
@@ -205,24 +224,7 @@ def allowed_items(history: Rows, excluded: BoolArray) -> BoolArray:
     return allowed
 
 
-def rank(
-    source: SignalSource, weights: FloatArray, histories: Sequence[Rows], *, excluded: BoolArray, count: int
-) -> tuple[Rows, FloatArray]:
-    """Returns int64[u, count], the best items outside each history, best first, ties by row, and float32[u, count], their probabilities.
-
-    A probability is that of the softmax over all items outside the history.
-    """
-    ranked, probability = np.zeros((len(histories), count), np.int64), np.zeros((len(histories), count), np.float32)
-    for start, signals in _chunks(source, histories, "ranking"):
-        scores = np.einsum("s,usn->un", weights, signals, optimize=True)
-        for place, line in enumerate(scores, start):
-            line[~allowed_items(histories[place], excluded)] = -np.inf
-            best = np.argpartition(-line, count)[:count]
-            ranked[place] = best[np.lexsort((best, -line[best]))]
-            probability[place] = np.exp(line[ranked[place]] - np.logaddexp.reduce(line))
-    return ranked, probability
-
-
-def _chunks(source: SignalSource, histories: Sequence[Rows], stage: str, size: int = 256) -> Iterator[tuple[int, FloatArray]]:
+def chunks(source: SignalSource, histories: Sequence[Rows], stage: str, size: int = 256) -> Iterator[tuple[int, FloatArray]]:
+    """Yields the signals of some histories at a time, float32[u, s, n], each with the place of the first."""
     for start in bar(range(0, len(histories), size), stage):
         yield start, source.signals(histories[start : start + size])

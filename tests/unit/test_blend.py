@@ -5,12 +5,14 @@ import pytest
 import scipy.sparse as sp
 
 from features.item_table import FloatArray
-from training.blend import SIGNALS, Neighbours, SignalSource, fit_neighbours, fit_weights, rank
+from training.blend import SIGNALS, Neighbours, SignalSource, allowed_items, fit_neighbours, fit_weights
 from training.collaborative import co_visitation
 from training.sequence import Rows
+from training.words import word_similarity, word_vectors
 
 ITEMS = 8
 SEQUENCES = [np.array([0, 1, 2, 3]), np.array([0, 1]), np.array([4, 2])]
+TITLES = ["red cream", "red cream", "blue cream", "blue nail", "nail file", "file red", "cream red", "nail blue"]
 NOTHING = np.zeros(ITEMS, np.bool_)
 
 
@@ -32,7 +34,12 @@ def source(neighbours: Neighbours, *names: str, cold: tuple[int, ...] = ()) -> S
     missing = NOTHING.copy()
     missing[list(cold)] = True
     return SignalSource(
-        lambda histories: np.zeros((len(histories), ITEMS), np.float32), neighbours, text(), missing, names or tuple(SIGNALS)
+        lambda histories: np.zeros((len(histories), ITEMS), np.float32),
+        neighbours,
+        text(),
+        word_similarity(word_vectors(TITLES)),
+        missing,
+        names or tuple(SIGNALS),
     )
 
 
@@ -60,6 +67,13 @@ def test_signals_of_a_history(neighbours: Neighbours) -> None:
     mean = (vectors[1] + 0.6 * vectors[0] + 0.36 * vectors[4]) / 1.96
     np.testing.assert_allclose(seen["text_of_recent"], 5 * vectors @ mean, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(seen["text_of_nearest"], 5 * (vectors @ vectors[history].T).max(1), rtol=1e-4, atol=1e-6)
+    step = near / np.maximum(near.sum(1, keepdims=True), 1e-9)
+    walk = (step[1] + 0.6 * step[0] + 0.36 * step[4]) @ step
+    np.testing.assert_allclose(seen["walk"], np.log1p(200 * walk), rtol=1e-4, atol=1e-6)
+    words = word_similarity(word_vectors(TITLES)).toarray()
+    np.testing.assert_allclose(seen["words_of_last"], 5 * words[1], rtol=1e-5)
+    np.testing.assert_allclose(seen["words_of_recent"], 5 * (words[1] + 0.6 * words[0] + 0.36 * words[4]) / 1.96, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(seen["words_of_nearest"], 5 * words[history].max(0), rtol=1e-5)
 
 
 def _binary() -> sp.csr_matrix:
@@ -91,16 +105,9 @@ def test_weights_turn_to_the_signal_that_predicts(neighbours: Neighbours) -> Non
     weights = dict(zip(made.columns, fit_weights(made, histories, targets, excluded=NOTHING, seed=0), strict=True))
     assert weights["text_of_last"] > 1
     assert weights["text_of_last"] > 3 * abs(weights["popularity"])
-    ranked, _ = rank(made, np.array(list(weights.values()), np.float32), histories, excluded=NOTHING, count=3)
-    assert (ranked[:, 0] == targets).mean() > 0.95
-
-
-def test_a_ranking_leaves_out_the_history_and_what_is_excluded(neighbours: Neighbours) -> None:
-    excluded = NOTHING.copy()
-    excluded[5] = True
-    ranked, probability = rank(source(neighbours, "popularity"), np.ones(1, np.float32), [rows(0, 1)], excluded=excluded, count=5)
-    assert ranked[0].tolist() == [2, 3, 4, 6, 7]  # by popularity, ties by row
-    np.testing.assert_allclose(probability[0], np.array([3, 2, 2, 1, 1]) / 9, rtol=1e-5)  # the softmax of log(1 + count)
+    scores = np.einsum("s,usn->un", list(weights.values()), made.signals(histories))
+    scores[~np.array([allowed_items(history, NOTHING) for history in histories])] = -np.inf
+    assert (scores.argmax(1) == targets).mean() > 0.95
 
 
 def test_a_target_of_the_history_teaches_nothing(neighbours: Neighbours) -> None:

@@ -82,7 +82,7 @@ def next_item_card(
     return ModelCard(
         name="next item, Amazon Beauty",
         metrics=_metrics(values, seed),
-        description="Two sequence towers, item neighbours and text, blended; ranks the full catalogue for each customer's last item.",
+        description="A sequence tower, item neighbours and text, blended and re-ranked over the full catalogue for a customer's last item.",
         created_at=datetime.now(UTC),
         base_model=base_name(""),
         base_licence="Apache-2.0",

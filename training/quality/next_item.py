@@ -1,4 +1,4 @@
-"""Amazon Beauty, leave-one-out, and the same with items held out: two sequence towers, neighbours and text, blended.
+"""Amazon Beauty, leave-one-out, and the same with items held out: a sequence tower, neighbours and text, blended and re-ranked.
 
 The published protocol: fitted on each sequence without its last two items, tuned on the second to last, ranked for the last
 item with the whole history before it, over the full catalogue. Nothing looks at a last item but the finished model's card.
@@ -12,24 +12,28 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 
 from features.item_table import FloatArray
-from training.blend import RECENCY, SIGNALS, SignalSource, fit_neighbours, fit_weights, rank
+from training.blend import RECENCY, SIGNALS, SignalSource, fit_neighbours, fit_weights
 from training.encode import pretrained_vectors
 from training.metrics import BoolArray, Tally
 from training.quality.cards import Ranked, next_item_card
 from training.quality.result import QualityResult
+from training.rerank import fit_reranker, rank
 from training.sequence import Rows, SequenceConfig, SequenceTower, log_probabilities
 from training.sequence_fit import train_sequence_tower
+from training.words import word_components, word_similarity, word_vectors
 
 ITEMS, SEQUENCES = "amazon_beauty_items.parquet", "amazon_beauty_sequences.parquet"
 PARTS = ("text", "sequence", "collaborative", "recency", "ensemble")
-TOWERS = (SequenceConfig(width=128, epochs=20), SequenceConfig(width=256, epochs=10))
+TOWERS = (SequenceConfig(width=128, epochs=20),)
 # Cold items are 5 % of the catalogue for tuning and 5 % for the test, the same ones whatever the run's seed.
 COLD_SHARE, COLD_SEED = 0.05, 0
 _COLD_IDENTITY_DROPOUT = 0.2
-_VALIDATION_USERS, _RANKED = 4_000, 50
+_NETWORKS = 5
+_WEIGHTED_USERS, _TUNED_USERS, _MEASURED_USERS, _RANKED = 4_000, 8_000, 4_000, 50
 
 
 @dataclass(frozen=True)
@@ -81,26 +85,33 @@ def run(
     shop = load(data)
     tuning, test = cold_items(len(shop.items)) if cold else (np.zeros(len(shop.items), np.bool_),) * 2
     fitted = [sequence[:-2][~(tuning | test)[sequence[:-2]]] for sequence in shop.rows]
-    text = np.zeros((len(shop.items), 0), np.float32) if "text" in without else centred(pretrained_vectors(shop.titles))
+    words = word_vectors(shop.titles)
+    text, described = _text_vectors(shop, words) if "text" not in without else (np.zeros((len(shop.items), 0), np.float32),) * 2
     order = np.random.default_rng(seed).permutation([place for place, rows in enumerate(shop.rows) if not test[rows[-2]]])
-    tuned, measured = (half[:_VALIDATION_USERS] for half in np.array_split(order, 2))
+    tuned, measured = (half[:users] for half, users in zip(np.array_split(order, 2), (_TUNED_USERS, _MEASURED_USERS), strict=True))
     configs = [replace(config, seed=len(configs) * seed + place) for place, config in enumerate(configs)]
     if cold:
         configs = [replace(config, identity_dropout=_COLD_IDENTITY_DROPOUT) for config in configs]
-    towers, curves = _train_towers(shop, fitted, text, configs=_chosen(configs, without), judged=measured, kept=kept)
+    towers, curves = _train_towers(shop, fitted, described, configs=_chosen(configs, without), judged=measured, kept=kept)
     neighbours = fit_neighbours(fitted, len(shop.items))
     source = SignalSource(
         towers=(lambda histories: mean_log_probabilities(towers, histories)) if towers else None,
         neighbours=neighbours,
         text=text,
+        words=word_similarity(words),
         cold=neighbours.counts == 0,
         names=signal_names(without),
     )
     targets = [int(rows[-2]) for rows in shop.rows]
     pasts = [rows[:-2] for rows in shop.rows]
-    weights = fit_weights(source, [pasts[k] for k in tuned], [targets[k] for k in tuned], excluded=test, seed=seed)
-    found, _ = rank(source, weights, [pasts[k] for k in measured], excluded=test, count=_RANKED)
-    ranked, probability = rank(source, weights, [rows[:-1] for rows in shop.rows], excluded=np.zeros_like(test), count=_RANKED)
+    tuned_pasts, tuned_targets = [pasts[k] for k in tuned], [targets[k] for k in tuned]
+    few = slice(_WEIGHTED_USERS)
+    weights = fit_weights(source, tuned_pasts[few], tuned_targets[few], excluded=test, seed=seed)
+    networks = 1 if "ensemble" in without else _NETWORKS
+    reranker = fit_reranker(source, weights, tuned_pasts, tuned_targets, excluded=test, seed=seed, networks=networks)
+    found, _ = rank(source, weights, reranker, [pasts[k] for k in measured], excluded=test, count=_RANKED)
+    nobody = np.zeros_like(test)
+    ranked, probability = rank(source, weights, reranker, [rows[:-1] for rows in shop.rows], excluded=nobody, count=_RANKED)
     details: dict[str, object] = {
         "weights": dict(zip(source.columns, map(float, weights), strict=True)),
         "towers": [asdict(tower.config) for tower in towers],
@@ -146,6 +157,12 @@ def centred(vectors: FloatArray) -> FloatArray:
     """Returns unit vectors float32[n, t] around their mean: titles of one trade share most of their direction."""
     moved = vectors - vectors.mean(0)
     return np.asarray(moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-9), np.float32)
+
+
+def _text_vectors(shop: Sequences, words: sp.csr_matrix) -> tuple[FloatArray, FloatArray]:
+    """Returns the titles' BERT vectors float32[n, t] and, for the towers, those beside components of their words float32[n, t + k]."""
+    text = centred(pretrained_vectors(shop.titles))
+    return text, np.hstack([text, centred(word_components(words))]) / np.float32(np.sqrt(2))
 
 
 def signal_names(without: frozenset[str]) -> tuple[str, ...]:
