@@ -16,6 +16,8 @@ from pathlib import Path
 import psycopg
 import psycopg.sql
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 _POSTGRES, _REDIS = "CONCORD_POSTGRES_DSN", "CONCORD_REDIS_URL"
 
@@ -141,7 +143,11 @@ def _wait_until_loaded(port: int) -> None:
 
 
 def _stop_redis(port: int, process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(redis.exceptions.RedisError), contextlib.closing(redis.Redis(port=port, socket_timeout=10)) as client:
+    # Asked to stop it closes the connection, which redis-py by default takes for a fault and retries for 7 s.
+    with (
+        contextlib.suppress(redis.exceptions.RedisError),
+        contextlib.closing(redis.Redis(port=port, socket_timeout=10, retry=Retry(NoBackoff(), 0))) as client,
+    ):
         client.shutdown(save=True)
     try:
         process.wait(10)

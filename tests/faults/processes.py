@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 import psycopg
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from cli.stack import free_port
 from server.settings import ServerSettings
@@ -201,7 +203,7 @@ class RedisServer:
 
     def client(self, number: int = 0) -> redis.Redis:
         """Returns a client of a database, past any proxy."""
-        return redis.Redis(port=self.port, db=number, socket_timeout=10)
+        return redis.Redis(port=self.port, db=number, socket_timeout=10, retry=Retry(NoBackoff(), 0))
 
 
 class Server:
