@@ -92,7 +92,9 @@ def run(
     configs = [replace(config, seed=len(configs) * seed + place) for place, config in enumerate(configs)]
     if cold:
         configs = [replace(config, identity_dropout=_COLD_IDENTITY_DROPOUT) for config in configs]
-    towers, curves = _train_towers(shop, fitted, described, configs=_chosen(configs, without), judged=measured, kept=kept)
+    begun = time.monotonic()
+    towers, curves, tower_seconds = _train_towers(shop, fitted, described, configs=_chosen(configs, without), judged=measured, kept=kept)
+    started += time.monotonic() - begun - tower_seconds  # a tower read back counts with the time that it once took
     neighbours = fit_neighbours(fitted, len(shop.items))
     source = SignalSource(
         towers=(lambda histories: mean_log_probabilities(towers, histories)) if towers else None,
@@ -184,7 +186,7 @@ def _chosen(configs: Sequence[SequenceConfig], without: frozenset[str]) -> Seque
 
 def _train_towers(
     shop: Sequences, fitted: Sequence[Rows], text: FloatArray, *, configs: Sequence[SequenceConfig], judged: Rows, kept: Path | None
-) -> tuple[list[SequenceTower], list[list[float]]]:
+) -> tuple[list[SequenceTower], list[list[float]], float]:
     histories, targets = [shop.rows[k][:-2] for k in judged], [int(shop.rows[k][-2]) for k in judged]
 
     def validate(tower: SequenceTower) -> float:
@@ -196,21 +198,23 @@ def _train_towers(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def train(config: SequenceConfig) -> tuple[SequenceTower, list[float]]:
+    def train(config: SequenceConfig) -> tuple[SequenceTower, list[float], float]:
+        started = time.monotonic()
         file = kept / f"tower-{_fingerprint(config, text, *fitted, judged)}.pt" if kept else None
         if file and file.exists():
             found = torch.load(file, weights_only=True, map_location=device)
             tower = SequenceTower(config, found["tower"]["text"], found["tower"]["known"][:, 0])
             tower.load_state_dict(found["tower"])
-            return tower.to(device).eval(), found["curve"]
+            return tower.to(device).eval(), found["curve"], found["seconds"]
         tower, curve = train_sequence_tower(fitted, text, config=config, validate=validate, device=device)
+        seconds = time.monotonic() - started
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"tower": tower.state_dict(), "curve": curve}, file)
-        return tower, curve
+            torch.save({"tower": tower.state_dict(), "curve": curve, "seconds": seconds}, file)
+        return tower, curve, seconds
 
-    pairs = [train(config) for config in configs]
-    return [tower for tower, _ in pairs], [curve for _, curve in pairs]
+    trained = [train(config) for config in configs]
+    return [tower for tower, _, _ in trained], [curve for _, curve, _ in trained], sum(seconds for _, _, seconds in trained)
 
 
 def _fingerprint(config: SequenceConfig, *arrays: FloatArray | Rows) -> str:
