@@ -54,12 +54,9 @@ class Reranker:
     @torch.inference_mode()
     def scores(self, features: FloatArray) -> FloatArray:
         """Returns float32[u, c] of features float32[u, c, f]."""
-        standard = self._standard(features)
+        standard = torch.from_numpy((features - self.mean) / self.scale)
         added = torch.stack([net(standard).squeeze(-1) for net in self.nets]).mean(0)
         return np.asarray(features[..., 0] + added.numpy(), np.float32)
-
-    def _standard(self, features: FloatArray) -> Tensor:
-        return torch.from_numpy((features - self.mean) / self.scale)
 
 
 def fit_reranker(
@@ -93,10 +90,10 @@ def fit_reranker(
         raise ValueError("no target is among the candidates: there is nothing to learn a ranking from")
     features, places = np.concatenate([part.features for part in parts])[useful], torch.from_numpy(wanted[useful].argmax(1))
     flat = features.reshape(-1, features.shape[-1])
-    reranker = Reranker([], flat.mean(0), flat.std(0) + 1e-6)
-    standard, base = reranker._standard(features), torch.from_numpy(features[..., 0])
+    mean, scale = flat.mean(0), flat.std(0) + 1e-6
+    standard, base = torch.from_numpy((features - mean) / scale), torch.from_numpy(features[..., 0])
     nets = [_fit_network(standard, base, places, seed=networks * seed + number) for number in range(networks)]
-    return Reranker(nets, reranker.mean, reranker.scale)
+    return Reranker(nets, mean, scale)
 
 
 def _fit_network(standard: Tensor, base: Tensor, places: Tensor, *, seed: int) -> nn.Module:
@@ -118,7 +115,8 @@ def rank(
 ) -> tuple[Rows, FloatArray]:
     """Returns int64[u, count], the best items outside each history, best first, ties by row, and float32[u, count], their probabilities.
 
-    A probability is that of the softmax over the candidates, times the share that the blend gives to all of them.
+    Fewer than ``count`` where there are fewer candidates. A probability is that of the softmax over the candidates, times the share
+    that the blend gives to all of them.
     """
     ranked, probability = list[Rows](), list[FloatArray]()
     for part in _candidates(source, weights, histories, excluded=excluded, stage="ranking"):
@@ -133,11 +131,12 @@ def rank(
 def _candidates(
     source: SignalSource, weights: FloatArray, histories: Sequence[Rows], *, excluded: BoolArray, stage: str
 ) -> Iterator[Candidates]:
+    # As many for everybody, in a small catalogue no more than the customer who knows most of it has left.
+    count = min(_CANDIDATES, int((~excluded).sum()) - max(len(np.unique(history)) for history in histories))
     for start, signals in chunks(source, histories, stage):
         part = histories[start : start + len(signals)]
         scores = weights @ signals
         scores[~np.array([allowed_items(history, excluded) for history in part])] = -np.inf
-        count = min(_CANDIDATES, int(np.isfinite(scores).sum(1).min()))
         rows = np.argpartition(-scores, count - 1, axis=1)[:, :count]
         best = np.take_along_axis(scores, rows, 1)
         order = np.lexsort((rows, -best), axis=1)

@@ -95,7 +95,7 @@ def test_without_ensembling_there_is_one_tower(ring: list[Rows], tmp_path: Path)
         assert len(found.details["towers"]) == towers
 
 
-def test_kept_towers_are_read_back_unless_their_settings_changed(
+def test_kept_towers_are_read_back_unless_settings_or_data_changed(
     result: QualityResult, ring: list[Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, kept, trained = write(tmp_path, ring), tmp_path / "towers", list[int]()
@@ -110,6 +110,10 @@ def test_kept_towers_are_read_back_unless_their_settings_changed(
     assert found[0].rankings == found[1].rankings == result.rankings
     assert found[0].details == found[1].details
     assert found[2].rankings != result.rankings
+    next_item.run(write(tmp_path, [ring[0][::-1], *ring[1:]]), seed=0, without=WITHOUT_TEXT, configs=TINY, kept=kept)
+    assert trained == [0, 1, 0]  # other sequences
+    next_item.run(data, seed=0, configs=TINY, kept=kept)
+    assert trained == [0, 1, 0, 0]  # and with text
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -67,3 +67,12 @@ def test_it_learns_what_no_weight_can_say() -> None:
 def test_targets_that_are_no_candidates_are_refused() -> None:
     with pytest.raises(ValueError, match="no target"):
         fit_reranker(source("popularity"), WEIGHTS, [rows(0)], [0], excluded=NOTHING, seed=0)
+
+
+def test_customers_who_know_more_of_a_small_catalogue_change_nobodys_shape() -> None:
+    few, many = rows(0), np.arange(ITEMS - 4)
+    histories = [few] * 300 + [many]  # in different chunks
+    ranked, _ = rank(source("popularity"), WEIGHTS, unchanged(4), histories, excluded=NOTHING, count=10)
+    assert ranked.shape == (301, 4)
+    assert sorted(ranked[-1]) == [26, 27, 28, 29]
+    assert (ranked[0] == ranked[299]).all()

@@ -39,7 +39,7 @@ def main(
         Path | None, typer.Option(help="Beauty and cold: also write the model card there, as HTML, and as Markdown beside it.")
     ] = None,
     towers: Annotated[
-        Path | None, typer.Option(help="Beauty and cold: keep trained towers there, and read back those that nothing changed for.")
+        Path | None, typer.Option(help="Beauty and cold: keep trained towers there; read back those of the same settings and data.")
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 means PyTorch's choice, one per core.")] = 0,
 ) -> None:
