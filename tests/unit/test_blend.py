@@ -83,6 +83,12 @@ def _binary() -> sp.csr_matrix:
     return sp.csr_matrix(x)
 
 
+def test_a_history_has_the_same_signals_among_others(neighbours: Neighbours) -> None:
+    histories, made = [rows(4, 0, 1), rows(), rows(7), rows(2, 3, 4, 5, 6)], source(neighbours, cold=(6, 7))
+    alone = np.concatenate([made.signals([history]) for history in histories])
+    np.testing.assert_allclose(made.signals(histories), alone, rtol=1e-5, atol=1e-6)
+
+
 def test_an_empty_history_says_nothing_of_neighbours(neighbours: Neighbours) -> None:
     seen = dict(zip(SIGNALS, source(neighbours).signals([rows()])[0], strict=True))
     assert not any(seen[name].any() for name in ("window_neighbours", "ease", "cosine_neighbours", "text_of_last"))
