@@ -4,15 +4,13 @@ import asyncio
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psycopg
 import typer
@@ -21,10 +19,13 @@ from rich.table import Table
 
 from cli.context import console, progress_bars
 from cli.data import Part, report_table, run_import
-from cli.stack import running_stack
+from cli.stack import running_server, running_stack
 from concord import Concord, user
 from concord.v1.recommendation_pb2 import RecommendResponse
 from features.settings import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
 
 _out = Console()
 CHANNELS = ("web", "app", "mini_program", "messaging", "store")
@@ -71,10 +72,10 @@ def demo(seed: Annotated[int, typer.Option(help="Seed of the sample shop.")] = 7
     os.environ["CONCORD_DATA_DIR"] = str(folder)
     with running_stack(folder):
         settings = load_settings(Settings)
-        metrics = _prepare(settings, folder, seed)
+        metrics = prepare(settings, folder, seed)
         _step("serve", "starting the gRPC server")
-        with _server(folder) as port:
-            agreement, p99 = asyncio.run(_play(f"127.0.0.1:{port}", settings))
+        with running_server(folder) as ports:
+            agreement, p99 = asyncio.run(_play(f"127.0.0.1:{ports['port']}", settings))
     outcome = Outcome(agreement, p99, metrics["ndcg_at_10"], metrics["popularity_ndcg_at_10"])
     console.print(f"[dim]serve this shop again: CONCORD_DATA_DIR={folder} concord serve[/dim]", highlight=False)
     console.print(f"[dim]the whole demo took {time.monotonic() - started:.0f} s[/dim]")
@@ -87,8 +88,8 @@ def _step(name: str, text: str) -> None:
     console.print(f"[bold cyan]{name:<12}[/bold cyan] {text}")
 
 
-def _prepare(settings: Settings, folder: Path, seed: int) -> dict[str, float]:
-    """Everything before the server: schema, data, features, model; returns the model's holdout metrics."""
+def prepare(settings: Settings, folder: Path, seed: int, config: "TrainConfig | None" = None) -> dict[str, float]:
+    """Everything before the server, in an empty shop: schema, data, features, model; returns the model's holdout metrics."""
     from features.bundle import fetch
     from features.importers import load_mapping
     from features.materialize import materialize
@@ -114,7 +115,7 @@ def _prepare(settings: Settings, folder: Path, seed: int) -> dict[str, float]:
     for report in reports:
         _out.print(report_table(report, "the sample shop"))
     _step("train", "fine-tuning BERT on behaviour sequences, fitting collaborative weights and the ranker, evaluating")
-    result = train(settings, TrainConfig.demo())
+    result = train(settings, config or TrainConfig.demo())
     table = Table("metric on the time split", "value")
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4f}")
@@ -130,25 +131,6 @@ def _prepare(settings: Settings, folder: Path, seed: int) -> dict[str, float]:
     with progress_bars() as progress:
         materialize(settings, progress=progress)
     return dict(result.metrics)
-
-
-@contextmanager
-def _server(folder: Path) -> Iterator[int]:
-    """Runs ``concord serve`` as a process of its own, as a user would; yields its port."""
-    environment = os.environ | {"CONCORD_PORT": "0", "CONCORD_METRICS_PORT": "0"}
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cli.main", "serve", "--ready"], stdout=subprocess.PIPE, stderr=log, env=environment, text=True
-        )
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
-                raise RuntimeError(f"the server did not start; see {folder / 'server.log'}")
-            yield int(json.loads(line)["port"])
-        finally:
-            process.terminate()
-            process.wait(30)
 
 
 async def _play(address: str, settings: Settings) -> tuple[float, float]:

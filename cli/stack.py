@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -175,3 +176,29 @@ def _wait_for_port(port: int, process: "subprocess.Popen[bytes]", seconds: float
             time.sleep(0.02)
         else:
             return
+
+
+@contextmanager
+def running_server(folder: Path, **more: str) -> Iterator[dict[str, int]]:
+    """Runs ``concord serve`` on free ports as a process of its own, as a user would, with ``more`` in its environment.
+
+    Yields what it says of its ports: ``port``, ``admin_port``, ``metrics_port``. Its log is ``server.log`` in ``folder``.
+
+    Raises:
+        RuntimeError: it ended before it was ready.
+    """
+    environment = os.environ | {"CONCORD_PORT": "0", "CONCORD_METRICS_PORT": "0"} | more
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", "serve", "--ready"], stdout=subprocess.PIPE, stderr=log, env=environment, text=True
+        )
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the server did not start; see {folder / 'server.log'}")
+            ports: dict[str, int] = json.loads(line)
+            yield ports
+        finally:
+            process.terminate()
+            process.wait(30)
