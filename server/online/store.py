@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from redis.asyncio import Redis
-
 from features.activity import FORGOTTEN_FIELD, MEMBERSHIP_FIELD, WRITE_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, decode_value
+from server.database import OnlineClient
 from server.errors import NotFoundError
 from server.online.breaker import CircuitBreaker
+from server.online.wire import Command
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -113,7 +113,7 @@ class OnlineStore:
         is_dead: says whether the other replicas may think this one dead.
     """
 
-    def __init__(self, client: Redis, codec: UserStateCodec, breaker: CircuitBreaker, *, forgotten_seconds: float = 60.0) -> None:
+    def __init__(self, client: OnlineClient, codec: UserStateCodec, breaker: CircuitBreaker, *, forgotten_seconds: float = 60.0) -> None:
         self._client = client
         self._codec = codec
         self._breaker = breaker
@@ -165,18 +165,19 @@ class OnlineStore:
 
     async def read(self, user_id: str, slot: str) -> Standing:
         """Reads version and grouping, slate in ``slot``, pointers and Redis's time in one round trip."""
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.hmget(self._codec.key(user_id), [self._codec.version_field, MEMBERSHIP_FIELD])  # type: ignore[arg-type]
-        pipeline.hget(self.slates_key(user_id, slot), slot)
-        pipeline.hmget(self._fleet_key, ["model", "activation", "index", "offer"])
-        pipeline.time()
+        commands: list[Command] = [
+            ("HMGET", self._codec.key(user_id), self._codec.version_field, MEMBERSHIP_FIELD),
+            ("HGET", self.slates_key(user_id, slot), slot),
+            ("HMGET", self._fleet_key, "model", "activation", "index", "offer"),
+            ("TIME",),
+        ]
         async with self._breaker.call(in_time=True):
-            (version, membership), slate, fleet, (seconds, micros) = await pipeline.execute()
+            (version, membership), slate, fleet, (seconds, micros) = await self._client.wire.ask(commands)
         return Standing(
             user_version=None if version is None else decode_value(version),
             slate=slate,
             fleet=None if None in fleet else Fleet(fleet[0].decode(), int(fleet[1]), int(fleet[2]), int(fleet[3])),
-            now=_EPOCH + timedelta(seconds=seconds, microseconds=micros),
+            now=_EPOCH + timedelta(seconds=int(seconds), microseconds=int(micros)),
             membership=int(membership or 0),
         )
 
@@ -207,7 +208,7 @@ class OnlineStore:
     async def user_features(self, user_id: str, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         """Reads all views of a customer with one command, so that no read mixes two writes."""
         async with self._breaker.call(in_time=True):
-            replies = await self._client.hmget(self._codec.key(user_id), list(self._codec.hash_fields))  # type: ignore[misc, arg-type]
+            (replies,) = await self._client.wire.ask([("HMGET", self._codec.key(user_id), *self._codec.hash_fields)])
         return self._codec.decode(replies, now)
 
     async def write_users(self, states: Sequence[UserState]) -> None:

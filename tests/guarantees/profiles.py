@@ -14,14 +14,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pandas as pd
-import redis
-import redis.asyncio
 from feast import FeatureStore
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, UserState, UserStateCodec
 from features.layout import load_layouts
 from features.store import feature_store
-from server.database import redis_breaker, redis_client
+from server.database import OnlineClient, redis_breaker, redis_client
 from server.online.breaker import CircuitBreaker
 from server.online.store import OnlineStore
 from server.settings import ServerSettings
@@ -71,7 +69,7 @@ def _value(dtype: str, version: int) -> Any:
 class ServerPath:
     """The server's own writes and reads of one customer."""
 
-    def __init__(self, client: redis.asyncio.Redis, codec: UserStateCodec, breaker: CircuitBreaker) -> None:
+    def __init__(self, client: OnlineClient, codec: UserStateCodec, breaker: CircuitBreaker) -> None:
         self.client = client
         self.codec = codec
         self.online = OnlineStore(client, codec, breaker)
