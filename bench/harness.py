@@ -113,7 +113,8 @@ def prepared_shop() -> Iterator[Settings]:
     """Yields the sample shop on an embedded stack, with a model active and everything materialized.
 
     The first benchmark that asks prepares it (about two minutes) and all others share it. The model is the packaged MiniLM after
-    eight steps of fine-tuning: as large and as slow as one that is trained well, which is all that matters here.
+    two steps of fine-tuning, with a ranker of 200 labels: as large and as slow as one that is trained well, which is all that
+    matters here.
     """
     from cli.demo import prepare
     from training.config import TrainConfig
@@ -123,7 +124,7 @@ def prepared_shop() -> Iterator[Settings]:
     with running_stack(folder):
         settings, done = load_settings(Settings), folder / "prepared"
         if not done.exists():
-            config = replace(TrainConfig.demo(), time_budget_s=0.0, max_steps=8, tower_labels=2_000, evaluation_users=200)
-            prepare(settings, folder, 7, config)
+            few = {"tower_labels": 200, "validation_labels": 50, "ranker_labels": 200, "ranker_folds": 1, "evaluation_users": 50}
+            prepare(settings, folder, 7, replace(TrainConfig.demo(), time_budget_s=0.0, max_steps=2, **few))
             done.touch()
         yield settings

@@ -5,11 +5,13 @@ a Feast client reads. One hash per entity holds all of its views; a value is a s
 Source: Feast, docs/specs/online_store_format.md (version 3 of the entity key).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 from feast import FeatureStore
 from feast.feature_view import FeatureView
@@ -33,6 +35,11 @@ _KIND = {
 }
 
 
+# How a Value begins that holds an int64, a string or a double: field number and wire type.
+_INT64_TAG, _STRING_TAG, _DOUBLE_TAG = b"\x20", b"\x12", b"\x29"
+_DOUBLE, _LENGTH = struct.Struct("<d"), struct.Struct("<I")
+
+
 class LayoutError(Exception):
     """A view cannot be stored in Feast's Redis layout as it is defined; the message names the view and the reason."""
 
@@ -45,8 +52,7 @@ class Status(Enum):
     STALE = "stale"
 
 
-@dataclass(frozen=True)
-class FeatureValue:
+class FeatureValue(NamedTuple):
     """A value read online, with its status and the event time of its view (None when MISSING)."""
 
     value: Any
@@ -86,22 +92,29 @@ class ViewLayout:
         return mapping
 
     def decode(self, replies: Sequence[bytes | None], now: datetime) -> dict[str, FeatureValue]:
-        """Reads the reply of HMGET over ``hash_fields``.
+        """Reads the reply of HMGET over ``hash_fields``: features by name, as ``values`` lists them."""
+        return dict(zip(self.features, self.values(replies, now), strict=True))
+
+    def values(self, replies: Sequence[bytes | None], now: datetime) -> list[FeatureValue]:
+        """Reads the reply of HMGET over ``hash_fields``, feature by feature.
 
         Feast itself reports PRESENT for absent entities, stored nulls and expired values; here each is told apart.
         """
         stamp = replies[-1]
         if stamp is None:
-            return {name: FeatureValue(None, Status.MISSING, None) for name in self.features}
+            return [FeatureValue(None, Status.MISSING, None)] * len(self.features)
         at = decode_timestamp(stamp)
         fresh = Status.STALE if self.ttl and now - at > self.ttl else Status.PRESENT
-        decoded = {}
-        for name, reply in zip(self.features, replies, strict=False):
-            value = None if reply is None else decode_value(reply)
-            decoded[name] = FeatureValue(value, Status.MISSING if value is None else fresh, at)
-        return decoded
+        found = [None if reply is None else decode_value(reply) for reply in replies[:-1]]
+        return [FeatureValue(value, Status.MISSING if value is None else fresh, at) for value in found]
 
-    @property
+    def only(self, names: Collection[str]) -> "ViewLayout":
+        """Returns the layout of some of the features, in schema order."""
+        kept = [row for row in zip(self.features, self.dtypes, self.fields, strict=True) if row[0] in names]
+        features, dtypes, fields = zip(*kept, strict=True)
+        return replace(self, features=features, dtypes=dtypes, fields=fields)
+
+    @cached_property
     def hash_fields(self) -> tuple[bytes, ...]:
         """Fields to ask for: the features in order, then the event time."""
         return (*self.fields, self.timestamp_field)
@@ -142,8 +155,20 @@ def load_layouts(store: FeatureStore) -> dict[str, ViewLayout]:
 
 def entity_key(join_key: str, value: str, project: str) -> bytes:
     """Returns the Redis key of an entity's hash."""
-    key: bytes = _redis_key(project, EntityKey(join_keys=[join_key], entity_values=[Value(string_val=value)]))
-    return key
+    head, tail = _key_frame(join_key, project)
+    encoded = value.encode()
+    return b"".join((head, _LENGTH.pack(len(encoded)), encoded, tail))
+
+
+@lru_cache(maxsize=64)
+def _key_frame(join_key: str, project: str) -> tuple[bytes, bytes]:
+    """Returns what stands before the length of the entity's value, and after the value, as Feast's own helper lays it out.
+
+    The helper takes 6 µs a key, most of it for a protobuf message that is read once.
+    """
+    empty: bytes = _redis_key(project, EntityKey(join_keys=[join_key], entity_values=[Value(string_val="")]))
+    tail = project.encode()
+    return empty.removesuffix(tail).removesuffix(_LENGTH.pack(0)), tail
 
 
 def encode_value(dtype: str, value: Any) -> bytes:
@@ -161,7 +186,19 @@ def encode_value(dtype: str, value: Any) -> bytes:
 
 
 def decode_value(data: bytes) -> Any:
-    """Reads a serialized ``feast.types.Value`` as a Python scalar or list; an unset one is None."""
+    """Reads a serialized ``feast.types.Value`` as a Python scalar or list; an unset one is None.
+
+    The commonest forms are told by their first byte, without a message: a double, a short text, a whole number below 2^14.
+    """
+    size, tag = len(data), data[:1]
+    if tag == _DOUBLE_TAG and size == 9:
+        return _DOUBLE.unpack_from(data, 1)[0]
+    if tag == _STRING_TAG and 1 < size < 130 and data[1] == size - 2:
+        return data[2:].decode()
+    if tag == _INT64_TAG and size == 2:
+        return data[1]
+    if tag == _INT64_TAG and size == 3:
+        return (data[1] & 127) | (data[2] << 7)
     message = Value.FromString(data)
     kind = message.WhichOneof("val")
     if kind is None:
@@ -170,6 +207,7 @@ def decode_value(data: bytes) -> Any:
     return list(value.val) if kind.endswith("_list_val") else value
 
 
+@lru_cache(maxsize=4096)
 def decode_timestamp(data: bytes) -> datetime:
     """Reads a serialized Timestamp as an aware UTC time."""
     return Timestamp.FromString(data).ToDatetime(UTC)

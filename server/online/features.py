@@ -4,25 +4,31 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 import structlog
 from feast import FeatureStore
 from feast.errors import FeatureServiceNotFoundException
-from redis.asyncio import Redis
 from sqlalchemy.exc import SQLAlchemyError
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
 from features.layout import FeatureValue, LayoutError, Status, ViewLayout, decode_value, entity_key, load_layouts
-from server.database import ONLINE_AWAY
+from server.database import ONLINE_AWAY, OnlineClient
 from server.domain import EntityKey, Subject
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
 from server.ingest.identities import Identities, Known
 from server.online.breaker import CircuitBreaker
 from server.online.states import MergedError, UserStates, patiently
+from server.online.wire import Command
 
 _log = structlog.get_logger(__name__)
 # A state that is lost between two reads is looked for again; more than a few times means that Redis keeps nothing.
-_LOOKS = 3
+_LOOKS = 4
+# Lists of names whose plans are kept; a shop has a few feature services.
+_MOST_PLANS = 1_000
+USER = "user_id"
+# Versions: that of a customer whom nobody knows, for whom MISSING is the answer; and one that no state has.
+_NOBODY, _SOMEBODY_ELSE = -1, 2**63
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,46 @@ class FeatureRow:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to ask Redis for: the names in order, and the views that hold them by join key."""
+    """What to ask Redis for, worked out once for a list of names.
+
+    Attributes:
+        refs: the names in the order asked for.
+        views: by join key, the views that hold them, narrowed to what is asked for.
+        fields: by join key, the hash fields to ask for; a customer's begin with the version.
+        places: where each name stands among the values of all views, one after the other.
+    """
 
     refs: tuple[str, ...]
     views: Mapping[str, tuple[ViewLayout, ...]]
+    fields: Mapping[str, tuple[bytes, ...]]
+    places: tuple[int, ...]
+
+    def version(self, replies: Sequence[Sequence[bytes | None]]) -> int:
+        """Returns the version of a customer's state, -1 without one; 0 where no customer is asked for."""
+        for join_key, reply in zip(self.fields, replies, strict=True):
+            if join_key == USER:
+                return -1 if not reply[0] else int(decode_value(reply[0]))
+        return 0
+
+    def row(self, replies: Sequence[Sequence[bytes | None]], now: datetime) -> FeatureRow:
+        """Reads an entity's replies, one for each join key."""
+        flat: list[FeatureValue] = []
+        for (join_key, views), reply in zip(self.views.items(), replies, strict=True):
+            start = 1 if join_key == USER else 0
+            for view in views:
+                end = start + len(view.hash_fields)
+                flat += view.values(reply[start:end], now)
+                start = end
+        return FeatureRow(dict(zip(self.refs, map(flat.__getitem__, self.places), strict=True)))
+
+
+@dataclass
+class _Wanted:
+    """One entity to read, and the version its customer must have at least; below 0 for nobody at all."""
+
+    user_id: str
+    item_id: str
+    version: int = 0
 
 
 class FeatureReader:
@@ -45,7 +87,7 @@ class FeatureReader:
 
     def __init__(
         self,
-        client: Redis,
+        client: OnlineClient,
         breaker: CircuitBreaker,
         states: UserStates,
         identities: Identities,
@@ -64,6 +106,7 @@ class FeatureReader:
         activity = layouts[ACTIVITY_VIEW]
         self._version_field = activity.fields[activity.features.index("version")]
         self._services: dict[str, tuple[str, ...]] = {}
+        self._plans: dict[tuple[str, ...], _Plan] = {}
         self._project = project
         self._now = now
 
@@ -78,7 +121,7 @@ class FeatureReader:
                 may not be shown yet.
         """
         names = tuple(refs) or self._services.get(service) or await self._service_refs(service)
-        plan = self._plan(names)
+        plan = self._plans.get(names) or self._plan(names)
         for position, entity in enumerate(entities):
             _require_ids(plan, position, entity)
         certain = self._states.certain
@@ -89,30 +132,40 @@ class FeatureReader:
         return rows if certain and self._states.certain else [_doubted(plan, row) for row in rows]
 
     async def _online(self, plan: _Plan, entities: Sequence[EntityKey]) -> list[FeatureRow]:
+        """Reads all entities in one round trip; customers found too old, lost, merged or unknown are seen to, and all read again."""
+        wanted = [_Wanted(entity.user_id, entity.item_id) for entity in entities]
+        if USER in plan.views:
+            for one, entity in zip(wanted, entities, strict=True):
+                one.version = await self._minimum(entity)
         for _ in range(_LOOKS):
-            if (rows := await self._look(plan, entities)) is not None:
-                return rows
+            replies = await self._look(plan, wanted)
+            late = [k for k, (one, reply) in enumerate(zip(wanted, replies, strict=True)) if plan.version(reply) < one.version]
+            if not late:
+                now = self._now()
+                return [plan.row(reply, now) for reply in replies]
+            for k in late:
+                wanted[k].user_id, wanted[k].version = await self._user(entities[k])
         raise UnavailableError("the online store does not keep what is written", reason="ONLINE_STORE_UNAVAILABLE")
 
-    async def _look(self, plan: _Plan, entities: Sequence[EntityKey]) -> list[FeatureRow] | None:
-        """Returns the rows; None where a customer's state was lost, or merged away, after it was found to be new enough."""
-        users = [await self._user(entity) if "user_id" in plan.views else ("", 0) for entity in entities]
-        pipeline = self._client.pipeline(transaction=False)
-        for (user_id, _), entity in zip(users, entities, strict=True):
-            ids = {"user_id": user_id, "item_id": entity.item_id}
-            for join_key, views in plan.views.items():
-                fields = [self._version_field, *(field for view in views for field in view.hash_fields)]
-                pipeline.hmget(entity_key(join_key, ids[join_key], self._project), fields)  # type: ignore[arg-type]
+    async def _minimum(self, entity: EntityKey) -> int:
+        """Returns the version a customer's state must have at least: 0 is the first there is, so that none at all is too old."""
+        try:
+            minimum = await self._identities.minimum_version(entity.user_id, entity.token)
+        except MergedError:
+            return _SOMEBODY_ELSE
+        return max(minimum, self._states.shown.of(entity.user_id))
+
+    async def _look(self, plan: _Plan, wanted: Sequence["_Wanted"]) -> list[list[Any]]:
+        """Returns for each entity the replies of its join keys."""
+        commands: list[Command] = []
+        for one in wanted:
+            for join_key, fields in plan.fields.items():
+                key = entity_key(join_key, one.user_id if join_key == USER else one.item_id, self._project)
+                commands.append(("HMGET", key, *fields))
         async with self._breaker.call():
-            replies = await pipeline.execute()
-        width = len(plan.views)
-        rows = []
-        for k, (_, version) in enumerate(users):
-            found = dict(zip(plan.views, replies[k * width : (k + 1) * width], strict=True))
-            if version and _version_of(found["user_id"]) < version:
-                return None
-            rows.append(_row(plan, [reply[1:] for reply in found.values()], self._now()))
-        return rows
+            replies = await self._client.wire.ask(commands)
+        width = len(plan.fields)
+        return [replies[at : at + width] for at in range(0, len(replies), width)]
 
     async def _recorded(self, plan: _Plan, entity: EntityKey) -> FeatureRow:
         """Recomputes the views of a customer that the server itself writes; others exist online only."""
@@ -138,7 +191,7 @@ class FeatureReader:
                 self._layouts = await asyncio.to_thread(load_layouts, self._store)
             except (SQLAlchemyError, LayoutError) as error:
                 _log.warning("the Feast registry cannot be followed; serving what it said last", error=type(error).__name__)
-            self._services = {}
+            self._services, self._plans = {}, {}
 
     async def _service_refs(self, service: str) -> tuple[str, ...]:
         try:
@@ -150,7 +203,7 @@ class FeatureReader:
         return refs
 
     def _plan(self, refs: tuple[str, ...]) -> _Plan:
-        views: dict[str, dict[str, ViewLayout]] = {}
+        views: dict[str, dict[str, list[str]]] = {}
         for ref in refs:
             name, _, feature = ref.partition(":")
             layout = self._layouts.get(name)
@@ -158,8 +211,17 @@ class FeatureReader:
                 raise InvalidRequestError("features", f"{ref} is computed at request time and not read from the online store")
             if layout is None or feature not in layout.features:
                 raise NotFoundError(f"no online feature {ref!r}", reason="FEATURE_UNKNOWN", field="features")
-            views.setdefault(layout.join_key, {})[name] = layout
-        return _Plan(refs, {join_key: tuple(found.values()) for join_key, found in views.items()})
+            views.setdefault(layout.join_key, {}).setdefault(name, []).append(feature)
+        narrowed = {key: tuple(self._layouts[name].only(asked) for name, asked in found.items()) for key, found in views.items()}
+        fields = {
+            key: ((self._version_field,) if key == USER else ()) + tuple(field for view in found for field in view.hash_fields)
+            for key, found in narrowed.items()
+        }
+        order = [f"{view.name}:{feature}" for found in narrowed.values() for view in found for feature in view.features]
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        plan = self._plans[refs] = _Plan(refs, narrowed, fields, tuple(order.index(ref) for ref in refs))
+        return plan
 
     async def _user(self, entity: EntityKey) -> tuple[str, int]:
         """Makes sure Redis holds the customer as new as the token; returns who they are after merges, and the version it holds."""
@@ -172,7 +234,7 @@ class FeatureReader:
         try:
             return await self._identities.following(Subject(user_id=entity.user_id), Known(entity.user_id), act)
         except NotFoundError:
-            return entity.user_id, 0  # nobody of that id: MISSING is the answer
+            return entity.user_id, _NOBODY
 
 
 def _require_ids(plan: _Plan, position: int, entity: EntityKey) -> None:
@@ -182,28 +244,12 @@ def _require_ids(plan: _Plan, position: int, entity: EntityKey) -> None:
             raise InvalidRequestError(f"entities[{position}].{join_key}", "is required by the features asked for")
 
 
-def _version_of(reply: Sequence[bytes | None]) -> int:
-    version = None if reply[0] is None else decode_value(reply[0])
-    return -1 if version is None else int(version)
-
-
 def _doubted(plan: _Plan, row: FeatureRow) -> FeatureRow:
     """Says of a customer's values that they are stale: Redis may lag behind what other replicas have shown."""
     views = {view.name for view in plan.views.get("user_id", ())}
     return FeatureRow(
         {
-            ref: replace(value, status=Status.STALE) if value.status is Status.PRESENT and ref.partition(":")[0] in views else value
+            ref: value._replace(status=Status.STALE) if value.status is Status.PRESENT and ref.partition(":")[0] in views else value
             for ref, value in row.values.items()
         }
     )
-
-
-def _row(plan: _Plan, replies: Sequence[Sequence[bytes | None]], now: datetime) -> FeatureRow:
-    decoded: dict[str, FeatureValue] = {}
-    for reply, views in zip(replies, plan.views.values(), strict=True):
-        start = 0
-        for view in views:
-            values = view.decode(reply[start : start + len(view.hash_fields)], now)
-            decoded |= {f"{view.name}:{name}": value for name, value in values.items()}
-            start += len(view.hash_fields)
-    return FeatureRow({ref: decoded[ref] for ref in plan.refs})

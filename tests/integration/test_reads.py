@@ -68,9 +68,12 @@ async def test_a_state_lost_between_the_look_and_the_read_is_not_answered_as_mis
 ) -> None:
     token = await two[0].record(web(names("ann")), "a", "b")
     asked = [EntityKey(user_id="nobody"), EntityKey(user_id=token.user_id, token=token)]
+    wiped = redis.Redis.from_url(settings.redis_url)
+    wiped.flushdb()
     async with reading(settings, two[0], Wiped(two[0], settings, times=1)) as (reader, _):
         rows = await reader.read(service="", refs=[VERSION], entities=asked)
     assert [(row.values[VERSION].value, row.values[VERSION].status) for row in rows] == [(None, Status.MISSING), (2, Status.PRESENT)]
+    wiped.flushdb()
     async with reading(settings, two[0], Wiped(two[0], settings, times=9)) as (reader, _):
         with pytest.raises(UnavailableError):
             await reader.read(service="", refs=[VERSION], entities=asked)

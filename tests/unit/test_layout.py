@@ -6,7 +6,8 @@ from typing import Any, cast
 
 import pytest
 from feast import Entity, FeatureView, Field, FileSource, ValueType
-from feast.infra.online_stores.helpers import _mmh3
+from feast.infra.online_stores.helpers import _mmh3, _redis_key
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import Array, Bool, Float32, Float64, Int32, Int64, String, UnixTimestamp
 from hypothesis import given
@@ -47,6 +48,44 @@ def read(stored: dict[bytes, bytes], of: ViewLayout, now: datetime = NOW) -> dic
 def test_every_value_comes_back(pair: tuple[str, Any]) -> None:
     dtype, value = pair
     assert decode_value(encode_value(dtype, value)) == value
+
+
+@given(
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=40),
+    st.sampled_from(["user_id", "item_id", "é"]),
+    st.sampled_from(["concord", "店"]),
+)
+def test_an_entity_has_the_key_that_feast_gives_it(value: str, join_key: str, project: str) -> None:
+    feasts = _redis_key(project, EntityKey(join_keys=[join_key], entity_values=[Value(string_val=value)]))
+    assert entity_key(join_key, value, project) == feasts
+
+
+@given(VALUES)
+def test_a_value_reads_as_protobuf_reads_it(pair: tuple[str, Any]) -> None:
+    """Short forms are read without a message; they must be just the forms they are taken for."""
+    data = encode_value(*pair)
+    message = Value.FromString(data)
+    kind = message.WhichOneof("val")
+    value = None if kind is None else getattr(message, kind)
+    assert repr(decode_value(data)) == repr(list(value.val) if hasattr(value, "val") else value)
+
+
+@pytest.mark.parametrize("number", [127, 128, 2**14 - 1, 2**14, -1])
+def test_whole_numbers_at_the_bounds_of_the_short_forms_come_back(number: int) -> None:
+    assert decode_value(encode_value("Int64", number)) == number
+
+
+@pytest.mark.parametrize("text", ["x" * length for length in (126, 127, 128, 129)] + ["é" * 64])
+def test_texts_at_the_bounds_of_the_short_form_come_back(text: str) -> None:
+    assert decode_value(encode_value("String", text)) == text
+
+
+def test_a_part_of_a_view_has_the_fields_of_the_whole() -> None:
+    whole = layout()
+    part = whole.only(["names"])
+    assert (part.features, part.hash_fields) == (("names",), (_mmh3("v:names"), b"_ts:v"))
+    stored = whole.encode({"count": 5, "names": ["a"]}, NOW)
+    assert read(stored, part) == {"names": (["a"], Status.PRESENT, NOW)}
 
 
 def test_zero_and_empty_are_values_and_none_is_not() -> None:
