@@ -123,7 +123,8 @@ def draw(rows: Sequence[Month], out: Path, *, title: str) -> None:
         values = [row.scores.get(name, np.nan) for row in rows]
         if not np.isnan(values).all():
             axes.plot(names, values, "o-", label=name, color=colour, linewidth=2.5 if name == UPDATED else 1.5)
-    low, high = ([row.scores[FROZEN] + bound for row in rows] for bound in ([r.gain.low for r in rows], [r.gain.high for r in rows]))
+    low = [row.scores[FROZEN] + row.gain.low for row in rows]
+    high = [row.scores[FROZEN] + row.gain.high for row in rows]
     axes.fill_between(names, low, high, color=_COLOURS[UPDATED], alpha=0.15, label="95 % interval of updated − frozen", linewidth=0)
     axes.set(title=title, xlabel="evaluated month, ranked from what was known at its start", ylabel="NDCG@10", ylim=(0, None))
     axes.grid(axis="y", alpha=0.3)
@@ -165,7 +166,7 @@ class Bench:
         if not isinstance(plan, Plan):
             raise RuntimeError(plan.reason)
         report = update(self.settings, plan)
-        if report is None or not report.wins:
+        if report is None or not report.verdict.wins:
             return active, False
         with psycopg.connect(self.settings.postgres_dsn) as connection:
             activate(connection, report.challenger)

@@ -43,7 +43,7 @@ def since_last(settings: Settings, policy: Mapping[str, Any], *, values: Mapping
     if report is None:  # a process of torchrun that is not the first
         return
     _show(report)
-    if report.wins:
+    if report.verdict.wins:
         move_pointer(settings, report.challenger)
 
 
@@ -69,15 +69,15 @@ def needed(policy: Any) -> str:
 
 
 def _show(report: "Report") -> None:
-    table = Table("on the holdout", "champion", "challenger")
+    from training.update import TRAINED, told
+
+    table = Table("on the holdout", "champion", "refreshed", "trained on")
     for name, value in report.champion_metrics.items():
-        table.add_row(name, f"{value:.4f}", f"{report.challenger_metrics[name]:.4f}")
+        table.add_row(name, f"{value:.4f}", f"{report.refreshed_metrics[name]:.4f}", f"{report.trained_metrics[name]:.4f}")
     _out.print(table)
-    gain = report.gain
-    _out.print(
-        f"NDCG@10 {gain.mean:+.4f} per customer, {report.policy.confidence:.0%} interval {gain.low:+.4f} to {gain.high:+.4f}, "
-        f"{report.counts.customers} customers",
-        highlight=False,
-    )
-    verdict = "wins" if report.wins else f"stays published and inactive, because it takes that {needed(report.policy)}"
-    _out.print(f"published {report.challenger}: it {verdict}; report in {report.run_dir}", highlight=False)
+    verdict, policy = report.verdict, report.policy
+    _out.print(f"training on against fitting the item-to-item weights anew: {told(verdict.training_gain, policy)}", highlight=False)
+    what = "what was trained on" if verdict.kept == TRAINED else "the champion with weights fitted anew"
+    _out.print(f"{what} against the champion: {told(verdict.gain, policy)}, {report.counts.customers} customers", highlight=False)
+    end = "wins" if verdict.wins else f"stays published and inactive, because it takes that {needed(policy)}"
+    _out.print(f"published {report.challenger}: it {end}; report in {report.run_dir}", highlight=False)

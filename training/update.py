@@ -3,15 +3,17 @@
     begin ─────── ranker_start of the champion ───── ranker_start ───── cut ───── end
       replay: a sample        tower: all visits         ranker: visits    holdout: both models rank the same customers
 
-The holdout begins after the champion's last event, so neither model was fitted, stopped or chosen on it. For both, item-to-item
-weights, popularity and profiles are those of the cut.
+The holdout begins after the champion's last event, so no model was fitted, stopped or chosen on it. Three are compared: the
+champion as it is published; its tower and ranker with item-to-item weights fitted anew, up to the cut ("refreshed"); and those
+trained on ("trained"), with the same weights. What was trained on has to beat what was only refreshed, and the better of the two has
+to beat what answers now. On Online Retail most of a monthly update's gain is that of the weights (docs/QUALITY.md).
 """
 
 import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +23,13 @@ import psycopg
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
-from features.bundle import TRAINING, Manifest, fetch_file
+from features.bundle import COLLABORATIVE, ITEMS, TRAINING, Manifest, fetch_file
+from features.item_table import ItemTable
 from features.models import ModelVersion, list_models, publish
 from features.settings import Settings
+from features.signals import CollaborativeWeights
 from training import checkpoint
-from training.checkpoint import Trained
+from training.checkpoint import RunRecord, Trained
 from training.comparison import Contender, Gain, measure, paired_bootstrap
 from training.config import TrainConfig
 from training.dataset import Split, TrainingDataError, open_shop
@@ -39,6 +43,7 @@ from training.warm_start import Origin, WarmStart, grown, load_origin
 # updates the tower is a month behind the cut. The 15 % of the whole history of a first training would be 7 weeks after a year.
 _RANKER_SHARE = 0.5
 _JSON, _MARKDOWN = "update.json", "update.md"
+TRAINED, REFRESHED = "trained", "refreshed"
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class UpdatePolicy:
     Attributes:
         replay_fraction: share of older visits among those the tower trains on, against forgetting; in [0, 1).
         holdout_fraction: newest share of the time since the champion's last event that both are compared on; in (0, 1).
-        margin: NDCG@10 by which the challenger must be better.
+        margin: NDCG@10 by which the challenger must be better than the champion, and training on better than refreshing.
         confidence: of the interval around the difference, in (0, 1).
         certain: the lower end of that interval must be above the margin, not just the mean.
         min_customers: with fewer customers to compare on, nothing is trained.
@@ -71,7 +76,7 @@ class UpdatePolicy:
             raise ValueError("min_customers must be at least 2")
 
     def wins(self, gain: Gain) -> bool:
-        """Returns whether the challenger replaces the champion; a difference equal to the margin is not enough."""
+        """Returns whether one model replaces another; a difference equal to the margin is not enough."""
         return (gain.low if self.certain else gain.mean) > self.margin
 
 
@@ -95,13 +100,31 @@ class Counts:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an update will do."""
+    """What an update will do; ``published`` are the item-to-item weights the champion answers with, over the shop's items."""
 
     champion: str
+    published: CollaborativeWeights
     config: TrainConfig
     policy: UpdatePolicy
     warm: WarmStart
     counts: Counts
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which model challenges the champion, and with what success.
+
+    Attributes:
+        kept: TRAINED or REFRESHED.
+        training_gain: of training on over refreshing.
+        gain: of what was kept over the champion as it is published.
+        wins: whether that is enough.
+    """
+
+    kept: str
+    training_gain: Gain
+    gain: Gain
+    wins: bool
 
 
 @dataclass(frozen=True)
@@ -113,10 +136,10 @@ class Report:
     cut: datetime
     counts: Counts
     champion_metrics: dict[str, float]
-    challenger_metrics: dict[str, float]
-    gain: Gain
+    refreshed_metrics: dict[str, float]
+    trained_metrics: dict[str, float]
+    verdict: Verdict
     policy: UpdatePolicy
-    wins: bool
     seconds: float
     run_dir: Path
 
@@ -162,7 +185,7 @@ def prepare(settings: Settings, policy: UpdatePolicy, *, values: Mapping[str, st
         )
     if not counts.new_visits:
         return Idle(f"{counts.new_events} events since {_text(since)} hold no visit that the tower could learn from")
-    return Plan(champion.model_version, config, policy, warm, counts)
+    return Plan(champion.model_version, _published_weights(champion, shop.table), config, policy, warm, counts)
 
 
 def update(settings: Settings, plan: Plan, *, now: datetime | None = None) -> Report | None:
@@ -180,27 +203,41 @@ def update(settings: Settings, plan: Plan, *, now: datetime | None = None) -> Re
         return None
     trained, record = checkpoint.load(result.run_dir)
     tallies = _compare(settings, plan, trained)
-    scores = [[ndcg for ndcg, _, _ in tally.scores] for tally in tallies]
-    gain = paired_bootstrap(*scores, confidence=plan.policy.confidence, seed=plan.config.seed)
-    champion, challenger = (tally.means() for tally in tallies)
-    checkpoint.save_record(replace(record, metrics=record.metrics | _told(champion, gain)), result.run_dir)
-    manifest = _publish(settings, result.run_dir, now=now)
+    champion, refreshed, challenger = (tally.means() for tally in tallies)
+    verdict = judge(*([ndcg for ndcg, _, _ in tally.scores] for tally in tallies), policy=plan.policy, seed=plan.config.seed)
+    if verdict.kept == REFRESHED:
+        trained, record = _refreshed(settings, plan, record, refreshed)
+        run_dir = result.run_dir.with_name(f"{result.run_dir.name}-{REFRESHED}")
+        run_dir.mkdir()
+        checkpoint.save(trained, record, run_dir)
+    else:
+        run_dir = result.run_dir
+    checkpoint.save_record(replace(record, metrics=record.metrics | _told(champion, verdict)), run_dir)
+    manifest = _publish(settings, run_dir, now=now)
     report = Report(
         champion=plan.champion,
         challenger=manifest.model_version,
         cut=moment(plan.warm.split.cut),
-        counts=replace(plan.counts, customers=len(scores[0])),
+        counts=replace(plan.counts, customers=len(tallies[0].scores)),
         champion_metrics=champion,
-        challenger_metrics=challenger,
-        gain=gain,
+        refreshed_metrics=refreshed,
+        trained_metrics=challenger,
+        verdict=verdict,
         policy=plan.policy,
-        wins=plan.policy.wins(gain),
         seconds=time.monotonic() - started,
-        run_dir=result.run_dir,
+        run_dir=run_dir,
     )
-    (result.run_dir / _JSON).write_text(json.dumps(asdict(report), indent=2, default=str) + "\n")
-    (result.run_dir / _MARKDOWN).write_text(markdown(report))
+    (run_dir / _JSON).write_text(json.dumps(asdict(report), indent=2, default=str) + "\n")
+    (run_dir / _MARKDOWN).write_text(markdown(report))
     return report
+
+
+def judge(champion: Sequence[float], refreshed: Sequence[float], trained: Sequence[float], *, policy: UpdatePolicy, seed: int) -> Verdict:
+    """Decides from scores of the same customers: what was trained on if it beats what was refreshed, and whether that wins."""
+    training_gain = paired_bootstrap(refreshed, trained, confidence=policy.confidence, seed=seed)
+    kept, scores = (TRAINED, trained) if policy.wins(training_gain) else (REFRESHED, refreshed)
+    gain = paired_bootstrap(champion, scores, confidence=policy.confidence, seed=seed)
+    return Verdict(kept, training_gain, gain, policy.wins(gain))
 
 
 def update_split(log: EventLog, origin: Origin, *, since: Micros, config: TrainConfig, policy: UpdatePolicy) -> Split:
@@ -227,25 +264,36 @@ def update_split(log: EventLog, origin: Origin, *, since: Micros, config: TrainC
 
 def markdown(report: Report) -> str:
     """Returns a report as a Markdown page."""
-    counts, policy, gain = report.counts, report.policy, report.gain
-    needed = f"{'lower end' if policy.certain else 'mean'} above {policy.margin:+.4f}"
+    counts, verdict = report.counts, report.verdict
+    needed = f"{'lower end' if report.policy.certain else 'mean'} above {report.policy.margin:+.4f}"
+    how = "trained on" if verdict.kept == TRAINED else "its item-to-item weights fitted anew, for training on gained too little"
     lines = [
         f"# Update of {report.champion}",
         "",
-        f"Challenger `{report.challenger}` **{'wins' if report.wins else 'does not win'}**: NDCG@10 {gain.mean:+.4f} per customer, "
-        f"{policy.confidence:.0%} interval {gain.low:+.4f} to {gain.high:+.4f}; needed: {needed}.",
+        f"Challenger `{report.challenger}` ({how}) **{'wins' if verdict.wins else 'does not win'}**: {told(verdict.gain, report.policy)}; "
+        f"needed: {needed}.",
         "",
-        "| on the holdout | champion | challenger |",
-        "|---|---|---|",
-        *(f"| {name} | {value:.4f} | {report.challenger_metrics[name]:.4f} |" for name, value in report.champion_metrics.items()),
+        f"Training on against fitting the weights anew: {told(verdict.training_gain, report.policy)}.",
         "",
-        f"Holdout: {counts.customers} customers, each one's first purchase visit after {report.cut:%Y-%m-%d %H:%M} UTC, ranked by both "
+        "| on the holdout | champion | refreshed | trained on |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {value:.4f} | {report.refreshed_metrics[name]:.4f} | {report.trained_metrics[name]:.4f} |"
+            for name, value in report.champion_metrics.items()
+        ),
+        "",
+        f"Holdout: {counts.customers} customers, each one's first purchase visit after {report.cut:%Y-%m-%d %H:%M} UTC, ranked by all "
         "models from what was known then.",
         "",
         f"Trained on {counts.new_visits} new visits and {counts.replayed_visits} replayed ones (tower) and {counts.ranker_visits} visits "
         f"(ranker), of {counts.new_events} new events; {report.seconds:.0f} s.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def told(gain: Gain, policy: UpdatePolicy) -> str:
+    """Returns a difference and its interval in words."""
+    return f"NDCG@10 {gain.mean:+.4f} per customer, {policy.confidence:.0%} interval {gain.low:+.4f} to {gain.high:+.4f}"
 
 
 def _nothing_new(connection: Connection[TupleRow], champion: ModelVersion, models: list[ModelVersion]) -> Idle | None:
@@ -292,17 +340,38 @@ def _counts(log: EventLog, labels: Labels, *, since: Micros, warm: WarmStart) ->
     )
 
 
+def _published_weights(champion: ModelVersion, table: ItemTable) -> CollaborativeWeights:
+    """Fetches the item-to-item weights the champion answers with, and lays them over the items there are now."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / name for name in (ITEMS, COLLABORATIVE)}
+        for name, path in paths.items():
+            fetch_file(champion.uri, name, path, expected=champion.manifest["files"][name])
+        with np.load(paths[ITEMS]) as items, np.load(paths[COLLABORATIVE]) as arrays:
+            rows = {str(item): row for row, item in enumerate(items["item_ids"])}
+            return CollaborativeWeights(arrays["indptr"], arrays["indices"], arrays["weights"]).remapped(rows, table)
+
+
 def _compare(settings: Settings, plan: Plan, challenger: Trained) -> list[Tally]:
-    """Measures champion and challenger on the holdout."""
+    """Measures the champion as published, refreshed, and what was trained from it, on the holdout."""
     shop = open_shop(settings)
     holdout = plan.warm.labels(shop.log, plan.config).holdout
-    return measure(shop, [Contender(plan.warm.origin.trained), Contender(challenger)], holdout, cut=plan.warm.split.cut)
+    origin = plan.warm.origin.trained
+    contenders = [Contender(origin, plan.published), Contender(origin), Contender(challenger)]
+    return measure(shop, contenders, holdout, cut=plan.warm.split.cut)
 
 
-def _told(champion: dict[str, float], gain: Gain) -> dict[str, float]:
+def _refreshed(settings: Settings, plan: Plan, record: RunRecord, metrics: dict[str, float]) -> tuple[Trained, RunRecord]:
+    """Returns the champion over today's catalogue, and what its own training saw; the export fits the weights anew."""
+    origin, items = plan.warm.origin, open_shop(settings).table.ids
+    known = replace(record, item_ids=items, cut=origin.cut, ranker_start=origin.ranker_start, metrics=metrics, steps=0)
+    return grown(origin.trained, items, origin.trained.config), known
+
+
+def _told(champion: dict[str, float], verdict: Verdict) -> dict[str, float]:
     """Returns the comparison as metrics of the run, so that the bundle's manifest and the registry hold it."""
-    told = {f"champion_{name}": value for name, value in champion.items()}
-    return told | {"gain_ndcg_at_10": gain.mean, "gain_ndcg_at_10_low": gain.low, "gain_ndcg_at_10_high": gain.high}
+    gain, metrics = verdict.gain, {f"champion_{name}": value for name, value in champion.items()}
+    metrics |= {"gain_ndcg_at_10": gain.mean, "gain_ndcg_at_10_low": gain.low, "gain_ndcg_at_10_high": gain.high}
+    return metrics | {"training_gain_ndcg_at_10": verdict.training_gain.mean}
 
 
 def _publish(settings: Settings, run_dir: Path, *, now: datetime | None) -> Manifest:

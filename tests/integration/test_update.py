@@ -11,14 +11,16 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psycopg
 import pytest
 from click.testing import Result
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
 from concord import Concord, user
-from features.bundle import MANIFEST, TRAINING, Manifest, checksums, write_manifest
+from features.bundle import COLLABORATIVE, MANIFEST, TRAINING, Manifest, checksums, write_manifest
 from features.catalogue import Item, publish_epoch, upsert_items
 from features.importers import import_events, load_mapping
 from features.models import ModelVersion, list_models
@@ -92,6 +94,17 @@ def with_an_untrained_ranker(bundle: Path, folder: Path) -> Path:
     return folder
 
 
+def carried(model: ModelVersion) -> dict[str, dict[str, Any]]:
+    """What a published bundle holds of an update's interest: tensors by name."""
+    folder = Path(model.uri.removeprefix("file:"))
+    with np.load(folder / COLLABORATIVE) as arrays:
+        return {TRAINING: dict(load_file(folder / TRAINING)), COLLABORATIVE: dict(arrays)}
+
+
+def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(value, right[name]) for name, value in left.items())
+
+
 @pytest.fixture(scope="module")
 def shop(new_shop: NewShop, tmp_path_factory: pytest.TempPathFactory) -> Growing:
     """The sample shop as it is trained on, no model, and the months to come: the same customers and items, other visits."""
@@ -158,22 +171,32 @@ def test_a_dry_run_and_a_wrong_configuration_change_nothing(updated: Growing, co
 
 
 def test_a_challenger_that_learns_nothing_ranks_as_the_champion_and_does_not_replace_it(updated: Growing, command: Any) -> None:
-    """It starts from the champion's weights, then: with a learning rate of almost zero both rank alike, to the last place."""
+    """It starts from the champion's weights, then: with a learning rate of almost zero both rank alike, to the last place.
+
+    What is published is the champion with item-to-item weights fitted anew, for training on gained nothing.
+    """
     champion = updated.active
     fields = ("learning_rate=1e-12", "head_learning_rate=1e-12", "ranker_epochs=0", "max_steps=1")
-    done = command("--since-last", *SMALL, *(word for field in fields for word in ("--set", field)))
+    done = command("--since-last", "--margin", "0.9", *SMALL, *(word for field in fields for word in ("--set", field)))
     assert (done.exit_code, "stays published and inactive" in done.output) == (0, True), done.output
     assert updated.active == champion
     (challenger,) = [model for model in updated.models() if not model.active]
     report = updated.report
-    assert (report["champion"], report["challenger"], report["wins"]) == (champion, challenger.model_version, False)
-    assert report["champion_metrics"] == report["challenger_metrics"]
-    assert report["champion_metrics"]["hr_at_10"] > 0
-    assert report["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    verdict = report["verdict"]
+    assert (report["champion"], report["challenger"], verdict["wins"]) == (champion, challenger.model_version, False)
+    assert report["refreshed_metrics"] == report["trained_metrics"]
+    assert report["trained_metrics"]["hr_at_10"] > 0
+    assert verdict["training_gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert verdict["kept"] == "refreshed"
+    before, after = (carried(model) for model in (updated.models()[-1], challenger))
+    assert same(before[TRAINING], after[TRAINING])  # the very model
+    assert not same(before[COLLABORATIVE], after[COLLABORATIVE])  # with weights of the events that have come since
+    assert challenger.manifest["data_until"] > updated.models()[-1].manifest["data_until"]
     assert report["counts"]["new_visits"] > 0
     assert report["counts"]["replayed_visits"] > 0
     assert challenger.manifest["settings"]["warm_start"] == champion
-    assert challenger.manifest["metrics"]["gain_ndcg_at_10"] == 0.0
+    assert challenger.manifest["metrics"]["training_gain_ndcg_at_10"] == 0.0
+    assert challenger.manifest["metrics"]["ndcg_at_10"] == report["refreshed_metrics"]["ndcg_at_10"]
     assert datetime.fromisoformat(report["cut"]) > datetime.fromisoformat(updated.models()[-1].manifest["data_until"])
     assert "does not win" in (updated.runs[-1] / "update.md").read_text()
 
@@ -181,7 +204,7 @@ def test_a_challenger_that_learns_nothing_ranks_as_the_champion_and_does_not_rep
 def test_what_was_compared_already_is_not_trained_again(updated: Growing, command: Any) -> None:
     done = command("--since-last")
     assert (done.exit_code, "and is not active" in done.output) == (0, True), done.output
-    assert (len(updated.models()), len(updated.runs)) == (2, 1)
+    assert (len(updated.models()), len(updated.runs)) == (2, 2)
 
 
 def test_an_update_that_was_broken_off_is_begun_anew(updated: Growing, command: Any, tmp_path: Path) -> None:
@@ -206,8 +229,9 @@ async def test_a_better_challenger_is_activated_on_the_servers_that_run(updated:
         told, complained = (text.decode() for text in await process.communicate())
         assert process.returncode == 0, told + complained[-2000:]
         report = updated.report
-        assert report["wins"], told
-        assert report["gain"]["mean"] > 0.02
+        assert report["verdict"]["wins"], told
+        assert report["verdict"]["kept"] == "trained"
+        assert report["verdict"]["training_gain"]["mean"] > 0.02
         assert f"active: {report['challenger']} (before: {champion}" in " ".join(told.split())
         async with Concord(address, channel="web", timeout=10.0) as web:
             answer = await web.recommend(user("u00002"), surface="home", limit=3)

@@ -16,7 +16,7 @@ from training.dataset import Split, TrainingDataError
 from training.labels import Label
 from training.ranker import Ranker, train_ranker
 from training.text import load_tokenizer
-from training.update import UpdatePolicy, update_split
+from training.update import REFRESHED, TRAINED, UpdatePolicy, judge, update_split
 from training.warm_start import Origin, WarmStart, grown, load_origin, save_origin, with_replay
 
 CONFIG = TrainConfig.tiny()
@@ -84,6 +84,30 @@ def test_equal_models_gain_nothing_and_one_customer_is_no_comparison() -> None:
 )
 def test_the_challenger_wins_only_above_the_margin(gain: Gain, margin: float, certain: bool, wins: bool) -> None:
     assert UpdatePolicy(margin=margin, certain=certain).wins(gain) is wins
+
+
+@pytest.mark.parametrize(
+    ("refreshed", "trained", "margin", "kept", "wins"),
+    [
+        (0.1, 0.2, 0.0, TRAINED, True),
+        (0.1, 0.1, 0.0, REFRESHED, True),  # training on gained nothing: newer weights are worth having by themselves
+        (0.1, 0.05, 0.0, REFRESHED, True),
+        (-0.1, 0.05, 0.0, TRAINED, True),
+        (-0.1, -0.2, 0.0, REFRESHED, False),
+        (-0.1, -0.05, 0.0, TRAINED, False),
+        (0.1, 0.105, 0.01, REFRESHED, True),
+        (0.005, 0.02, 0.01, TRAINED, True),
+        (0.005, 0.01, 0.01, REFRESHED, False),
+    ],
+)
+def test_training_on_has_to_beat_newer_weights_and_the_better_has_to_beat_the_champion(
+    refreshed: float, trained: float, margin: float, kept: str, wins: bool
+) -> None:
+    champion = np.linspace(0.3, 0.6, 40)
+    verdict = judge(champion, champion + refreshed, champion + trained, policy=UpdatePolicy(margin=margin), seed=0)
+    assert (verdict.kept, verdict.wins) == (kept, wins)
+    assert verdict.gain.mean == pytest.approx(trained if kept == TRAINED else refreshed)
+    assert verdict.training_gain.mean == pytest.approx(trained - refreshed)
 
 
 @pytest.mark.parametrize("wrong", [{"replay_fraction": 1.0}, {"holdout_fraction": 0.0}, {"confidence": 1.0}, {"min_customers": 1}])
