@@ -32,7 +32,9 @@ def feature_server(settings: Settings) -> Iterator[int]:
     repository = Path(features.__file__).parent
     words = [sys.executable, "-m", "feast.cli.cli", "-c", str(repository), "serve", "--host", "127.0.0.1", "--port", str(port)]
     with (WORK / "feast.log").open("w") as log:
-        process = subprocess.Popen([*words, "--no-access-log"], stdout=log, stderr=log, env=os.environ | settings.feast_environment())
+        process = subprocess.Popen(
+            [*words, "--no-access-log", "--max-requests", "1000000"], stdout=log, stderr=log, env=os.environ | settings.feast_environment()
+        )
         try:
             _wait_for(port, process)
             yield port

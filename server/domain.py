@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+from typing import NamedTuple
 from uuid import UUID
 
 from features.behaviour import Activity
@@ -191,24 +192,35 @@ class RecommendQuery:
 
 
 @dataclass(frozen=True)
-class ShownItem:
-    """One item of an answer: its place in the slate, score, live offer and why it is there.
-
-    ``newcomer`` is set when the customer has no history, so that nothing but popularity and novelty spoke for the item.
-    """
+class ItemCard:
+    """What an item shows whoever it is shown to: its description in an epoch and its live offer."""
 
     item_id: str
     title: str
     category: str
     brand: str
     image_ref: str
-    score: float
-    position: int
     price_micros: int | None
     currency: str
     in_stock: bool
+
+
+class ShownItem(NamedTuple):
+    """One item of an answer: its card, score, place in the slate, and why it is there.
+
+    ``newcomer`` is set when the customer has no history, so that nothing but popularity and novelty spoke for the item.
+    """
+
+    card: ItemCard
+    score: float
+    position: int
     sources: Source
-    newcomer: bool
+    newcomer: bool = False
+
+    @property
+    def item_id(self) -> str:
+        """Which item it is."""
+        return self.card.item_id
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from server.domain import (
     EventOutcome,
     Graph,
     IncomingEvent,
+    ItemCard,
     ItemFilter,
     Link,
     Linked,
@@ -131,20 +132,17 @@ class FakeErasure(Script):
 
 
 def shown(item_id: str, position: int, *, sources: Source = Source.POPULAR, newcomer: bool = False) -> ShownItem:
-    return ShownItem(
+    card = ItemCard(
         item_id=item_id,
         title=f"Title {item_id}",
         category="Kitchen",
         brand="Acme",
         image_ref="",
-        score=1.0 - position / 8,
-        position=position,
         price_micros=19_990_000,
         currency="EUR",
         in_stock=True,
-        sources=sources,
-        newcomer=newcomer,
     )
+    return ShownItem(card, score=1.0 - position / 8, position=position, sources=sources, newcomer=newcomer)
 
 
 ANSWER = Answer(

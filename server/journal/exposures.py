@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -122,7 +122,7 @@ def _row(exposure: _Exposure) -> tuple[object, ...]:
         answer.slate_id,
         query.channel,
         query.surface,
-        list(query.context_item_ids),
+        _texts(query.context_item_ids),
         versions.user_version,
         versions.model_version,
         versions.index_version,
@@ -131,14 +131,26 @@ def _row(exposure: _Exposure) -> tuple[object, ...]:
         read_page_token(query.page_token)[1] if query.page_token else 0,
         query.limit,
         query.filters != ItemFilter(),
-        [item.item_id for item in answer.items],
-        [item.position for item in answer.items],
-        [item.score for item in answer.items],
-        [item.price_micros for item in answer.items],
-        [item.currency for item in answer.items],
-        [item.in_stock for item in answer.items],
+        _texts([item.item_id for item in answer.items]),
+        _values([item.position for item in answer.items]),
+        _values([item.score for item in answer.items]),
+        _values([item.card.price_micros for item in answer.items]),
+        _texts([item.card.currency for item in answer.items]),
+        _values([item.card.in_stock for item in answer.items]),
         bool(answer.degraded_reasons),
         answer.stale,
-        list(answer.degraded_reasons),
+        _texts(answer.degraded_reasons),
         exposure.answered_at,
     )
+
+
+# Arrays are written out here: psycopg finds out the type of each element of each list anew, which took half the journal's time.
+def _texts(values: Sequence[str]) -> str:
+    """Returns a text[] as PostgreSQL reads it; every element is quoted, so that none is taken for NULL or two."""
+    quoted = [value.replace("\\", "\\\\").replace('"', '\\"') for value in values]
+    return '{"' + '","'.join(quoted) + '"}' if quoted else "{}"
+
+
+def _values(values: Sequence[float | None]) -> str:
+    """Returns an array of numbers or truth values as PostgreSQL reads it."""
+    return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"

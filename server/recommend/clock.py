@@ -1,9 +1,9 @@
 """Seconds spent in each stage of one call, and a span of each where the call is traced."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
+from types import TracebackType
 
 from server.tracing import span
 
@@ -14,12 +14,25 @@ class StageClock:
 
     stages: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str) -> "_Stage":
         """Times the body."""
-        started = perf_counter()
-        try:
-            with span(stage):
-                yield
-        finally:
-            self.stages[stage] = self.stages.get(stage, 0.0) + perf_counter() - started
+        return _Stage(self.stages, stage)
+
+
+class _Stage:
+    """One stage under way. A class, not a generator: there are five to a call, and a generator costs 1 µs more each."""
+
+    __slots__ = ("_name", "_span", "_stages", "_started")
+
+    def __init__(self, stages: dict[str, float], name: str) -> None:
+        self._stages = stages
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._span: AbstractContextManager[None] = span(self._name)
+        self._started = perf_counter()
+        self._span.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._span.__exit__(kind, error, trace)
+        self._stages[self._name] = self._stages.get(self._name, 0.0) + perf_counter() - self._started

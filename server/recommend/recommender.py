@@ -17,7 +17,7 @@ from server.metrics import Metrics
 from server.recommend.clock import StageClock
 from server.recommend.compute import score_items
 from server.recommend.computing import Computing
-from server.recommend.shelf import RankedItems, Shelf, page_token, page_token_refused, read_page_token
+from server.recommend.shelf import Cards, RankedItems, Shelf, page_token, page_token_refused, read_page_token
 from server.recommend.slate import Place, Slate, SlateFlag
 from server.recommend.slates import Found, Met, Slates
 from server.recommend.snapshot import Snapshot
@@ -50,6 +50,7 @@ class Recommender:
         self._journal = journal
         self._metrics = metrics
         self._hide_out_of_stock = hide_out_of_stock
+        self._cards = Cards()
         self._now = now
 
     async def recommend(self, query: RecommendQuery) -> Answer:
@@ -79,7 +80,7 @@ class Recommender:
             offers = await self._offers.at_least(found.offer_version)
         with clock("answer"):
             ranked = RankedItems(snapshot.table, slate.rows, slate.scores, slate.sources, SlateFlag.NEWCOMER in slate.flags)
-            shelf = Shelf(query.channel, query.filters, self._hide_out_of_stock)
+            shelf = Shelf(query.channel, query.filters, self._hide_out_of_stock, self._cards)
             items, rest = shelf.page(ranked, offers, start=start, limit=query.limit)
         answer = Answer(
             user_id=found.user_id,
@@ -119,7 +120,7 @@ class Recommender:
             ranked = await self._computing.run(score_items, snapshot, customer.activity, customer.profile, rows)
         with clock("offers"):
             offers = await self._offers.at_least(met.stand.offer_version)
-        shelf = Shelf(channel, ItemFilter(), hide_out_of_stock=False)
+        shelf = Shelf(channel, ItemFilter(), False, self._cards)
         items, _ = shelf.page(RankedItems(snapshot.table, ranked.rows, ranked.scores, ranked.sources), offers, start=0, limit=len(unique))
         answer = Answer(
             user_id=user_id,
@@ -160,7 +161,7 @@ class Recommender:
         sources = np.where(together[order] > 0, int(Source.VECTOR | Source.COLLABORATIVE), int(Source.VECTOR)).astype(np.uint8)
         offers = await self._offers.at_least(stand.offer_version)
         ranked = RankedItems(snapshot.table, order, scores[order], sources)
-        items, _ = Shelf(channel, filters, self._hide_out_of_stock).page(ranked, offers, start=0, limit=limit)
+        items, _ = Shelf(channel, filters, self._hide_out_of_stock, self._cards).page(ranked, offers, start=0, limit=limit)
         return Answer("", tuple(items), _versions(0, snapshot, offers), "", self._now(), None)
 
     async def _following_merges(self, subject: Subject, act: Callable[[Known], Awaitable[T]], clock: StageClock) -> T:

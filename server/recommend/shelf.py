@@ -2,8 +2,7 @@
 
 import base64
 import binascii
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy.typing as npt
 from numpy import uint8
@@ -11,8 +10,14 @@ from numpy import uint8
 from features.candidates import Source
 from features.item_table import FloatArray, IntArray, ItemTable
 from server.catalog.offers import Offer, OfferTable
-from server.domain import ItemFilter, ShownItem
+from server.domain import ItemCard, ItemFilter, ShownItem
 from server.errors import InvalidRequestError
+
+_EVERYTHING = ItemFilter()
+# All sets of sources a byte can hold: making one takes longer than all else about an item.
+_SOURCES = tuple(Source(bits) for bits in range(256))
+# Epochs whose cards are kept: that which answers, and the one before or after it during a change.
+_EPOCHS = 2
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,30 @@ class RankedItems:
     newcomer: bool = False
 
 
+class Cards:
+    """Items' cards, made once for each description and offer: made for every answer they took half the time of a page.
+
+    Equal index versions mean equal descriptions, and an offer that changes is another object, so no card outlives what it shows.
+    """
+
+    def __init__(self) -> None:
+        self._epochs: dict[int, dict[int, tuple[Offer, ItemCard]]] = {}
+
+    def of(self, table: ItemTable, row: int, offer: Offer) -> ItemCard:
+        """Returns the card of an item."""
+        epoch = self._epochs.get(table.index_version)
+        if epoch is None:
+            if len(self._epochs) >= _EPOCHS:
+                del self._epochs[next(iter(self._epochs))]
+            epoch = self._epochs[table.index_version] = {}
+        known = epoch.get(row)
+        if known is not None and known[0] is offer:
+            return known[1]
+        card = _card(table, row, offer)
+        epoch[row] = offer, card
+        return card
+
+
 @dataclass(frozen=True)
 class Shelf:
     """What a channel may show of ranked items.
@@ -34,33 +63,38 @@ class Shelf:
         channel: where it is shown.
         filters: what the caller asked for.
         hide_out_of_stock: the shop's rule.
+        cards: the process's cards.
     """
 
     channel: str
     filters: ItemFilter
     hide_out_of_stock: bool
+    cards: Cards = field(default_factory=Cards)
 
     def page(self, ranked: RankedItems, offers: OfferTable, *, start: int, limit: int) -> tuple[list[ShownItem], int | None]:
         """Returns up to ``limit`` items from position ``start`` on, and the position to go on from (None at the end)."""
+        table, found = ranked.table, offers.offers
         shown: list[ShownItem] = []
-        for position, row, offer in self._eligible(ranked, offers, start):
+        rows, scores, sources = ranked.rows.tolist(), ranked.scores.tolist(), ranked.sources.tolist()
+        anything = self.filters == _EVERYTHING
+        for position in range(start, len(rows)):
+            row = rows[position]
+            offer = found.get(table.ids[row])
+            if offer is None or not self._offered(offer) or not (anything or self._wanted(table, row, offer)):
+                continue
             if len(shown) == limit:
                 return shown, position
-            shown.append(_shown(ranked, position, row, offer))
+            card = self.cards.of(table, row, offer)
+            shown.append(ShownItem(card, scores[position], position, _SOURCES[sources[position]], ranked.newcomer))
         return shown, None
 
-    def _eligible(self, ranked: RankedItems, offers: OfferTable, start: int) -> Iterator[tuple[int, int, Offer]]:
-        for position in range(start, len(ranked.rows)):
-            row = int(ranked.rows[position])
-            offer = offers.offers.get(ranked.table.ids[row])
-            if offer is not None and self._admits(ranked.table, row, offer):
-                yield position, row, offer
+    def _offered(self, offer: Offer) -> bool:
+        return offer.sold_in(self.channel) and (not self.hide_out_of_stock or offer.in_stock)
 
-    def _admits(self, table: ItemTable, row: int, offer: Offer) -> bool:
+    def _wanted(self, table: ItemTable, row: int, offer: Offer) -> bool:
         wanted, price = self.filters, offer.price_micros or 0
         return (
-            offer.sold_in(self.channel)
-            and (offer.in_stock or not (self.hide_out_of_stock or wanted.in_stock_only))
+            (offer.in_stock or not wanted.in_stock_only)
             and (not wanted.currency or offer.currency == wanted.currency)
             and (not wanted.categories or table.category_names[row] in wanted.categories)
             and (not wanted.brands or table.brand_names[row] in wanted.brands)
@@ -70,21 +104,16 @@ class Shelf:
         )
 
 
-def _shown(ranked: RankedItems, position: int, row: int, offer: Offer) -> ShownItem:
-    table = ranked.table
-    return ShownItem(
+def _card(table: ItemTable, row: int, offer: Offer) -> ItemCard:
+    return ItemCard(
         item_id=table.ids[row],
         title=table.titles[row],
         category=table.category_names[row],
         brand=table.brand_names[row],
         image_ref=offer.image_ref,
-        score=float(ranked.scores[position]),
-        position=position,
         price_micros=offer.price_micros,
         currency=offer.currency,
         in_stock=offer.in_stock,
-        sources=Source(int(ranked.sources[position])),
-        newcomer=ranked.newcomer,
     )
 
 

@@ -1,16 +1,18 @@
 """RecommendationService: what to show a customer."""
 
 from functools import lru_cache
+from typing import Any
 
 from concord.v1 import recommendation_pb2, recommendation_pb2_grpc
 from features.candidates import Source
-from server.domain import Answer, ShownItem
+from server.domain import Answer, ItemCard, ShownItem
 from server.rpc import rules
 from server.rpc.interceptor import Context
 from server.rpc.ports import Recommender
 from server.rpc.translate import duration_of, money_of, timestamp_of, token_text, versions_message
 from server.rpc.validation import Validator
 
+_MOST_MESSAGES = 65_536
 # Strongest first: what is about this customer stands before what is true for everybody.
 _REASONS = (
     (Source.COLLABORATIVE, recommendation_pb2.REASON_CODE_BOUGHT_TOGETHER),
@@ -27,12 +29,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     def __init__(self, recommender: Recommender, validator: Validator) -> None:
         self._recommender = recommender
         self._validator = validator
+        self._messages = _Messages()
 
     async def Recommend(self, request: recommendation_pb2.RecommendRequest, _context: Context) -> recommendation_pb2.RecommendResponse:
         """Returns a page of the customer's slate for a surface."""
         answer = await self._recommender.recommend(self._validator.recommend(request))
-        return recommendation_pb2.RecommendResponse(
-            items=[_item(item) for item in answer.items],
+        response = recommendation_pb2.RecommendResponse(
             versions=versions_message(answer.versions),
             slate_id=answer.slate_id,
             as_of=timestamp_of(answer.as_of),
@@ -44,6 +46,9 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             consistency_token=token_text(answer.token),
             stage_timings=_timings(answer),
         )
+        for item in answer.items:
+            self._messages.add(response.items, item)
+        return response
 
     async def RankItems(self, request: recommendation_pb2.RankItemsRequest, _context: Context) -> recommendation_pb2.RankItemsResponse:
         """Orders given items for a customer."""
@@ -55,8 +60,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             item_ids=tuple(dict.fromkeys(item_ids)),
             token=self._validator.token(request.consistency_token, "consistency_token"),
         )
-        return recommendation_pb2.RankItemsResponse(
-            items=[_item(item) for item in answer.items],
+        response = recommendation_pb2.RankItemsResponse(
             unknown_item_ids=answer.unknown_item_ids,
             versions=versions_message(answer.versions),
             as_of=timestamp_of(answer.as_of),
@@ -67,6 +71,9 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             consistency_token=token_text(answer.token),
             stage_timings=_timings(answer),
         )
+        for item in answer.items:
+            self._messages.add(response.items, item)
+        return response
 
     async def SimilarItems(
         self, request: recommendation_pb2.SimilarItemsRequest, _context: Context
@@ -83,31 +90,53 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         )
 
 
-def _item(item: ShownItem) -> recommendation_pb2.RecommendedItem:
+class _Messages:
+    """The part of an item's message that is in its card, made once a card: making it anew takes 4 µs, copying it 1 µs.
+
+    Cards are told apart by identity, which is safe while they are held here; with more than 65,536 it begins anew.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[ItemCard, recommendation_pb2.RecommendedItem]] = {}
+
+    def add(self, items: Any, item: ShownItem) -> None:
+        """Appends an item to a repeated field."""
+        card = item.card
+        known = self._made.get(id(card))
+        if known is None or known[0] is not card:
+            if len(self._made) >= _MOST_MESSAGES:
+                self._made.clear()
+            known = self._made[id(card)] = card, _of_card(card)
+        message = items.add()
+        message.CopyFrom(known[1])
+        message.score = item.score
+        message.position = item.position
+        message.reason_codes.extend(_reasons(item.sources, item.newcomer))
+
+
+def _of_card(card: ItemCard) -> recommendation_pb2.RecommendedItem:
     return recommendation_pb2.RecommendedItem(
-        item_id=item.item_id,
-        title=item.title,
-        category=item.category,
-        brand=item.brand,
-        image_ref=item.image_ref,
-        score=item.score,
-        price=money_of(item.price_micros, item.currency),
-        in_stock=item.in_stock,
-        position=item.position,
-        reason_codes=_reasons(item.sources, item.newcomer),
+        item_id=card.item_id,
+        title=card.title,
+        category=card.category,
+        brand=card.brand,
+        image_ref=card.image_ref,
+        price=money_of(card.price_micros, card.currency),
+        in_stock=card.in_stock,
     )
 
 
 def _similar(item: ShownItem) -> recommendation_pb2.SimilarItem:
+    card = item.card
     return recommendation_pb2.SimilarItem(
-        item_id=item.item_id,
-        title=item.title,
-        category=item.category,
-        brand=item.brand,
-        image_ref=item.image_ref,
+        item_id=card.item_id,
+        title=card.title,
+        category=card.category,
+        brand=card.brand,
+        image_ref=card.image_ref,
         similarity=item.score,
-        price=money_of(item.price_micros, item.currency),
-        in_stock=item.in_stock,
+        price=money_of(card.price_micros, card.currency),
+        in_stock=card.in_stock,
     )
 
 

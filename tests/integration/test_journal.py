@@ -133,3 +133,16 @@ async def test_what_an_attempt_whose_answer_was_lost_has_stored_is_not_stored_tw
     await desk.journal.flush()
     assert desk.rows() == [("u1",), ("u2",)]
     assert (desk.count("written"), desk.count("forgotten"), desk.journal.queued) == (3, 0, 0)
+
+
+async def test_texts_that_arrays_could_take_for_something_else_are_written_as_they_are(desk: Desk) -> None:
+    odd = ("", "NULL", "a,b", "{c}", 'd"e', "f\\g", "h\ti", "j\nk", "\\N", "店", " l ")
+    cards = [replace(ANSWER.items[0].card, item_id=text, currency=text, price_micros=None) for text in odd]
+    items = tuple(ANSWER.items[0]._replace(card=card, score=0.1 + 0.2) for card in cards)
+    desk.journal.log(replace(ANSWER, items=items, degraded_reasons=odd), replace(QUERY, context_item_ids=odd), answered_at=NOW)
+    desk.journal.log(replace(ANSWER, items=(), user_id="u2"), replace(QUERY, context_item_ids=()), answered_at=NOW)
+    await desk.journal.flush()
+    full, empty = desk.rows("item_ids, currencies, context_item_ids, degraded_reasons, prices_micros, scores, in_stock")
+    assert full[:4] == (list(odd),) * 4
+    assert full[4:] == ([None] * len(odd), [pytest.approx(0.3)] * len(odd), [True] * len(odd))
+    assert empty == ([], [], [], list(ANSWER.degraded_reasons), [], [], [])

@@ -30,7 +30,7 @@ async def ask(replica: Replica, user_id: str = "u", **more: Any) -> Answer:
 
 
 def shown(answer: Answer) -> list[tuple[str, int, float, int | None]]:
-    return [(item.item_id, item.position, item.score, item.price_micros) for item in answer.items]
+    return [(item.item_id, item.position, item.score, item.card.price_micros) for item in answer.items]
 
 
 def times(count: int, act: Callable[[], object]) -> Callable[[], None]:
@@ -392,7 +392,7 @@ async def test_similar_items_are_near_sold_and_not_the_item_itself(shop: Shop) -
     vectors = replica.fleet.snapshot("m1", 1).vectors
     assert whole.items[0].score == pytest.approx(0.5 * max(float(vectors[5] @ vectors[k]) for k in range(60) if k != 5))
     few = await replica.recommender.similar("i005", channel="app", limit=4, filters=ItemFilter(categories=frozenset({"c1"})))
-    assert shown(few) == [row for row, item in zip(shown(whole), whole.items, strict=True) if item.category == "c1"][:4]
+    assert shown(few) == [row for row, item in zip(shown(whole), whole.items, strict=True) if item.card.category == "c1"][:4]
     with pytest.raises(NotFoundError) as caught:
         await replica.recommender.similar("gone", channel="web", limit=3, filters=ItemFilter())
     assert caught.value.field == "item_id"

@@ -39,9 +39,9 @@ def offer(price: int | None = 1, currency: str = "EUR", stock: int | None = None
 
 def test_an_item_carries_its_place_in_the_slate_and_the_live_offer() -> None:
     last, first = show(stocked(offer(7), offer(9, "USD", 2)))[::-1]
-    assert (first.item_id, first.title, first.category, first.brand) == ("i001", "title i001", "c2", "brand")
+    assert (first.item_id, first.card.title, first.card.category, first.card.brand) == ("i001", "title i001", "c2", "brand")
     assert (first.position, first.score, first.sources, first.newcomer) == (0, 1.0, Source.VECTOR, False)
-    assert (first.price_micros, first.currency, first.in_stock, first.image_ref) == (9, "USD", True, "pic")
+    assert (first.card.price_micros, first.card.currency, first.card.in_stock, first.card.image_ref) == (9, "USD", True, "pic")
     assert (last.item_id, last.position) == ("i000", 1)
 
 
