@@ -169,13 +169,20 @@ class _Plainspoken(AbstractConnection):
 
 
 class OnlineClient(TracedRedis):
-    """redis-py's client, for scripts and all that is rare, and beside it the wire for reads on the path of every call."""
+    """redis-py's client, for what is rare, and beside it the wires of the path of every call.
+
+    Attributes:
+        wire: for reads and slates.
+        writes: for customers' states, thousands at a time, which nobody's read may have to wait for.
+    """
 
     wire: Wire
+    writes: Wire
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         """Closes all connections."""
         await self.wire.aclose()
+        await self.writes.aclose()
         await super().aclose(close_connection_pool)
 
 
@@ -192,4 +199,5 @@ def redis_client(settings: ServerSettings) -> OnlineClient:
     pool = client.connection_pool  # its class depends on the URL: plain, TLS or a socket
     pool.connection_class = type("Connection", (_Plainspoken, pool.connection_class), {})
     client.wire = Wire(pool, timeout_seconds=settings.redis_timeout_seconds)
+    client.writes = Wire(pool, timeout_seconds=settings.redis_timeout_seconds)
     return client

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from features.activity import FORGOTTEN_FIELD, MEMBERSHIP_FIELD, WRITE_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, decode_value
 from server.database import OnlineClient
 from server.errors import NotFoundError
 from server.online.breaker import CircuitBreaker
-from server.online.wire import Command
+from server.online.wire import Argument, Command, Script
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -49,7 +48,7 @@ class Standing:
 # A standing slate of the same or a newer user_version is returned instead of the offered one. Slates of older versions can
 # never be asked for again, so they make room first; 128 slots per customer is far above (surfaces × contexts) in one version.
 # A forgotten customer's hash refuses: a computation that was under way when they were forgotten leaves no trace.
-_COMMIT = f"""
+_COMMIT = Script(f"""
 if redis.call('HEXISTS', KEYS[1], '{FORGOTTEN_FIELD}') == 1 then return false end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -74,18 +73,18 @@ local slate = ARGV[2] .. ':' .. string.format('%.0f', now + tonumber(ARGV[3])) .
 redis.call('HSET', KEYS[1], ARGV[1], slate)
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return slate
-"""
+""")
 
 # Everything gives way to a marker that expires: until then no script writes here.
-_ERASE = f"""
+_ERASE = Script(f"""
 redis.call('DEL', KEYS[1])
 redis.call('HSET', KEYS[1], '{FORGOTTEN_FIELD}', '1')
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 1
-"""
+""")
 
 # Each pointer only moves forward: the model by its activation number, index and offers by themselves.
-_POINT = """
+_POINT = Script("""
 local seen = redis.call('HMGET', KEYS[1], 'activation', 'index', 'offer')
 local activation = tonumber(ARGV[2])
 if activation >= 0 then
@@ -96,7 +95,8 @@ if activation >= 0 then
 end
 if not seen[3] or tonumber(seen[3]) < tonumber(ARGV[4]) then redis.call('HSET', KEYS[1], 'offer', ARGV[4]) end
 return 1
-"""
+""")
+_WRITE = Script(WRITE_STATE)
 
 
 class OnlineStore:
@@ -120,10 +120,6 @@ class OnlineStore:
         self.is_dead: Callable[[], bool] = _never
         self._forgotten_ms = int(forgotten_seconds * 1000)
         self._fleet_key = f"concord:{codec.project}:fleet"
-        self._commit: Any = client.register_script(_COMMIT)
-        self._point: Any = client.register_script(_POINT)
-        self._write: Any = client.register_script(WRITE_STATE)
-        self._erase: Any = client.register_script(_ERASE)
 
     @property
     def behind(self) -> bool:
@@ -187,23 +183,24 @@ class OnlineStore:
         Raises:
             NotFoundError: the customer was forgotten meanwhile.
         """
-        arguments = [slot, user_version, int(ttl_seconds * 1000), payload]
+        arguments: list[Argument] = [slot, user_version, int(ttl_seconds * 1000), payload]
         async with self._breaker.call():
-            standing: bytes | None = await self._commit(keys=[self.slates_key(user_id, slot)], args=arguments)
+            (standing,) = await self._client.wire.run(_COMMIT, [_COMMIT.on(self.slates_key(user_id, slot), *arguments)])
         if standing is None:
             raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
-        return standing
+        found: bytes = standing
+        return found
 
     async def point(self, fleet: Fleet) -> None:
         """Moves the fleet's pointers forward; a pointer that is already further stays."""
-        arguments = [fleet.model_version, fleet.activation, fleet.index_version, fleet.offer_version]
+        arguments: list[Argument] = [fleet.model_version, fleet.activation, fleet.index_version, fleet.offer_version]
         async with self._breaker.call():
-            await self._point(keys=[self._fleet_key], args=arguments)
+            await self._client.wire.run(_POINT, [_POINT.on(self._fleet_key, *arguments)])
 
     async def point_offers(self, offer_version: int) -> None:
         """Moves only the offers' pointer forward: prices do not wait for a model that cannot be loaded."""
         async with self._breaker.call():
-            await self._point(keys=[self._fleet_key], args=["", -1, -1, offer_version])
+            await self._client.wire.run(_POINT, [_POINT.on(self._fleet_key, "", -1, -1, offer_version)])
 
     async def user_features(self, user_id: str, now: datetime) -> dict[str, dict[str, FeatureValue]]:
         """Reads all views of a customer with one command, so that no read mixes two writes."""
@@ -213,18 +210,16 @@ class OnlineStore:
 
     async def write_users(self, states: Sequence[UserState]) -> None:
         """Writes recomputed customers, each if it is newer than what stands; merged personas keep a marker and no slates."""
-        # Closed by hand: redis-py 7.4 keeps a pipeline's connection when asking for its scripts fails, and 64 of those are all.
-        async with self._breaker.call(), self._client.pipeline(transaction=False) as pipeline:
-            for state in states:
-                await self._write(keys=[state.key], args=list(state.arguments), client=pipeline)
-                if state.merged_into:
-                    pipeline.delete(self.slates_key(state.user_id))
-            await pipeline.execute()
+        commands: list[Command] = []
+        for state in states:
+            commands.append(_WRITE.on(state.key, *state.arguments))
+            if state.merged_into:
+                commands.append(("DEL", self.slates_key(state.user_id)))
+        async with self._breaker.call():
+            await self._client.writes.run(_WRITE, commands)
 
     async def erase_users(self, user_ids: Sequence[str]) -> None:
         """Erases state and slates of customers that no longer exist, and keeps work in flight from writing them again."""
-        async with self._breaker.call(), self._client.pipeline(transaction=False) as pipeline:
-            for user_id in user_ids:
-                for key in (self._codec.key(user_id), self.slates_key(user_id)):
-                    await self._erase(keys=[key], args=[self._forgotten_ms], client=pipeline)
-            await pipeline.execute()
+        keys = [key for user_id in user_ids for key in (self._codec.key(user_id), self.slates_key(user_id))]
+        async with self._breaker.call():
+            await self._client.writes.run(_ERASE, [_ERASE.on(key, self._forgotten_ms) for key in keys])

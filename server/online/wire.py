@@ -6,6 +6,7 @@ once the handshake is done. hiredis reads and writes the protocol.
 """
 
 import asyncio
+import hashlib
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +19,21 @@ from redis.asyncio.connection import AbstractConnection, ConnectionPool
 
 from server.tracing import span
 
-Command = tuple[str | bytes | int | float, ...]
+Argument = str | bytes | int | float
+Command = tuple[Argument, ...]
 _NOT_YET = object()
+
+
+class Script:
+    """A Lua script by its digest, as Redis knows it once it was loaded."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    def on(self, key: str | bytes, *arguments: Argument) -> Command:
+        """Returns the command that runs it on one key."""
+        return ("EVALSHA", self._digest, 1, key, *arguments)
 
 
 class Wire:
@@ -27,7 +41,7 @@ class Wire:
 
     Args:
         pool: whose connections it makes; they do not count among the pool's.
-        timeout_seconds: no reply for this long, and the connection is given up with all calls on it.
+        timeout_seconds: nothing heard for this long while a reply is due, and the connection is given up with all calls on it.
     """
 
     def __init__(self, pool: ConnectionPool, *, timeout_seconds: float) -> None:
@@ -43,6 +57,8 @@ class Wire:
             redis.exceptions.ResponseError: Redis refused one of them; the first refusal is raised.
             redis.exceptions.ConnectionError, redis.exceptions.TimeoutError: Redis is away; whether it did anything is not known.
         """
+        if not commands:
+            return []
         with span("redis pipeline", {"db.system.name": "redis", "db.operation.batch.size": len(commands)}, kind=SpanKind.CLIENT):
             line = self._line
             if line is None or line.closed:
@@ -52,6 +68,17 @@ class Wire:
             if isinstance(reply, Exception):
                 raise reply
         return replies
+
+    async def run(self, script: Script, commands: Sequence[Command]) -> list[Any]:
+        """As ``ask``, for commands among which are calls of a script: loads it and asks again where Redis does not know it yet.
+
+        Those that were carried out before are so twice; each must be harmless then.
+        """
+        try:
+            return await self.ask(commands)
+        except redis.exceptions.NoScriptError:
+            await self.ask([("SCRIPT", "LOAD", script.text)])
+            return await self.ask(commands)
 
     async def aclose(self) -> None:
         """Closes the connection; calls still on it fail."""
@@ -86,6 +113,7 @@ class _Line(asyncio.Protocol):
         self._waiting: deque[_Call] = deque()
         self._unsent: list[bytes] = []
         self._watch: asyncio.TimerHandle | None = None
+        self._heard = self._loop.time()
         self.closed = False
         assert connection._writer is not None
         self._transport = connection._writer.transport
@@ -95,13 +123,14 @@ class _Line(asyncio.Protocol):
         if not self._unsent:  # whatever else is sent in this turn of the event loop goes with it
             self._loop.call_soon(self._flush)
         self._unsent += [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]
-        call = _Call(self._loop.create_future(), len(commands), self._loop.time() + self._timeout)
+        call = _Call(self._loop.create_future(), len(commands), self._loop.time())
         self._waiting.append(call)
         if self._watch is None:
-            self._watch = self._loop.call_at(call.due, self._look)
+            self._watch = self._loop.call_at(call.sent + self._timeout, self._look)
         return await call.replies
 
     def data_received(self, data: bytes) -> None:
+        self._heard = self._loop.time()
         self._reader.feed(data)
         try:
             while self._waiting and (reply := self._reader.gets()) is not _NOT_YET:
@@ -130,24 +159,25 @@ class _Line(asyncio.Protocol):
             self._transport.write(data)
 
     def _look(self) -> None:
-        """Gives up when the oldest call has waited too long; replies come in order, so no other can have waited longer."""
+        """Gives up after too long a silence; replies come in order, so no other call can have waited longer than the first."""
         self._watch = None
         if not self._waiting:
             return
-        if self._waiting[0].due <= self._loop.time():
+        due = max(self._waiting[0].sent, self._heard) + self._timeout
+        if due <= self._loop.time():
             self.give_up(redis.exceptions.TimeoutError("Redis did not answer in time"))
         else:
-            self._watch = self._loop.call_at(self._waiting[0].due, self._look)
+            self._watch = self._loop.call_at(due, self._look)
 
 
 class _Call:
-    """A call that waits for ``count`` replies until ``due``, by the event loop's clock. One that is cancelled keeps its place."""
+    """A call that waits for ``count`` replies since ``sent``, by the event loop's clock. One that is cancelled keeps its place."""
 
-    __slots__ = ("_count", "_received", "due", "replies")
+    __slots__ = ("_count", "_received", "replies", "sent")
 
-    def __init__(self, replies: "asyncio.Future[list[Any]]", count: int, due: float) -> None:
+    def __init__(self, replies: "asyncio.Future[list[Any]]", count: int, sent: float) -> None:
         self.replies = replies
-        self.due = due
+        self.sent = sent
         self._count = count
         self._received: list[Any] = []
 

@@ -6,11 +6,13 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import hiredis
 import pytest
 import redis.exceptions
 
 from cli.stack import embedded_redis
 from server.database import OnlineClient, redis_client
+from server.online.wire import Script
 from server.settings import ServerSettings
 
 
@@ -115,3 +117,35 @@ async def test_a_redis_that_does_not_let_in_costs_all_who_wait_one_timeout(clien
     assert {type(outcome) for outcome in outcomes} == {redis.exceptions.TimeoutError}
     assert loop.time() - started < 2
     assert await client.wire.ask([("PING",)]) == [b"PONG"]
+
+
+async def test_a_script_that_redis_has_lost_is_loaded_again(client: OnlineClient) -> None:
+    count = Script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
+    assert await client.wire.run(count, [count.on("n", 2), ("GET", "n")]) == [2, b"2"]
+    await client.script_flush()
+    assert await client.wire.run(count, [count.on("n", 3), count.on("n", 4)]) == [5, 9]
+
+
+async def test_nothing_to_ask_is_answered_at_once(client: OnlineClient) -> None:
+    assert await client.wire.ask([]) == []
+
+
+async def test_replies_that_come_slowly_are_waited_for_while_they_come(shop: ServerSettings) -> None:
+    """Three times 0.2 s with a limit of 0.3 s: what counts is silence, not how long all of it takes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = hiredis.Reader()
+        while data := await reader.read(65_536):
+            asked.feed(data)
+            while command := asked.gets():
+                await asyncio.sleep(0.2 if command == [b"PING"] else 0)
+                writer.write(b"+OK\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+    slow = redis_client(shop.model_copy(update={"redis_url": url, "redis_timeout_seconds": 0.3}))
+    assert await slow.wire.ask([("PING",)] * 3) == [b"OK"] * 3
+    await slow.aclose()
+    server.close()
+    await server.wait_closed()
