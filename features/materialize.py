@@ -1,8 +1,6 @@
 """Materialization: feature snapshots in PostgreSQL, an index epoch over them, and everything into the online store."""
 
 import contextlib
-import io
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,6 +12,7 @@ from psycopg import AsyncConnection, Connection
 from psycopg.rows import TupleRow, dict_row
 
 from features.activity import CAUGHT_UP, READ_STATE, WRITE_STATE, UserStateCodec
+from features.batch_views import materialize_view
 from features.behaviour import ACTION_WEIGHT
 from features.catalogue import publish_epoch
 from features.layout import load_layouts
@@ -166,8 +165,8 @@ def free_time(connection: Connection[TupleRow], as_of: datetime) -> datetime:
 def materialize(settings: Settings, *, as_of: datetime | None = None, progress: Progress = lambda _s, _d, _t: None) -> MaterializeReport:
     """Takes a snapshot, publishes an index epoch over it, and writes all views to the online store.
 
-    Batch views go through Feast's own materialization engine; ``user_activity`` is recomputed from the events and written by
-    compare-and-set, so that a materialization never takes a customer back.
+    Batch views are written as Feast's own materialization would write them; ``user_activity`` is recomputed from the events and
+    written by compare-and-set, so that a materialization never takes a customer back.
 
     Args:
         settings: where PostgreSQL, Redis and the Feast project are.
@@ -188,20 +187,18 @@ def _materialize(settings: Settings, as_of: datetime | None, progress: Progress)
         progress("snapshot", 1, 1)
         index_version = publish_epoch(connection, as_of)
     store = feature_store(settings)
-    _materialize_views(store, as_of, progress)
+    _materialize_views(settings, store, as_of, progress)
     users = rebuild_users(settings, store, progress=progress)
     return MaterializeReport(snapshot, index_version, users)
 
 
-def _materialize_views(store: FeatureStore, as_of: datetime, progress: Progress) -> None:
+def _materialize_views(settings: Settings, store: FeatureStore, as_of: datetime, progress: Progress) -> None:
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     for done, view in enumerate(BATCH_VIEWS):
-        progress("feast materialize", done, len(BATCH_VIEWS))
+        progress("batch views", done, len(BATCH_VIEWS))
         start, end = (epoch, datetime.now(UTC)) if view == "item_profile" else (as_of, as_of)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Feast and pandas warn of their own internals here
-            store.materialize(start, end, feature_views=[view])
-    progress("feast materialize", len(BATCH_VIEWS), len(BATCH_VIEWS))
+        materialize_view(settings, store, view, start, end)
+    progress("batch views", len(BATCH_VIEWS), len(BATCH_VIEWS))
 
 
 def rebuild_users(settings: Settings, store: FeatureStore, *, progress: Progress = lambda _s, _d, _t: None) -> int:
