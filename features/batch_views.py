@@ -45,7 +45,7 @@ def materialize_view(settings: Settings, store: FeatureStore, name: str, start: 
     """
     view = store.get_feature_view(name)
     layout = view_layout(view)
-    rows = _stream(settings.postgres_dsn, newest_rows(view, layout, start, end))
+    rows = stream(settings.postgres_dsn, newest_rows(view, layout, start, end))
     with contextlib.closing(redis.Redis.from_url(settings.redis_url)) as client, contextlib.closing(rows):
         expire = store.config.online_store.key_ttl_seconds
         written = write_view(client, layout, rows, project=settings.project, expire_seconds=expire)
@@ -80,7 +80,8 @@ def _column(feature: str, dtype: str) -> Composable:
     return SQL("{}::{}").format(Identifier("a", feature), SQL(_COLUMN[element] + "[]" * (element != dtype)))
 
 
-def _stream(dsn: str, query: str) -> Generator[pa.RecordBatch, None, None]:
+def stream(dsn: str, query: str) -> Generator[pa.RecordBatch, None, None]:
+    """Yields a query's rows in batches of about 1 MiB, as PostgreSQL sends them."""
     options = {StatementOptions.BATCH_SIZE_HINT_BYTES.value: str(_BATCH_BYTES)}
     with dbapi.connect(dsn, autocommit=True) as connection, connection.cursor(adbc_stmt_kwargs=options) as cursor:
         cursor.execute(query)

@@ -5,13 +5,11 @@ customer who was forgotten or merged meanwhile: decided and done in one step, wh
 first and writes later.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +20,7 @@ from redis.exceptions import ResponseError
 from features.activity import FORGOTTEN_FIELD, MERGED_FIELD
 from features.columns import encode_column, encode_times, entity_keys, joined
 from features.layout import ViewLayout
-
-T = TypeVar("T")
-U = TypeVar("U")
-
-# Batches on their way to Redis while the next is encoded: one being written, one ready.
-_AHEAD = 2
+from features.overlap import overlapped
 
 # ARGV: the field of the view's event time, that time, then fields and values; all of it is what HSET takes.
 # Times compare as Feast compares them: equal is not newer, and one of 1970 or before gives way to any.
@@ -64,7 +57,7 @@ _EXPIRE = "redis.call('EXPIRE', KEYS[1], {seconds})\n"
 
 @dataclass(frozen=True)
 class Commands:
-    """Calls of one script in Redis's protocol, one after the other, ready to be sent."""
+    """Commands in Redis's protocol, one after the other, ready to be sent."""
 
     payload: memoryview
     count: int
@@ -97,16 +90,17 @@ def write_view(
     script: Any = client.script_load(f"{_WRITE}{expire}return 1")
     connection: Any = client.connection_pool.get_connection()
     try:
-        ready = (commands(script, layout, batch, project=project) for batch in batches)
-        return sum(_overlapped(partial(_send, connection), ready))
+        call = (b"EVALSHA", script.encode(), b"1")
+        ready = (commands(call, layout, batch, project=project) for batch in batches)
+        return sum(overlapped(partial(send, connection), ready))
     finally:
         connection.disconnect()
         client.connection_pool.release(connection)
 
 
-def commands(script: str, layout: ViewLayout, batch: pa.RecordBatch, *, project: str) -> Commands:
-    """Returns one call of a script for each row of a batch; ``script`` is the digest that Redis knows it by."""
-    arguments: list[pa.Array | bytes] = [b"EVALSHA", script.encode(), b"1", entity_keys(layout.join_key, batch.column(0), project)]
+def commands(call: Sequence[bytes], layout: ViewLayout, batch: pa.RecordBatch, *, project: str) -> Commands:
+    """Returns one command for each row of a batch: ``call``, the entity's key, and fields and values as HSET takes them."""
+    arguments: list[pa.Array | bytes] = [*call, entity_keys(layout.join_key, batch.column(0), project)]
     arguments += [layout.timestamp_field, encode_times(batch.column(1))]
     for field, dtype, column in zip(layout.fields, layout.dtypes, batch.columns[2:], strict=True):
         arguments += [field, encode_column(dtype, column)]
@@ -131,23 +125,11 @@ def _merged(pieces: Iterable[pa.Array | bytes]) -> Iterator[pa.Array | bytes]:
             yield from group
 
 
-def _overlapped(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """Yields ``work`` of each item in order, done by a thread of its own while the next items are being made."""
-    with ThreadPoolExecutor(1, thread_name_prefix="bulk-write") as thread:
-        under_way: deque[Future[U]] = deque()
-        for item in items:
-            under_way.append(thread.submit(work, item))
-            if len(under_way) > _AHEAD:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-
-
-def _send(connection: Any, calls: Commands) -> int:
-    """Sends the calls and returns the sum of their answers; raises the first refusal when all answers are read."""
-    connection.send_packed_command([calls.payload])
+def send(connection: Any, batch: Commands) -> int:
+    """Sends commands and returns the sum of their answers; raises the first refusal when all answers are read."""
+    connection.send_packed_command([batch.payload])
     total, refusal = 0, None
-    for _ in range(calls.count):
+    for _ in range(batch.count):
         try:
             total += connection.read_response()
         except ResponseError as error:

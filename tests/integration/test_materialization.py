@@ -17,6 +17,7 @@ from feast.infra.offline_stores.contrib.postgres_offline_store.postgres_source i
 from feast.types import Array, Bool, Float32, Float64, Int32, Int64, String
 
 from features import batch_views
+from features import materialize as materialization
 from features.activity import FORGOTTEN_FIELD, MERGED_FIELD
 from features.batch_views import materialize_view
 from features.layout import LayoutError, entity_key, view_layout
@@ -253,7 +254,7 @@ async def test_a_customer_forgotten_meanwhile_does_not_come_back(
 ) -> None:
     """Their row is read before they are forgotten and written after; once with the marker, once with it expired by then."""
     settings = new_shop()
-    stream, loop = batch_views._stream, asyncio.get_running_loop()
+    stream, loop = batch_views.stream, asyncio.get_running_loop()
     async with replica(settings) as one:
         phone = app(names("phone"))
         token = await one.record(phone, "a")
@@ -269,7 +270,7 @@ async def test_a_customer_forgotten_meanwhile_does_not_come_back(
                         client.delete(key)
                 yield from read
 
-            monkeypatch.setattr(batch_views, "_stream", slow)
+            monkeypatch.setattr(batch_views, "stream", slow)
             await asyncio.to_thread(materialize, settings)
             assert client.hexists(key, FORGOTTEN_FIELD) == marked
             assert (client.hlen(key) == 1) == marked  # unmarked, the late row has come back ...
@@ -277,3 +278,26 @@ async def test_a_customer_forgotten_meanwhile_does_not_come_back(
             assert await one.erasure.finish() == 1
             assert client.hgetall(key) == {FORGOTTEN_FIELD.encode(): b"1"}
             assert query(settings, "SELECT user_id FROM user_profile") == []
+
+
+async def test_a_rebuild_in_many_batches_leaves_nobody_out(new_shop: NewShop, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(materialization, "_USERS_PER_BATCH", 2)
+    settings = new_shop()
+    async with replica(settings) as one:
+        people = [app(names(f"phone{number}")) for number in range(25)]
+        tokens = [await one.record(phone, "a") for phone in people]
+        await one.graph.link(people[0], people[1])
+        with contextlib.closing(redis.Redis.from_url(settings.redis_url)) as client:
+            expected = {one.online._codec.key(token.user_id): None for token in tokens}
+            expected = {key: client.hgetall(key) for key in expected}
+            merged = [key for key, fields in expected.items() if MERGED_FIELD.encode() in fields]
+            client.flushdb()
+            query(settings, "INSERT INTO online_outbox (user_id, version) SELECT user_id, version FROM users RETURNING 1")
+            seen: list[tuple[str, int, int]] = []
+            looked_at = await asyncio.to_thread(
+                materialization.rebuild_users, settings, feature_store(settings), progress=lambda *step: seen.append(step)
+            )
+            assert looked_at == 24
+            assert seen[-1] == ("online user state", 24, 24)
+            assert everything(client) == {key: fields for key, fields in expected.items() if key not in merged}
+            assert len(query(settings, "SELECT user_id FROM online_outbox")) == len(merged) == 1
