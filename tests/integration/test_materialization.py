@@ -5,6 +5,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -240,6 +241,19 @@ def test_many_batches_are_written_whole(things: FeatureStore, shop: Settings, cl
         seen = layout.decode(client.hmget(entity_key("thing_id", f"t{number}", shop.project), list(layout.hash_fields)), START)
         assert (seen["i8"].value, seen["s"].value) == (number, "x" * (number % 90))
     assert client.dbsize() == 3000
+
+
+def test_of_two_at_once_the_newer_wins(things: FeatureStore, shop: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking and writing are one step: what lies between them in Feast's own store is where an older row beats a newer one."""
+    monkeypatch.setattr(batch_views, "_BATCH_BYTES", 1000)
+    fill(shop, [(f"t{number}", days, 0, values) for number in range(200) for days, values in ((1, ZERO), (2, FULL))])
+    by_us(things, shop, START, START + 2 * DAY)
+    expected = everything(client)
+    with ThreadPoolExecutor(2) as two:
+        for _ in range(5):
+            client.flushdb()
+            list(two.map(lambda days: by_us(things, shop, START, START + days * DAY), (1, 2)))
+            assert everything(client) == expected
 
 
 def test_the_registry_knows_what_was_materialized(things: FeatureStore, shop: Settings, client: redis.Redis) -> None:
