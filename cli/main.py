@@ -3,6 +3,7 @@
 import signal
 import sys
 
+import adbc_driver_manager
 import grpc
 import psycopg
 import redis.exceptions
@@ -40,7 +41,12 @@ _EXPECTED = (
     KeyRefusedError,
     FileNotFoundError,
 )
-_STORES = (psycopg.OperationalError, sqlalchemy.exc.OperationalError, redis.exceptions.ConnectionError)
+_STORES = (
+    psycopg.OperationalError,
+    adbc_driver_manager.OperationalError,
+    sqlalchemy.exc.OperationalError,
+    redis.exceptions.ConnectionError,
+)
 # Which extra brings what the serving image leaves out.
 _EXTRAS = {
     "training": "training",

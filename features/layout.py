@@ -21,7 +21,7 @@ from feast.protos.feast.types.Value_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 # Feast type name → (oneof field of feast.types.Value, whether it is a list)
-_KIND = {
+KINDS = {
     "Int32": ("int32_val", False),
     "Int64": ("int64_val", False),
     "Float32": ("float_val", False),
@@ -131,7 +131,7 @@ def view_layout(view: FeatureView) -> ViewLayout:
     features = tuple(field.name for field in view.features)
     dtypes = tuple(str(field.dtype) for field in view.features)
     for name, dtype in zip(features, dtypes, strict=True):
-        if dtype not in _KIND:
+        if dtype not in KINDS:
             raise LayoutError(f"{view.name}:{name}: type {dtype} has no online form here")
     fields = tuple(_mmh3(f"{view.name}:{name}") for name in features)
     return ViewLayout(view.name, view.join_keys[0], features, dtypes, fields, f"_ts:{view.name}".encode(), view.ttl or timedelta(0))
@@ -173,7 +173,7 @@ def _key_frame(join_key: str, project: str) -> tuple[bytes, bytes]:
 
 def encode_value(dtype: str, value: Any) -> bytes:
     """Serializes a value as ``feast.types.Value``; None becomes an unset Value, which reads as MISSING."""
-    kind, is_list = _KIND[dtype]
+    kind, is_list = KINDS[dtype]
     message = Value()
     if value is not None and is_list:
         target = getattr(message, kind)

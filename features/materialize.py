@@ -1,27 +1,31 @@
 """Materialization: feature snapshots in PostgreSQL, an index epoch over them, and everything into the online store."""
 
 import contextlib
-import io
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import psycopg
 import redis
 from feast import FeatureStore
 from psycopg import AsyncConnection, Connection
 from psycopg.rows import TupleRow, dict_row
+from psycopg_pool import ConnectionPool
 
 from features.activity import CAUGHT_UP, READ_STATE, WRITE_STATE, UserStateCodec
+from features.batch_views import materialize_view
 from features.behaviour import ACTION_WEIGHT
 from features.catalogue import publish_epoch
 from features.layout import load_layouts
+from features.overlap import overlapped
 from features.settings import Settings
 from features.store import feature_store
 
 BATCH_VIEWS = ("user_profile", "item_profile", "item_popularity")
 _USERS_PER_BATCH = 500
+# PostgreSQL does two thirds of a rebuild, so several batches are read at once; beyond four this process is what they wait for.
+_REBUILDERS = 4
 
 # The advisory lock that a materialization holds, shared: customers forgotten meanwhile are erased once more after it.
 MATERIALIZING = (0x434F4E43, 1)
@@ -166,8 +170,8 @@ def free_time(connection: Connection[TupleRow], as_of: datetime) -> datetime:
 def materialize(settings: Settings, *, as_of: datetime | None = None, progress: Progress = lambda _s, _d, _t: None) -> MaterializeReport:
     """Takes a snapshot, publishes an index epoch over it, and writes all views to the online store.
 
-    Batch views go through Feast's own materialization engine; ``user_activity`` is recomputed from the events and written by
-    compare-and-set, so that a materialization never takes a customer back.
+    Batch views are written as Feast's own materialization would write them; ``user_activity`` is recomputed from the events and
+    written by compare-and-set, so that a materialization never takes a customer back.
 
     Args:
         settings: where PostgreSQL, Redis and the Feast project are.
@@ -188,20 +192,18 @@ def _materialize(settings: Settings, as_of: datetime | None, progress: Progress)
         progress("snapshot", 1, 1)
         index_version = publish_epoch(connection, as_of)
     store = feature_store(settings)
-    _materialize_views(store, as_of, progress)
+    _materialize_views(settings, store, as_of, progress)
     users = rebuild_users(settings, store, progress=progress)
     return MaterializeReport(snapshot, index_version, users)
 
 
-def _materialize_views(store: FeatureStore, as_of: datetime, progress: Progress) -> None:
+def _materialize_views(settings: Settings, store: FeatureStore, as_of: datetime, progress: Progress) -> None:
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     for done, view in enumerate(BATCH_VIEWS):
-        progress("feast materialize", done, len(BATCH_VIEWS))
+        progress("batch views", done, len(BATCH_VIEWS))
         start, end = (epoch, datetime.now(UTC)) if view == "item_profile" else (as_of, as_of)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Feast and pandas warn of their own internals here
-            store.materialize(start, end, feature_views=[view])
-    progress("feast materialize", len(BATCH_VIEWS), len(BATCH_VIEWS))
+        materialize_view(settings, store, view, start, end)
+    progress("batch views", len(BATCH_VIEWS), len(BATCH_VIEWS))
 
 
 def rebuild_users(settings: Settings, store: FeatureStore, *, progress: Progress = lambda _s, _d, _t: None) -> int:
@@ -213,23 +215,29 @@ def rebuild_users(settings: Settings, store: FeatureStore, *, progress: Progress
     codec = UserStateCodec(load_layouts(store), settings.project)
     done = 0
     with (
-        psycopg.connect(settings.postgres_dsn, row_factory=dict_row) as connection,
+        psycopg.connect(settings.postgres_dsn, row_factory=dict_row, autocommit=True) as connection,
+        ConnectionPool(settings.postgres_dsn, min_size=1, max_size=_REBUILDERS, open=False) as pool,
         contextlib.closing(redis.Redis.from_url(settings.redis_url)) as client,
     ):
         row = connection.execute("SELECT count(*) AS n FROM users WHERE merged_into IS NULL").fetchone()
         total = int(row["n"]) if row else 0
-        script = client.register_script(WRITE_STATE)
-        for users in _user_batches(connection):
-            pipeline = client.pipeline(transaction=False)
-            states = [codec.state(row) for row in connection.execute(READ_STATE, [users])]
-            for state in states:
-                script(keys=[state.key], args=list(state.arguments), client=pipeline)
-            pipeline.execute()
-            connection.execute(CAUGHT_UP, [[state.user_id for state in states], [state.version for state in states]])
-            connection.commit()
-            done += len(users)
+        rebuild = partial(_rebuild, pool, client, codec)
+        for looked_at in overlapped(rebuild, _user_batches(connection), threads=_REBUILDERS):
+            done += looked_at
             progress("online user state", done, total)
     return done
+
+
+def _rebuild(pool: ConnectionPool, client: redis.Redis, codec: UserStateCodec, users: Sequence[str]) -> int:
+    """Reads, writes and takes off the outbox one batch of customers; returns how many they were."""
+    script = client.register_script(WRITE_STATE)
+    with pool.connection() as connection, client.pipeline(transaction=False) as pipeline:
+        states = [codec.state(row) for row in connection.cursor(row_factory=dict_row).execute(READ_STATE, [users])]
+        for state in states:
+            script(keys=[state.key], args=list(state.arguments), client=pipeline)
+        pipeline.execute()
+        connection.execute(CAUGHT_UP, [[state.user_id for state in states], [state.version for state in states]])
+    return len(users)
 
 
 def _user_batches(connection: "Connection[dict[str, object]]") -> Iterator[Sequence[str]]:
