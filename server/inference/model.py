@@ -27,6 +27,7 @@ from features.bundle import (
 )
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
+from features.retrieval import VectorArray
 from features.sequence import TOWER_INPUTS, SequenceSpec, behaviour_sequence, tower_inputs
 from features.signals import CollaborativeWeights, SignalConfig
 from server.errors import UnavailableError
@@ -79,13 +80,13 @@ class LoadedModel:
         """Constants of the signals the ranker was trained with."""
         return SignalConfig(self.manifest.half_life_days)
 
-    def user_vector(self, activity: Activity, table: ItemTable, vectors: FloatArray) -> FloatArray | None:
+    def user_vector(self, activity: Activity, table: ItemTable, vectors: VectorArray) -> FloatArray | None:
         """Returns the unit user vector, float32[d], or None when the behaviours say nothing the model could read.
 
         Args:
             activity: the customer's behaviours.
             table: the epoch's n items.
-            vectors: float32[n, d], their unit vectors.
+            vectors: float32[n, d] or float16[n, d], their unit vectors.
         """
         if (spec := self.manifest.sequence) is not None:
             return self._sequence_vector(activity, table, vectors, spec=spec)
@@ -97,7 +98,7 @@ class LoadedModel:
         """Vectors of searches and messages, in the space of the items; those asked for last are remembered."""
         return lru_cache(_REMEMBERED_TEXTS)(self.item_vector)
 
-    def _sequence_vector(self, activity: Activity, table: ItemTable, vectors: FloatArray, *, spec: SequenceSpec) -> FloatArray | None:
+    def _sequence_vector(self, activity: Activity, table: ItemTable, vectors: VectorArray, *, spec: SequenceSpec) -> FloatArray | None:
         sequence = behaviour_sequence(activity, table.rows, spec)
         return self._run_tower(tower_inputs(sequence, sequence.vectors(vectors, self.text_vector), spec)) if len(sequence) else None
 
