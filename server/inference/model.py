@@ -27,7 +27,7 @@ from features.bundle import (
 )
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
-from features.retrieval import VectorArray
+from features.retrieval import VectorArray, stored_type
 from features.sequence import TOWER_INPUTS, SequenceSpec, behaviour_sequence, tower_inputs
 from features.signals import CollaborativeWeights, SignalConfig
 from server.errors import UnavailableError
@@ -51,7 +51,7 @@ class LoadedModel:
         tower: the sequence tower, None where the encoder reads behaviours as text.
         item_rows: bundle row of each item id.
         item_hashes: content hash each bundle vector was made from.
-        item_vectors: float32[m, d], unit length.
+        item_vectors: float32[m, d] or of a large catalogue float16[m, d], unit length.
         collaborative: weights over the bundle's m rows.
     """
 
@@ -62,7 +62,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     item_rows: dict[str, int]
     item_hashes: tuple[str, ...]
-    item_vectors: FloatArray
+    item_vectors: VectorArray
     collaborative: CollaborativeWeights
 
     @property
@@ -240,6 +240,6 @@ def _open(folder: Path, manifest: Manifest, tokenizer: Tokenizer, encoder: ort.I
         tokenizer=tokenizer,
         item_rows={str(item): row for row, item in enumerate(items["item_ids"])},
         item_hashes=tuple(str(h) for h in items["content_hashes"]),
-        item_vectors=items["vectors"].astype(np.float32, copy=False),
+        item_vectors=items["vectors"].astype(stored_type(len(items["item_ids"])), copy=False),
         collaborative=CollaborativeWeights(weights["indptr"], weights["indices"], weights["weights"]),
     )
