@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from features.retrieval import INDEXED_FROM, SHORTLIST, VectorArray, VectorIndex
 from features.signals import CollaborativeWeights
 from server.inference.model import load_model
 from server.recommend.compute import Policy, Ranked, compute_slate, score_items, similar_items
-from server.recommend.snapshot import Snapshot
+from server.recommend.snapshot import Snapshot, SnapshotBuilder
 from tests.unit.bundles import write_bundle
 from tests.unit.tables import activity, table
 
@@ -84,6 +86,25 @@ def test_only_a_large_catalogue_is_indexed_and_kept_in_half_precision() -> None:
     vectors = unit(np.random.default_rng(0).standard_normal((INDEXED_FROM, 8)))
     assert indexed(vectors[:-1]) is None
     assert indexed(vectors) is not None
+
+
+async def test_a_snapshot_of_a_large_catalogue_is_built_with_an_index() -> None:
+    items = table(INDEXED_FROM)
+    model = SimpleNamespace(
+        manifest=SimpleNamespace(vector_size=8),
+        item_rows=items.rows,
+        item_hashes=items.content_hashes,
+        item_vectors=unit(np.random.default_rng(0).standard_normal((INDEXED_FROM, 8))),
+        collaborative=CollaborativeWeights.empty(INDEXED_FROM),
+    )
+    builder = SnapshotBuilder(cast("Any", None), dsn="")
+    builder._tables |= {1: items, 2: table(INDEXED_FROM - 1)}  # as if read
+    large, small = [await builder.build(cast("Any", model), version) for version in (1, 2)]
+    assert (large.vectors.dtype, small.vectors.dtype) == (np.float16, np.float32)
+    assert large.vectors.tobytes() == model.item_vectors.astype(np.float16).tobytes()
+    assert large.index is not None
+    assert large.index.shortlist(model.item_vectors[7]).tolist() == VectorIndex(large.vectors).shortlist(model.item_vectors[7]).tolist()
+    assert small.index is None
 
 
 def shop(folder: Path, count: int) -> Snapshot:
