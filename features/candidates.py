@@ -6,12 +6,12 @@ from enum import IntFlag
 import numpy as np
 import numpy.typing as npt
 
-from features.item_table import FloatArray, IntArray, ItemTable
+from features.item_table import IntArray, ItemTable
+from features.scores import Scores
 from features.signals import History
 
 # The ranker's graph has this fixed height: equal shapes keep its arithmetic, and so its scores, equal to the bit.
 CANDIDATE_COUNT = 256
-NEW_ARRIVAL_DAYS = 28.0
 
 
 class Source(IntFlag):
@@ -31,11 +31,11 @@ _QUOTA = {Source.RECENT: 24, Source.COLLABORATIVE: 96, Source.VECTOR: 72, Source
 
 @dataclass(frozen=True)
 class Signals:
-    """Scores of all n items for one customer, float32[n] each; ``vector`` is all zero when there is no user vector."""
+    """Scores of n items for one customer; ``vector`` scores none when there is no user vector, and the nearest in a large catalogue."""
 
-    vector: FloatArray
-    collaborative: FloatArray
-    relation: FloatArray
+    vector: Scores
+    collaborative: Scores
+    relation: Scores
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,6 @@ class Candidates:
 
     rows: IntArray
     sources: npt.NDArray[np.uint8]
-
-
-def popularity_score(table: ItemTable) -> FloatArray:
-    """Returns float32[n]: recent purchases, then all purchases, then recent views; the order shown to a new customer."""
-    p = table.popularity
-    return np.asarray(p[:, 1] + 0.05 * p[:, 2] + 0.02 * p[:, 4], np.float32)
 
 
 def generate(signals: Signals, past: History, table: ItemTable, *, excluded: npt.NDArray[np.bool_]) -> Candidates:
@@ -61,33 +55,32 @@ def generate(signals: Signals, past: History, table: ItemTable, *, excluded: npt
         table: the epoch's items.
         excluded: bool[n], items that must not appear (already bought, by policy).
     """
-    recent = np.zeros(len(table), np.float32)
-    recent[past.rows] = past.weights
-    newness = np.where(table.age_days <= NEW_ARRIVAL_DAYS, NEW_ARRIVAL_DAYS + 1 - table.age_days, 0).astype(np.float32)
+    by_row = np.argsort(past.rows)
     scores = {
-        Source.RECENT: recent,
+        Source.RECENT: Scores(len(table), past.rows[by_row], past.weights[by_row]),
         Source.COLLABORATIVE: signals.collaborative,
         Source.VECTOR: signals.vector,
         Source.RELATION: signals.relation,
-        Source.NEW: newness,
-        Source.POPULAR: popularity_score(table),
     }
+    orders = {Source.NEW: table.new_rows, Source.POPULAR: table.popular_rows}
     found: dict[int, int] = {}
     for source, quota in _QUOTA.items():
-        for row in _best(scores[source], quota, excluded, positive=source is not Source.POPULAR):
+        best = scores[source].best(quota, excluded=excluded) if source in scores else _first(orders[source], quota, excluded)
+        for row in best:
             found[row] = found.get(row, 0) | source
-    for row in _best(scores[Source.POPULAR], CANDIDATE_COUNT, excluded, positive=False):
+    for row in _first(table.popular_rows, CANDIDATE_COUNT, excluded):
         if len(found) >= CANDIDATE_COUNT:
             break
         found[row] = found.get(row, 0) | Source.POPULAR
     return Candidates(np.fromiter(found.keys(), np.int32, len(found)), np.fromiter(found.values(), np.uint8, len(found)))
 
 
-def _best(scores: FloatArray, count: int, excluded: npt.NDArray[np.bool_], *, positive: bool) -> list[int]:
-    """Returns the rows of the highest scores, ties by row: an order that does not depend on the sorting algorithm."""
-    allowed = np.flatnonzero(~excluded & (scores > 0) if positive else ~excluded)
-    if len(allowed) > count:
-        threshold = np.partition(scores[allowed], len(allowed) - count)[len(allowed) - count]
-        allowed = allowed[scores[allowed] >= threshold]
-    order = np.lexsort((allowed, -scores[allowed]))
-    return [int(row) for row in allowed[order][:count]]
+def _first(order: IntArray, count: int, excluded: npt.NDArray[np.bool_]) -> list[int]:
+    """Returns the first rows of an order that are not excluded; looks at no more of it than it has to."""
+    size = 2 * count
+    while True:
+        head = order[:size]
+        kept = head[~excluded[head]]
+        if len(kept) >= count or size >= len(order):
+            return [int(row) for row in kept[:count]]
+        size *= 4

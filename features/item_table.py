@@ -15,6 +15,7 @@ from features.catalogue import item_text
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 
+NEW_ARRIVAL_DAYS = 28.0
 POPULARITY = ("purchases_7d", "purchases_28d", "purchases_total", "views_7d", "views_28d", "buyers_28d")
 
 
@@ -76,6 +77,24 @@ class ItemTable:
     def rows(self) -> dict[str, int]:
         """Item id to row."""
         return {item: row for row, item in enumerate(self.ids)}
+
+    @cached_property
+    def popularity_score(self) -> FloatArray:
+        """float32[n]: recent purchases, then all purchases, then recent views; the order shown to a new customer."""
+        p = self.popularity
+        return np.asarray(p[:, 1] + 0.05 * p[:, 2] + 0.02 * p[:, 4], np.float32)
+
+    @cached_property
+    def popular_rows(self) -> IntArray:
+        """int32[n]: all rows, the most popular first, ties by row; sorted once for all customers."""
+        return np.argsort(-self.popularity_score, kind="stable").astype(np.int32)
+
+    @cached_property
+    def new_rows(self) -> IntArray:
+        """int32[k]: rows listed within NEW_ARRIVAL_DAYS, the newest first, ties by row."""
+        rows = np.flatnonzero(self.age_days <= NEW_ARRIVAL_DAYS)
+        newness = (NEW_ARRIVAL_DAYS + 1 - self.age_days[rows]).astype(np.float32)
+        return rows[np.argsort(-newness, kind="stable")].astype(np.int32)
 
     def title_of(self, item_id: str) -> str | None:
         """Returns the title of an item, None when this epoch does not hold it."""

@@ -6,6 +6,8 @@ import numpy as np
 
 from features.candidates import Candidates, Signals
 from features.item_table import FloatArray, IntArray, ItemTable
+from features.retrieval import VectorArray, exact_scores
+from features.scores import Scores
 from features.signals import History
 
 RANKING_FEATURES = (
@@ -54,42 +56,40 @@ def price_features(log_price: FloatArray, profile: Profile) -> tuple[FloatArray,
 
 
 def ranking_matrix(
-    candidates: Candidates, signals: Signals, past: History, *, table: ItemTable, vectors: FloatArray, profile: Profile
+    candidates: Candidates, signals: Signals, past: History, *, table: ItemTable, vectors: VectorArray, profile: Profile
 ) -> FloatArray:
     """Returns float32[c, 23], the columns named by RANKING_FEATURES; every value is finite.
 
     Args:
         candidates: the rows to describe.
-        signals: scores of all items for the customer.
+        signals: the customer's scores.
         past: the customer's history.
         table: the epoch's items.
-        vectors: float32[n, d], unit item vectors.
+        vectors: float32[n, d] or float16[n, d], unit item vectors as ``retrieval.stored`` keeps them.
         profile: the customer's slow features.
     """
     rows = candidates.rows
-    count = len(table)
     popularity = np.log1p(table.popularity[rows])
-    touched, recency = np.zeros(count, np.float32), np.zeros(count, np.float32)
-    touched[past.rows] = past.weights
-    recency[past.rows] = 1.0 / (1.0 + np.arange(len(past.rows), dtype=np.float32))
-    # The history is newest first, so its first row is the last item touched. einsum, not BLAS: each dot product by itself,
-    # so its bits depend neither on the number of rows nor on threads.
-    last = np.einsum("cd,d->c", vectors[rows], vectors[past.rows[0]]) if len(past.rows) else np.zeros(len(rows), np.float32)
+    by_row = np.argsort(past.rows)
+    touched = Scores(len(table), past.rows[by_row], past.weights[by_row])
+    recency = Scores(len(table), past.rows[by_row], (1.0 / (1.0 + np.arange(len(past.rows), dtype=np.float32)))[by_row])
+    # The history is newest first, so its first row is the last item touched.
+    last = exact_scores(vectors, rows, vectors[past.rows[0]]) if len(past.rows) else np.zeros(len(rows), np.float32)
     gap, distance, inside = price_features(table.log_price[rows], profile)
     columns = [
-        signals.vector[rows],
-        _reciprocal_rank(signals.vector)[rows],
-        signals.collaborative[rows],
-        _reciprocal_rank(signals.collaborative)[rows],
-        signals.relation[rows],
+        signals.vector.at(rows),
+        signals.vector.reciprocal_ranks().at(rows),
+        signals.collaborative.at(rows),
+        signals.collaborative.reciprocal_ranks().at(rows),
+        signals.relation.at(rows),
         last,
         *popularity.T,
         np.log1p(4 * table.popularity[rows, 0]) - popularity[:, 1],
         np.log1p(table.age_days[rows]),
-        _affinity(table.categories, past)[rows],
-        _affinity(table.brands, past)[rows],
-        touched[rows],
-        recency[rows],
+        _affinity(table.categories[rows], table.categories[past.rows], past.weights),
+        _affinity(table.brands[rows], table.brands[past.rows], past.weights),
+        touched.at(rows),
+        recency.at(rows),
         gap,
         distance,
         inside,
@@ -99,18 +99,10 @@ def ranking_matrix(
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _reciprocal_rank(scores: FloatArray) -> FloatArray:
-    """Returns 1 / (1 + rank) of every item, 0 for items without a score; ties share the order of their rows."""
-    ranks = np.zeros(len(scores), np.float32)
-    order = np.argsort(-scores, kind="stable")
-    ranks[order] = 1.0 / (1.0 + np.arange(len(scores), dtype=np.float32))
-    return np.where(scores > 0, ranks, 0).astype(np.float32)
-
-
-def _affinity(codes: IntArray, past: History) -> FloatArray:
-    """Returns for every item the share of the weighted history with the same code; 0 for items without a code."""
-    if not len(past.rows) or not len(codes):
+def _affinity(codes: IntArray, touched: IntArray, weights: FloatArray) -> FloatArray:
+    """Returns for each code the share of the weighted history, of codes ``touched``, that has it; 0 for items without a code."""
+    if not len(touched) or not len(codes):
         return np.zeros(len(codes), np.float32)
-    mass = np.bincount(codes[past.rows], weights=past.weights, minlength=int(codes.max()) + 1)
+    mass = np.bincount(touched, weights=weights, minlength=int(codes.max()) + 1)
     mass[0] = 0
-    return np.asarray((mass / past.weights.sum())[codes], np.float32)
+    return np.asarray((mass / weights.sum())[codes], np.float32)

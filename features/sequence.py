@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from features.behaviour import ACTIONS, ACTIVITY_LENGTH, Activity, Behaviour
 from features.item_table import FloatArray
+from features.retrieval import VectorArray
 
 Ids = npt.NDArray[np.int64]
 
@@ -69,11 +70,11 @@ class BehaviourSequence:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def vectors(self, item_vectors: FloatArray, encode: Callable[[str], FloatArray]) -> FloatArray:
+    def vectors(self, item_vectors: VectorArray, encode: Callable[[str], FloatArray]) -> FloatArray:
         """Returns float32[n, d]: the vector of each behaviour's item, or of its text.
 
         Args:
-            item_vectors: float32[items, d], by row of the item table.
+            item_vectors: float32[items, d] or float16[items, d], by row of the item table.
             encode: text to its vector in the space of the items, float32[d].
         """
         gathered = np.zeros((len(self), item_vectors.shape[1]), np.float32)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from features.behaviour import ACTION_WEIGHT, MICROS_PER_DAY, Activity
 from features.item_table import FloatArray, IntArray, ItemTable
+from features.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,11 @@ class CollaborativeWeights:
     indices: IntArray
     weights: FloatArray
 
-    def scores(self, rows: IntArray, weights: FloatArray) -> FloatArray:
-        """Returns float32[n]: the sum of the weights that the history rows give to every item."""
-        total = np.zeros(len(self.indptr) - 1, np.float64)
-        for row, weight in zip(rows.tolist(), weights.tolist(), strict=True):
-            span = slice(self.indptr[row], self.indptr[row + 1])
-            total[self.indices[span]] += weight * self.weights[span]
-        return total.astype(np.float32)
+    def scores(self, rows: IntArray, weights: FloatArray) -> Scores:
+        """Returns for every item the sum of the weights that the history rows give to it."""
+        places = _spans(self.indptr[rows], self.indptr[rows + 1])
+        amounts = np.repeat(weights, self.indptr[rows + 1] - self.indptr[rows]) * self.weights[places]
+        return Scores.summed(len(self.indptr) - 1, self.indices[places], amounts)
 
     def remapped(self, old_rows: dict[str, int], table: ItemTable) -> "CollaborativeWeights":
         """Returns the weights over ``table``'s rows; items it lacks drop out, items it adds have no weights."""
@@ -107,10 +106,17 @@ def history(activity: Activity, table: ItemTable, config: SignalConfig) -> Histo
     )
 
 
-def relation_scores(past: History, table: ItemTable) -> FloatArray:
-    """Returns float32[n]: how strongly the knowledge graph ties each item to the history."""
-    strength = np.zeros(len(table), np.float32)
-    strength[past.rows] = past.weights
-    total = np.zeros(len(table), np.float64)
-    np.add.at(total, table.relation_to, (strength[table.relation_from] * table.relation_weight).astype(np.float64))
-    return total.astype(np.float32)
+def relation_scores(past: History, table: ItemTable) -> Scores:
+    """Returns how strongly the knowledge graph ties each item to the history."""
+    by_row = np.argsort(past.rows)  # edges are sorted by source: adding up in their order makes a sum independent of the visits' order
+    rows, weights = past.rows[by_row], past.weights[by_row]
+    begin, end = (np.searchsorted(table.relation_from, rows, side) for side in ("left", "right"))
+    places = _spans(begin, end)
+    return Scores.summed(len(table), table.relation_to[places], np.repeat(weights, end - begin) * table.relation_weight[places])
+
+
+def _spans(begin: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns the places from each begin up to its end, one span after the other."""
+    lengths = end - begin
+    shift = begin - np.cumsum(lengths) + lengths
+    return np.asarray(np.arange(lengths.sum()) + np.repeat(shift, lengths), np.int64)

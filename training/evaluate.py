@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from features.candidates import popularity_score
 from features.item_table import POPULARITY, FloatArray
 from training.metrics import Tally, best_rows
 from training.ranker import Ranker, ordered
@@ -74,9 +73,9 @@ def baselines(query: Query) -> dict[str, FloatArray]:
     """Returns the scores, float32[n], of the simple rankings the pipeline is compared with, by metric prefix."""
     scores = (
         query.table.popularity[:, POPULARITY.index("purchases_total")],
-        popularity_score(query.table),
-        query.signals.vector,
-        query.signals.collaborative,
+        query.table.popularity_score,
+        query.signals.vector.everywhere(),
+        query.signals.collaborative.everywhere(),
     )
     return dict(zip(BASELINES, scores, strict=True))
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from features.item_table import FloatArray, ItemTable
+from features.retrieval import indexed, stored_type
 from features.signals import CollaborativeWeights, SignalConfig
 from training import collaborative
 from training.checkpoint import Trained
@@ -65,5 +66,6 @@ def queries_of(
     known = [customers[key] for key in keys_of(labels)]
     users = trained.user_vectors([customer.activity for customer in known], table, vectors(table))
     weights = weights or collaborative.fit(shop.log, len(shop.table), until=until, config=config)
-    model = Model(vectors(table), weights, SignalConfig(config.half_life_days))
+    kept = vectors(table).astype(stored_type(len(table)), copy=False)
+    model = Model(kept, weights, SignalConfig(config.half_life_days), indexed(kept))
     return make_queries(labels, known, users, model=model, snapshots=snapshots)

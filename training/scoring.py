@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from features.candidates import Candidates, Signals, generate
 from features.item_table import FloatArray, ItemTable
 from features.ranking import ranking_matrix
+from features.retrieval import VectorArray, VectorIndex, vector_scores
 from features.signals import CollaborativeWeights, SignalConfig, history, relation_scores
 from training.dataset import Customer, Snapshots, listed_items, visible_items
 from training.labels import Label
@@ -20,14 +19,16 @@ class Model:
     """What candidates and features are computed with.
 
     Attributes:
-        vectors: float32[n, d], unit item vectors.
+        vectors: unit vectors of n items, as ``retrieval.stored`` keeps them.
         collaborative: item-to-item weights, fitted before the first label they are used on.
         config: constants of the signals.
+        index: of a large catalogue's vectors.
     """
 
-    vectors: FloatArray
+    vectors: VectorArray
     collaborative: CollaborativeWeights
     config: SignalConfig
+    index: VectorIndex | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,9 @@ def make_queries(
 def make_query(label: Label, customer: Customer, user_vector: FloatArray, *, model: Model, table: ItemTable) -> Query:
     """Computes signals, candidates and ranking features of one label."""
     past = history(customer.activity, table, model.config)
-    # einsum, as the server does it: the bits of a product by BLAS depend on the size of the catalogue.
-    vector = np.einsum("nd,d->n", model.vectors, user_vector)
-    vector[~listed_items(table)] = 0.0  # or an item of the future would take a place among the ranks
     signals = Signals(
-        vector=vector,
+        # Where it was listed only, or an item of the future would take a place among the ranks.
+        vector=vector_scores(model.vectors, user_vector, model.index).where(listed_items(table)),
         collaborative=model.collaborative.scores(past.rows, past.weights),
         relation=relation_scores(past, table),
     )

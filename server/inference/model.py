@@ -27,6 +27,7 @@ from features.bundle import (
 )
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
+from features.retrieval import VectorArray, stored_type
 from features.sequence import TOWER_INPUTS, SequenceSpec, behaviour_sequence, tower_inputs
 from features.signals import CollaborativeWeights, SignalConfig
 from server.errors import UnavailableError
@@ -50,7 +51,7 @@ class LoadedModel:
         tower: the sequence tower, None where the encoder reads behaviours as text.
         item_rows: bundle row of each item id.
         item_hashes: content hash each bundle vector was made from.
-        item_vectors: float32[m, d], unit length.
+        item_vectors: float32[m, d] or of a large catalogue float16[m, d], unit length.
         collaborative: weights over the bundle's m rows.
     """
 
@@ -61,7 +62,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     item_rows: dict[str, int]
     item_hashes: tuple[str, ...]
-    item_vectors: FloatArray
+    item_vectors: VectorArray
     collaborative: CollaborativeWeights
 
     @property
@@ -79,13 +80,13 @@ class LoadedModel:
         """Constants of the signals the ranker was trained with."""
         return SignalConfig(self.manifest.half_life_days)
 
-    def user_vector(self, activity: Activity, table: ItemTable, vectors: FloatArray) -> FloatArray | None:
+    def user_vector(self, activity: Activity, table: ItemTable, vectors: VectorArray) -> FloatArray | None:
         """Returns the unit user vector, float32[d], or None when the behaviours say nothing the model could read.
 
         Args:
             activity: the customer's behaviours.
             table: the epoch's n items.
-            vectors: float32[n, d], their unit vectors.
+            vectors: float32[n, d] or float16[n, d], their unit vectors.
         """
         if (spec := self.manifest.sequence) is not None:
             return self._sequence_vector(activity, table, vectors, spec=spec)
@@ -97,7 +98,7 @@ class LoadedModel:
         """Vectors of searches and messages, in the space of the items; those asked for last are remembered."""
         return lru_cache(_REMEMBERED_TEXTS)(self.item_vector)
 
-    def _sequence_vector(self, activity: Activity, table: ItemTable, vectors: FloatArray, *, spec: SequenceSpec) -> FloatArray | None:
+    def _sequence_vector(self, activity: Activity, table: ItemTable, vectors: VectorArray, *, spec: SequenceSpec) -> FloatArray | None:
         sequence = behaviour_sequence(activity, table.rows, spec)
         return self._run_tower(tower_inputs(sequence, sequence.vectors(vectors, self.text_vector), spec)) if len(sequence) else None
 
@@ -239,6 +240,6 @@ def _open(folder: Path, manifest: Manifest, tokenizer: Tokenizer, encoder: ort.I
         tokenizer=tokenizer,
         item_rows={str(item): row for row, item in enumerate(items["item_ids"])},
         item_hashes=tuple(str(h) for h in items["content_hashes"]),
-        item_vectors=items["vectors"].astype(np.float32, copy=False),
+        item_vectors=items["vectors"].astype(stored_type(len(items["item_ids"])), copy=False),
         collaborative=CollaborativeWeights(weights["indptr"], weights["indices"], weights["weights"]),
     )

@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from features.behaviour import Activity
-from features.candidates import Candidates, Signals, Source, generate, popularity_score
+from features.candidates import Candidates, Signals, Source, generate
 from features.item_table import FloatArray, IntArray
 from features.ranking import Profile, ranking_matrix
+from features.retrieval import all_scores, exact_scores, vector_scores
+from features.scores import Scores
 from features.signals import History, history, relation_scores
 from server.recommend.policy import already_bought, diversify
 from server.recommend.slate import SlateFlag
@@ -54,12 +56,11 @@ class Understood:
 
 
 def understand(snapshot: Snapshot, activity: Activity) -> Understood:
-    """Computes history and scores of all items: one run of the user tower, one pass over the vectors."""
+    """Computes history and scores: one run of the user tower, one pass over the vectors or, of a large catalogue, over its index."""
     table = snapshot.table
     past = history(activity, table, snapshot.signals)
     vector = snapshot.model.user_vector(activity, table, snapshot.vectors) if snapshot.model and len(table) else None
-    # einsum, not BLAS: each row's sum by itself, so its bits depend neither on the catalogue's size nor on threads.
-    scores = np.zeros(len(table), np.float32) if vector is None else np.einsum("nd,d->n", snapshot.vectors, vector)
+    scores = Scores.none(len(table)) if vector is None else vector_scores(snapshot.vectors, vector, snapshot.index)
     collaborative = snapshot.collaborative.scores(past.rows, past.weights)
     return Understood(past, Signals(scores, collaborative, relation_scores(past, table)))
 
@@ -67,7 +68,7 @@ def understand(snapshot: Snapshot, activity: Activity) -> Understood:
 def score(snapshot: Snapshot, understood: Understood, candidates: Candidates, profile: Profile) -> FloatArray:
     """Returns float32[c]: the ranker's score of each candidate, or its popularity while no model is active."""
     if snapshot.model is None:
-        return popularity_score(snapshot.table)[candidates.rows]
+        return snapshot.table.popularity_score[candidates.rows]
     matrix = ranking_matrix(
         candidates, understood.signals, understood.past, table=snapshot.table, vectors=snapshot.vectors, profile=profile
     )
@@ -114,13 +115,37 @@ def score_items(snapshot: Snapshot, activity: Activity, profile: Profile, rows: 
     return Ranked(rows[order], scores[order], given.sources[order], flags, {})
 
 
+def similar_items(snapshot: Snapshot, row: int, *, exhaustive: bool) -> Ranked:
+    """Ranks items like one item: half the cosine of their vectors, half what customers of it went on to (scaled to 1).
+
+    Args:
+        snapshot: the items, of which a model is active.
+        row: the item, which is not among those ranked.
+        exhaustive: ranks all items; otherwise those nearest by an index, where there is one, and all that customers went on to.
+    """
+    vectors, given = snapshot.vectors, snapshot.vectors[row]
+    cosine = all_scores(vectors, given) if exhaustive else vector_scores(vectors, given, snapshot.index)
+    together = snapshot.collaborative.scores(np.array([row], np.int32), np.ones(1, np.float32))
+    rows = np.union1d(cosine.rows, together.rows).astype(np.int32)
+    rows = rows[rows != row]
+    cosines, far = cosine.at(rows), np.flatnonzero(~np.isin(rows, cosine.rows, assume_unique=True))
+    cosines[far] = exact_scores(vectors, rows[far], given)
+    likely = np.maximum(together.at(rows), 0)
+    scale = max(float(together.values.max(initial=0.0)), 1e-9)
+    scores = (0.5 * cosines + 0.5 * likely / scale).astype(np.float32)
+    order = np.lexsort((rows, -scores))
+    sources = np.where(likely > 0, int(Source.VECTOR | Source.COLLABORATIVE), int(Source.VECTOR)).astype(np.uint8)
+    return Ranked(rows[order], scores[order], sources[order], SlateFlag(0), {})
+
+
 def _sources(signals: Signals, rows: IntArray) -> npt.NDArray[np.uint8]:
     """Says which signals speak for each given item."""
     marks = np.zeros(len(rows), np.uint8)
     for source, values in ((Source.COLLABORATIVE, signals.collaborative), (Source.RELATION, signals.relation)):
-        marks[values[rows] > 0] |= int(source)
-    if signals.vector.any():
+        marks[values.at(rows) > 0] |= int(source)
+    if signals.vector.values.any():
         # A place among the hundred nearest is what candidate generation would call similar.
-        threshold = np.sort(signals.vector)[-min(100, len(signals.vector))]
-        marks[signals.vector[rows] >= threshold] |= int(Source.VECTOR)
+        nearest = min(100, len(signals.vector.values))
+        threshold = np.partition(signals.vector.values, -nearest)[-nearest]
+        marks[signals.vector.at(rows) >= threshold] |= int(Source.VECTOR)
     return marks

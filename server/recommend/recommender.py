@@ -2,11 +2,11 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
-from features.candidates import Source
 from server.catalog.offers import Offers, OfferTable
 from server.database import ONLINE_AWAY
 from server.domain import Answer, ItemFilter, RecommendQuery, Subject, Token, Versions
@@ -15,7 +15,7 @@ from server.ingest.identities import Identities, Known
 from server.journal.exposures import Journal
 from server.metrics import Metrics
 from server.recommend.clock import StageClock
-from server.recommend.compute import score_items
+from server.recommend.compute import score_items, similar_items
 from server.recommend.computing import Computing
 from server.recommend.shelf import Cards, RankedItems, Shelf, page_token, page_token_refused, read_page_token
 from server.recommend.slate import Place, Slate, SlateFlag
@@ -143,6 +143,7 @@ class Recommender:
         Raises:
             NotFoundError: the item is not in the index.
             PreconditionError: no model is active.
+            OverloadedError: too many calls wait to be computed.
         """
         try:
             stand = await self._standings.online("", Place("similar"), 0, StageClock())
@@ -153,15 +154,14 @@ class Recommender:
         if row is None:
             raise NotFoundError("no such item in the index", reason="ITEM_UNKNOWN", field="item_id")
         _require_model(snapshot)
-        cosine = np.einsum("nd,d->n", snapshot.vectors, snapshot.vectors[row])
-        together = snapshot.collaborative.scores(np.array([row], np.int32), np.ones(1, np.float32))
-        scores = (0.5 * cosine + 0.5 * np.maximum(together, 0) / max(float(together.max(initial=0.0)), 1e-9)).astype(np.float32)
-        scores[row] = -np.inf
-        order = np.lexsort((np.arange(len(scores)), -scores))[:-1].astype(np.int32)
-        sources = np.where(together[order] > 0, int(Source.VECTOR | Source.COLLABORATIVE), int(Source.VECTOR)).astype(np.uint8)
         offers = await self._offers.at_least(stand.offer_version)
-        ranked = RankedItems(snapshot.table, order, scores[order], sources)
-        items, _ = Shelf(channel, filters, self._hide_out_of_stock, self._cards).page(ranked, offers, start=0, limit=limit)
+        shelf = Shelf(channel, filters, self._hide_out_of_stock, self._cards)
+        for exhaustive in (False, True):
+            ranked = await self._computing.run(partial(similar_items, exhaustive=exhaustive), snapshot, row)
+            found = RankedItems(snapshot.table, ranked.rows, ranked.scores, ranked.sources)
+            items, _ = shelf.page(found, offers, start=0, limit=limit)
+            if len(items) == limit or len(ranked.rows) == len(snapshot.table) - 1:
+                break  # else too few of the nearest pass: a second pass over all items finds those further away
         return Answer("", tuple(items), _versions(0, snapshot, offers), "", self._now(), None)
 
     async def _following_merges(self, subject: Subject, act: Callable[[Known], Awaitable[T]], clock: StageClock) -> T:

@@ -9,6 +9,7 @@ import psycopg
 import structlog
 
 from features.item_table import FloatArray, ItemTable, load_item_table
+from features.retrieval import VectorArray, VectorIndex, indexed, stored_type
 from features.signals import CollaborativeWeights, SignalConfig
 from server.database import Pool
 from server.inference.model import LoadedModel
@@ -23,14 +24,16 @@ class Snapshot:
     Attributes:
         model: None while no model is active; then popularity alone orders items.
         table: the epoch's n items.
-        vectors: float32[n, d] unit item vectors ([n, 0] without a model).
+        vectors: unit item vectors, float32[n, d] or of a large catalogue float16[n, d] ([n, 0] without a model).
         collaborative: weights over the table's rows.
+        index: of the vectors of a large catalogue.
     """
 
     model: LoadedModel | None
     table: ItemTable
-    vectors: FloatArray
+    vectors: VectorArray
     collaborative: CollaborativeWeights
+    index: VectorIndex | None = None
 
     @property
     def model_version(self) -> str:
@@ -65,7 +68,7 @@ class SnapshotBuilder:
         vectors, missing, collaborative = await asyncio.to_thread(_of_bundle, model, table)
         if missing:
             await self._fill_encoded(vectors, model, table, missing)
-        return Snapshot(model, table, vectors, collaborative)
+        return Snapshot(model, table, vectors, collaborative, await asyncio.to_thread(indexed, vectors))
 
     def keep(self, index_versions: Collection[int]) -> None:
         """Lets go of the tables of all other epochs."""
@@ -82,7 +85,7 @@ class SnapshotBuilder:
         with psycopg.connect(self._dsn, connect_timeout=3) as connection:
             return load_item_table(connection, index_version)
 
-    async def _fill_encoded(self, vectors: FloatArray, model: LoadedModel, table: ItemTable, rows: Sequence[int]) -> None:
+    async def _fill_encoded(self, vectors: VectorArray, model: LoadedModel, table: ItemTable, rows: Sequence[int]) -> None:
         hashes = sorted({table.content_hashes[row] for row in rows})
         stored = await self._stored(model.model_version, hashes)
         texts = {table.content_hashes[row]: table.texts[row] for row in rows if table.content_hashes[row] not in stored}
@@ -106,14 +109,14 @@ class SnapshotBuilder:
             await cursor.executemany("INSERT INTO item_vectors VALUES (%s, %s, %s) ON CONFLICT DO NOTHING", rows)
 
 
-def _of_bundle(model: LoadedModel, table: ItemTable) -> tuple[FloatArray, list[int], CollaborativeWeights]:
+def _of_bundle(model: LoadedModel, table: ItemTable) -> tuple[VectorArray, list[int], CollaborativeWeights]:
     """Returns what the bundle knows of the table's items: vectors, the rows it has none for, and weights."""
-    vectors = np.zeros((len(table), model.manifest.vector_size), np.float32)
+    vectors = np.zeros((len(table), model.manifest.vector_size), stored_type(len(table)))
     missing = _fill_from_bundle(vectors, model, table)
     return vectors, missing, model.collaborative.remapped(model.item_rows, table)
 
 
-def _fill_from_bundle(vectors: FloatArray, model: LoadedModel, table: ItemTable) -> list[int]:
+def _fill_from_bundle(vectors: VectorArray, model: LoadedModel, table: ItemTable) -> list[int]:
     """Copies the bundle's vectors of items whose description has not changed; returns the rows left."""
     missing = []
     for row, item_id in enumerate(table.ids):

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.candidates import CANDIDATE_COUNT, NEW_ARRIVAL_DAYS, Candidates, Signals, Source, generate, popularity_score
-from features.item_table import FloatArray, ItemTable
+from features.candidates import CANDIDATE_COUNT, Candidates, Signals, Source, generate
+from features.item_table import NEW_ARRIVAL_DAYS, FloatArray, ItemTable
+from features.scores import Scores
 from features.signals import SignalConfig, history
 from tests.unit.tables import activity, table
 
@@ -41,7 +42,7 @@ def shop(rng: np.random.Generator, count: int) -> ItemTable:
 def test_every_source_gives_its_best_and_popular_items_fill_up(seed: int, count: int, share: float, gone: float) -> None:
     rng = np.random.default_rng(seed)
     items, excluded = shop(rng, count), rng.random(count) < gone
-    signals = Signals(*(scores(rng, count, share) for _ in range(3)))
+    signals = Signals(*(Scores.of_all(scores(rng, count, share)) for _ in range(3)))
     rows = rng.permutation(count)[:30]
     past = history(activity(*((f"i{row:03d}", "view", float(k)) for k, row in enumerate(rows))), items, SignalConfig())
     recent = np.zeros(count, np.float32)
@@ -49,11 +50,11 @@ def test_every_source_gives_its_best_and_popular_items_fill_up(seed: int, count:
     new = np.maximum(NEW_ARRIVAL_DAYS + 1 - items.age_days, 0) * (items.age_days <= NEW_ARRIVAL_DAYS)
     loud = {
         Source.RECENT: recent,
-        Source.COLLABORATIVE: signals.collaborative,
-        Source.VECTOR: signals.vector,
-        Source.RELATION: signals.relation,
+        Source.COLLABORATIVE: signals.collaborative.values,
+        Source.VECTOR: signals.vector.values,
+        Source.RELATION: signals.relation.values,
         Source.NEW: new.astype(np.float32),
-        Source.POPULAR: popularity_score(items),
+        Source.POPULAR: items.popularity_score,
     }
     expected: dict[int, Source] = {}
     for source, values in loud.items():
@@ -70,7 +71,7 @@ def test_quotas_fill_the_ranker_exactly() -> None:
 
 
 def test_equal_scores_give_the_lower_rows() -> None:
-    level = np.ones(600, np.float32)
+    level = Scores.of_all(np.ones(600, np.float32))
     items = replace(table(600), popularity=np.zeros((600, 6), np.float32))
     chosen = found(generate(Signals(level, level, level), NOBODY, items, excluded=np.zeros(600, np.bool_)))
     assert [row for row, source in chosen.items() if Source.COLLABORATIVE in source] == list(range(96))
@@ -78,10 +79,12 @@ def test_equal_scores_give_the_lower_rows() -> None:
 
 
 def test_new_arrivals_are_new_for_four_weeks() -> None:
-    nothing = np.zeros(400, np.float32)
+    nothing = Scores.none(400)
     ages = np.full(400, 200, np.float32)
     ages[[300, 301, 302]] = 0, 28, 28.5
-    chosen = found(generate(Signals(nothing, nothing, nothing), NOBODY, replace(table(400), age_days=ages), excluded=nothing > 0))
+    chosen = found(
+        generate(Signals(nothing, nothing, nothing), NOBODY, replace(table(400), age_days=ages), excluded=np.zeros(400, np.bool_))
+    )
     assert {row for row, source in chosen.items() if Source.NEW in source} == {300, 301}
 
 
@@ -89,6 +92,6 @@ def test_new_arrivals_are_new_for_four_weeks() -> None:
 def test_popularity_counts_recent_purchases_most(column: int) -> None:
     counts = np.zeros((2, 6), np.float32)
     counts[0, 1], counts[1, column] = 1, 10
-    first, second = popularity_score(replace(table(2), popularity=counts)).tolist()
+    first, second = replace(table(2), popularity=counts).popularity_score.tolist()
     assert second == pytest.approx({1: 10, 2: 0.5, 4: 0.2}[column])
     assert first == 1

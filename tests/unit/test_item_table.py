@@ -138,11 +138,12 @@ def test_weights_follow_their_items_to_another_table(seed: int, before: int, aft
     assert (len(moved.indptr), moved.indices.dtype.str, moved.weights.dtype.str) == (after + 1, "<i4", "<f4")
     for a, source in enumerate(items.ids):
         expected = [dense[old_ids.index(source), old_ids.index(target)] if {source, target} <= set(old_ids) else 0 for target in items.ids]
-        assert moved.scores(np.array([a], np.int32), np.ones(1, np.float32)).tolist() == expected
+        assert moved.scores(np.array([a], np.int32), np.ones(1, np.float32)).everywhere().tolist() == expected
         span = moved.indices[moved.indptr[a] : moved.indptr[a + 1]].tolist()
         assert span == sorted(span)
 
 
 def test_weights_that_say_nothing_score_nothing() -> None:
-    assert CollaborativeWeights.empty(3).scores(np.array([0, 2], np.int32), np.ones(2, np.float32)).tolist() == [0, 0, 0]
-    assert len(CollaborativeWeights.empty(0).remapped({}, table(4)).scores(np.array([3], np.int32), np.ones(1, np.float32))) == 4
+    assert CollaborativeWeights.empty(3).scores(np.array([0, 2], np.int32), np.ones(2, np.float32)).everywhere().tolist() == [0, 0, 0]
+    nobody = CollaborativeWeights.empty(0).remapped({}, table(4)).scores(np.array([3], np.int32), np.ones(1, np.float32))
+    assert nobody.everywhere().tolist() == [0, 0, 0, 0]

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from features.behaviour import Activity, Behaviour
 from features.candidates import Candidates, Signals
-from features.item_table import FloatArray, ItemTable
+from features.item_table import ItemTable
 from features.ranking import RANKING_FEATURES, Profile, price_features, ranking_matrix
+from features.scores import Scores
 from features.signals import SignalConfig, history
 from tests.unit.tables import DAY, activity, table
 
 CONFIG = SignalConfig(half_life_days=10.0)
 NOBODY = Profile()
-NOTHING = np.zeros(40, np.float32)
+NOTHING = Scores.none(40)
 
 
 def described(
@@ -33,8 +34,8 @@ def described(
     return dict(zip(RANKING_FEATURES, matrix.T.tolist(), strict=True))
 
 
-def loud(*values: float) -> FloatArray:
-    return np.array([*values, *[0.0] * (40 - len(values))], np.float32)
+def loud(*values: float) -> Scores:
+    return Scores.of_all(np.array([*values, *[0.0] * (40 - len(values))], np.float32))
 
 
 def test_scores_and_their_ranks_are_those_of_the_candidates() -> None:
@@ -88,7 +89,7 @@ def test_prices_are_compared_with_the_customers_band() -> None:
 
 def test_a_row_does_not_depend_on_its_company() -> None:
     rng = np.random.default_rng(1)
-    signals = Signals(*(rng.standard_normal(40).astype(np.float32) for _ in range(3)))
+    signals = Signals(*(Scores.of_all(rng.standard_normal(40).astype(np.float32)) for _ in range(3)))
     seen, profile = activity(("i001", "view", 0), ("i006", "purchase", 3)), Profile(2, 10, 5, 20)
     whole = described(seen, list(range(40)), signals=signals, profile=profile)
     alone = described(seen, [17], signals=signals, profile=profile)
@@ -118,7 +119,7 @@ def test_every_value_is_finite(
         for row, action, day in sorted(seen, key=lambda one: -one[2])
     )
     customer = Activity(1, behaviours, tuple(f"i{row:03d}" for row, _ in bought), tuple(day for _, day in bought))
-    values = np.linspace(-1, 1, 40, dtype=np.float32) if signalled else NOTHING
+    values = Scores.of_all(np.linspace(-1, 1, 40, dtype=np.float32)) if signalled else NOTHING
     items = replace(table(), log_price=np.full(40, log_price, np.float32))
     columns = described(customer, list(range(40)), items=items, signals=Signals(values, values, values), profile=profile)
     assert {name for name, column in columns.items() if not np.isfinite(column).all()} == set()

@@ -2,8 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from server.domain import Answer, ItemFilter, RecommendQuery, Subject, Token
@@ -396,6 +399,19 @@ async def test_similar_items_are_near_sold_and_not_the_item_itself(shop: Shop) -
     with pytest.raises(NotFoundError) as caught:
         await replica.recommender.similar("gone", channel="web", limit=3, filters=ItemFilter())
     assert caught.value.field == "item_id"
+
+
+async def test_similar_items_beyond_a_shortlist_are_found_where_too_few_of_it_pass(shop: Shop) -> None:
+    replica = shop.replica()
+    only = ItemFilter(categories=frozenset({"c1"}))
+    whole, few = [await replica.recommender.similar("i005", channel="web", limit=10, filters=f) for f in (ItemFilter(), only)]
+    exact = replica.fleet.loaded["m1", 1]
+    nearest = np.sort([5, *(exact.table.rows[item.item_id] for item in whole.items)]).astype(np.int32)
+    index = SimpleNamespace(shortlist=lambda _: nearest)  # of all c1 the ten nearest hold too few
+    replica.fleet.loaded["m1", 1] = replace(exact, index=cast("Any", index))
+    asked = [await replica.recommender.similar("i005", channel="web", limit=10, filters=f) for f in (ItemFilter(), only)]
+    assert [shown(answer) for answer in asked] == [shown(whole), shown(few)]
+    assert not {item.item_id for item in few.items} <= {item.item_id for item in whole.items}
 
 
 async def test_exposures_are_logged_as_answered_unless_unwanted(shop: Shop) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from features.behaviour import ACTION_WEIGHT, ACTIONS, Activity, Behaviour, behaviour_text
 from features.candidates import CANDIDATE_COUNT, Signals, Source, generate
 from features.ranking import RANKING_FEATURES, Profile, ranking_matrix
+from features.scores import Scores
 from features.signals import CollaborativeWeights, SignalConfig, history, relation_scores
 from tests.unit.tables import activity, table
 
@@ -53,22 +54,22 @@ def test_history_halves_with_age_and_remembers_purchases_beyond_the_window() -> 
 
 def test_collaborative_scores_add_up_and_follow_the_table() -> None:
     weights = CollaborativeWeights(np.array([0, 2, 3, 3]), np.array([1, 2, 0], np.int32), np.array([0.5, 1.0, 2.0], np.float32))
-    assert weights.scores(np.array([0, 1], np.int32), np.array([1.0, 0.5], np.float32)).tolist() == [1.0, 0.5, 1.0]
+    assert weights.scores(np.array([0, 1], np.int32), np.array([1.0, 0.5], np.float32)).everywhere().tolist() == [1.0, 0.5, 1.0]
     small = table(4)
     moved = weights.remapped({"i002": 0, "i001": 1, "gone": 2}, small)
-    assert moved.scores(np.array([2], np.int32), np.ones(1, np.float32)).tolist() == [0, 0.5, 0, 0]
-    assert moved.scores(np.array([1], np.int32), np.ones(1, np.float32)).tolist() == [0, 0, 2.0, 0]
+    assert moved.scores(np.array([2], np.int32), np.ones(1, np.float32)).everywhere().tolist() == [0, 0.5, 0, 0]
+    assert moved.scores(np.array([1], np.int32), np.ones(1, np.float32)).everywhere().tolist() == [0, 0, 2.0, 0]
 
 
 def test_relations_reach_from_history_to_related_items() -> None:
     edges = {"relation_from": np.array([1, 1], np.int32), "relation_to": np.array([3, 4], np.int32)}
     related = replace(table(5), **edges, relation_weight=np.array([1, 0.5], np.float32))
     past = history(activity(("i001", "purchase", 0)), related, CONFIG)
-    assert relation_scores(past, related).tolist() == [0, 0, 0, 1, 0.5]
+    assert relation_scores(past, related).everywhere().tolist() == [0, 0, 0, 1, 0.5]
 
 
 def silent(count: int) -> Signals:
-    nothing = np.zeros(count, np.float32)
+    nothing = Scores.none(count)
     return Signals(nothing, nothing, nothing)
 
 
@@ -87,7 +88,7 @@ def test_a_candidate_knows_all_its_sources() -> None:
     loud = np.zeros(400, np.float32)
     loud[399] = 1.0
     found = generate(
-        Signals(loud, loud, np.zeros(400, np.float32)),
+        Signals(Scores.of_all(loud), Scores.of_all(loud), Scores.none(400)),
         history(activity(("i399", "view", 0)), items, CONFIG),
         items,
         excluded=np.zeros(400, np.bool_),

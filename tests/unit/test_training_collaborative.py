@@ -42,7 +42,7 @@ def test_history_takes_the_strongest_action_and_halves_with_age() -> None:
 
 def test_customers_who_buy_along_a_chain_teach_the_next_item() -> None:
     weights = fit(chain_log(customers=200), 12, until=START + 99 * DAY, config=TrainConfig(ease_lambda=5, ease_half_life_days=1000))
-    scores = weights.scores(np.array([4], np.int32), np.array([1.0], np.float32))
+    scores = weights.scores(np.array([4], np.int32), np.array([1.0], np.float32)).everywhere()
     assert set(np.argsort(-scores)[:2].tolist()) == {3, 5}
 
 

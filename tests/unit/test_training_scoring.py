@@ -7,6 +7,7 @@ import numpy as np
 from features.behaviour import Activity, Behaviour
 from features.item_table import FloatArray, ItemTable
 from features.ranking import Profile
+from features.retrieval import VectorIndex
 from features.signals import CollaborativeWeights, SignalConfig
 from tests.unit.training_shop import DAY, START, item_table
 from training.dataset import Customer
@@ -18,9 +19,9 @@ CUSTOMER = Customer(
 )
 
 
-def query(table: ItemTable, vectors: FloatArray) -> Query:
+def query(table: ItemTable, vectors: FloatArray, index: VectorIndex | None = None) -> Query:
     customer = dataclasses.replace(CUSTOMER, activity=dataclasses.replace(CUSTOMER.activity, purchased_days=(START // DAY - 1,)))
-    model = Model(vectors, CollaborativeWeights.empty(len(table)), SignalConfig())
+    model = Model(vectors, CollaborativeWeights.empty(len(table)), SignalConfig(), index)
     return make_query(Label("a", START + DAY, (5,), frozenset({1})), customer, vectors[4], model=model, table=table)
 
 
@@ -44,3 +45,18 @@ def test_what_was_bought_or_never_sold_is_no_candidate() -> None:
     popularity[7] = 0
     made = query(dataclasses.replace(table, popularity=popularity), np.eye(12, dtype=np.float32))
     assert set(made.candidates.rows.tolist()) == set(range(12)) - {1, 7}
+
+
+def test_an_index_takes_no_item_of_the_future_either() -> None:
+    """Forty items fit in any shortlist: with an index the ranker's input keeps every bit."""
+    vectors = np.random.default_rng(1).normal(size=(40, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[30] = vectors[4]
+    table = item_table(40)
+    popularity, age = table.popularity.copy(), table.age_days.copy()
+    popularity[30], age[30] = 0, 0
+    unsold = dataclasses.replace(table, popularity=popularity, age_days=age)
+    exact, indexed = query(unsold, vectors), query(unsold, vectors, VectorIndex(vectors))
+    assert 30 not in indexed.signals.vector.rows
+    assert indexed.candidates.rows.tolist() == exact.candidates.rows.tolist()
+    assert indexed.features.tobytes() == exact.features.tobytes()
