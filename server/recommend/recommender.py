@@ -8,9 +8,8 @@ import numpy as np
 
 from features.candidates import Source
 from server.catalog.offers import Offers, OfferTable
-from server.database import ONLINE_AWAY
 from server.domain import Answer, ItemFilter, RecommendQuery, Subject, Token, Versions
-from server.errors import ConflictError, NotFoundError, PreconditionError
+from server.errors import ConflictError, NotFoundError
 from server.ingest.identities import Identities, Known
 from server.journal.exposures import Journal
 from server.metrics import Metrics
@@ -112,7 +111,7 @@ class Recommender:
 
         user_id, met = await self._following_merges(subject, meet, clock)
         snapshot, customer = met.stand.snapshot, met.customer
-        _require_model(snapshot)
+        snapshot.require_model()
         unique = list(dict.fromkeys(item_ids))
         rows = np.array([snapshot.table.rows[item] for item in unique if item in snapshot.table.rows], np.int32)
         with clock("ranking"):
@@ -143,15 +142,12 @@ class Recommender:
             NotFoundError: the item is not in the index.
             PreconditionError: no model is active.
         """
-        try:
-            stand = await self._standings.online("", Place("similar"), 0, StageClock())
-        except ONLINE_AWAY:
-            stand = await self._standings.recorded("", 0, StageClock())
+        stand = await self._standings.of_nobody()
         snapshot = stand.snapshot
         row = snapshot.table.rows.get(item_id)
         if row is None:
             raise NotFoundError("no such item in the index", reason="ITEM_UNKNOWN", field="item_id")
-        _require_model(snapshot)
+        snapshot.require_model()
         cosine = np.einsum("nd,d->n", snapshot.vectors, snapshot.vectors[row])
         together = snapshot.collaborative.scores(np.array([row], np.int32), np.ones(1, np.float32))
         scores = (0.5 * cosine + 0.5 * np.maximum(together, 0) / max(float(together.max(initial=0.0)), 1e-9)).astype(np.float32)
@@ -185,11 +181,6 @@ class Recommender:
         for reason in answer.degraded_reasons:
             self._metrics.degraded(reason)
         self._metrics.answered(degraded=bool(answer.degraded_reasons), stale=answer.stale)
-
-
-def _require_model(snapshot: Snapshot) -> None:
-    if snapshot.model is None:
-        raise PreconditionError("no model is active; activate one first", reason="NO_ACTIVE_MODEL")
 
 
 def _versions(user_version: int, snapshot: Snapshot, offers: OfferTable) -> Versions:
