@@ -1,6 +1,7 @@
 """Texts to vectors of the active model: tokenized in a thread of their own, encoded in batches with those of other calls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -70,18 +71,21 @@ class Embedder:
             UnavailableError: the active model cannot be loaded here.
         """
         model = (await self._standings.of_nobody()).snapshot.require_model()
-        started = self._clock()
-        with span("tokenize"):
+        with self._stage("tokenize"):
             (texts,) = await self._tokenizing.results([Row(model.model_version, 1, Sharing.EQUAL_LENGTH, (model, query))])
-        self._metrics.observe_encode_stage("tokenize", self._clock() - started)
-        readable = [text for text in texts if text.readable]
-        with span("encode"):
-            vectors = iter(await self._batcher.results([_row(model, query.purpose, text) for text in readable]))
-        self._metrics.observe_encode_stage("encode", self._clock() - started)
+        with self._stage("encode"):
+            vectors = iter(await self._batcher.results([_row(model, query.purpose, text) for text in texts if text.readable]))
         return Embedded(
             tuple(Embedding(next(vectors), len(t.ids), t.truncated) if t.readable else Embedding(None, 0, t.truncated) for t in texts),
             model.model_version,
         )
+
+    @contextmanager
+    def _stage(self, stage: str) -> Iterator[None]:
+        started = self._clock()
+        with span(stage):
+            yield
+        self._metrics.observe_encode_stage(stage, self._clock() - started)
 
     def _encode(self, texts: Sequence[_Text]) -> Sequence[FloatArray]:
         first = texts[0]
