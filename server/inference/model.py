@@ -246,8 +246,8 @@ def load_model(folder: Path, *, provider: str, threads: int, precision: str = "f
 
 
 def _sharing(model: LoadedModel) -> Sharing:
-    """Texts run alone on CUDA, whose kernels are chosen by shape, and where the bundle or this machine say so."""
-    claim = claimed(model.manifest.invariance.get(ENCODER, {})) if model.provider == "cpu" else Sharing.NONE
+    """Returns what the bundle claims, as far as it is true here; a claim that is not is warned of."""
+    claim = claimed(model.manifest.invariance.get(ENCODER, {}), provider=model.provider)
 
     def run(rows: Sequence[Sequence[int]]) -> FloatArray:
         return np.hstack([model.text_vectors(rows, output) for output in ("user_vector", "item_vector")])

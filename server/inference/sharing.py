@@ -12,9 +12,12 @@ Run = Callable[[Sequence[Sequence[int]]], FloatArray]
 """Rows of token ids, padded at their ends where they differ in length, to float32[rows, d]."""
 
 
-def claimed(measured: Mapping[str, Invariance]) -> Sharing:
-    """Returns what a manifest's invariance of the encoder allows; nothing where it was not measured."""
-    equal = {name for name, one in measured.items() if one.bit_equal}
+def claimed(measured: Mapping[str, Invariance], *, provider: str) -> Sharing:
+    """Returns what a manifest's invariance of the encoder allows: nothing where it was not measured, and it is measured on the CPU.
+
+    On CUDA kernels are chosen by shape.
+    """
+    equal = {name for name, one in measured.items() if one.bit_equal} if provider == "cpu" else set()
     if not {"batch_size", "order"} <= equal:
         return Sharing.NONE
     return Sharing.ANY_LENGTH if "padding" in equal else Sharing.EQUAL_LENGTH

@@ -44,11 +44,15 @@ def encoder(*, of_batch: float = 0.0, of_padding: float = 0.0) -> Run:
     ],
 )
 def test_the_manifest_claims(equal: tuple[str, ...], claim: Sharing) -> None:
-    assert claimed(measured(*equal)) is claim
+    assert claimed(measured(*equal), provider="cpu") is claim
 
 
 def test_a_bundle_that_measured_nothing_claims_nothing() -> None:
-    assert claimed({}) is Sharing.NONE
+    assert claimed({}, provider="cpu") is Sharing.NONE
+
+
+def test_what_was_measured_on_the_cpu_says_nothing_of_cuda() -> None:
+    assert claimed(measured("batch_size", "order", "padding"), provider="cuda") is Sharing.NONE
 
 
 @pytest.mark.parametrize(
