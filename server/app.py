@@ -39,16 +39,19 @@ from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.online.store import OnlineStore
 from server.recommend.compute import policy_fingerprint, rehearse
+from server.recommend.computing import Computing
 from server.recommend.known import KnownSlates
 from server.recommend.profiles import Profiles
 from server.recommend.rooms import policy_of, recommender_of
 from server.recommend.snapshot import SnapshotBuilder
+from server.recommend.standing import Standings
 from server.rpc.ports import Services
 from server.rpc.server import build_server
 from server.security.audit import AdminAudit
 from server.security.gate import check_exposure, open_gate
 from server.settings import ServerSettings
 from server.tracing import tracing
+from server.understand.embedder import Embedder
 from server.vitals import Vitals
 
 _log = structlog.get_logger(__name__)
@@ -123,11 +126,16 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         online_breaker.catch_up = partial(_caught_up, recovery, fleet)
         online_breaker.announce, online_breaker.on_doubt = fleet.report, fleet.report_soon
         known_slates = KnownSlates(settings.known_slates)
+        standings = Standings(states, online, fleet, now=_now)
+        computing = Computing(threads=settings.compute_threads, waiting=settings.compute_waiting)
+        embedder = Embedder(standings, computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
         recommender = recommender_of(
             settings,
             known=known_slates,
             identities=identities,
             states=states,
+            standings=standings,
+            computing=computing,
             online=online,
             fleet=fleet,
             offers=Offers(pool),
@@ -149,7 +157,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
-            Vitals(pool, client, recorder, journal, fleet, metrics).run(),
+            Vitals(pool, client, recorder, journal, embedder, fleet, metrics).run(),
             *([keys.run()] if keys else []),
         )
         for loop in loops:
@@ -165,6 +173,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             profiles=Profiles(pool, identities, states, now=_now),
             catalog=catalog,
             features=features,
+            embedder=embedder,
             models=Models(fleet, connect=connect),
             gate=gate,
             audit=AdminAudit(pool),

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from features.behaviour import Activity
 from features.candidates import Source
+from features.item_table import FloatArray
 from features.layout import FeatureValue
 
 
@@ -250,3 +251,36 @@ class CustomerProfile:
     activity: Activity
     counters: Mapping[str, int]
     profile: Mapping[str, FeatureValue]
+
+
+class Purpose(Enum):
+    """What a text is; the value is the encoder's output for it."""
+
+    ITEM = "item_vector"
+    USER = "user_vector"
+
+
+@dataclass(frozen=True)
+class EmbedQuery:
+    """A validated request for vectors; ``max_tokens`` 0 reads as much as the model was trained to."""
+
+    texts: tuple[str, ...]
+    purpose: Purpose
+    max_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A text's unit vector, float32[d], and what it was made from; no vector where there was nothing to read."""
+
+    vector: FloatArray | None
+    token_count: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """One embedding a text, in order, and the model that made them."""
+
+    embeddings: tuple[Embedding, ...]
+    model_version: str

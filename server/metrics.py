@@ -29,8 +29,10 @@ STAGES = (
 )
 _STORES = {"online": "Redis", "record": "PostgreSQL"}
 INGEST_STAGES = ("queue", "commit", "online_write")
+ENCODE_STAGES = ("tokenize", "encode")
 
 # 0.25 ms to 10 s: a slate hit takes under 1 ms, a miss some tens, and no call outlives the default deadline by much.
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _BUCKETS = (0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -52,6 +54,14 @@ class Metrics:
         self._ingest_stage = Histogram(
             "concord_ingest_stage_seconds", "Time of one stage of recording events.", ["stage"], buckets=_BUCKETS, registry=registry
         )
+        self._encode_stage = Histogram(
+            "concord_encode_stage_seconds", "Time of one stage of encoding a call's texts.", ["stage"], buckets=_BUCKETS, registry=registry
+        )
+        self._encode_batch = Histogram(
+            "concord_encode_batch_texts", "Texts in one run of the encoder for EmbedText.", buckets=_BATCHES, registry=registry
+        )
+        for name in ENCODE_STAGES:
+            self._encode_stage.labels(name)
         for name in STAGES:  # shown from the start, with zero observations
             self._stage.labels(name)
         for name in INGEST_STAGES:
@@ -139,6 +149,14 @@ class Metrics:
         """Records the time of one of INGEST_STAGES."""
         self._ingest_stage.labels(stage).observe(seconds)
 
+    def observe_encode_stage(self, stage: str, seconds: float) -> None:
+        """Records the time of one of ENCODE_STAGES for one call."""
+        self._encode_stage.labels(stage).observe(seconds)
+
+    def observe_encode_batch(self, texts: int) -> None:
+        """Records how many texts ran together."""
+        self._encode_batch.observe(texts)
+
     @contextmanager
     def stage(self, stage: str) -> Iterator[None]:
         """Times the body as one stage of a recommendation, whether it succeeds or not."""
@@ -224,7 +242,7 @@ class _Vitals:
             ["kind", "place"],
             registry=registry,
         )
-        self.queues = Gauge("concord_queue_length", "What waits in this process: events, exposures.", ["queue"], registry=registry)
+        self.queues = Gauge("concord_queue_length", "What waits in this process: events, exposures, texts.", ["queue"], registry=registry)
         self.outbox = Gauge("concord_outbox_customers", "Customers whose online state may lag.", registry=registry)
         self.outbox_age = Gauge("concord_outbox_oldest_seconds", "Age of the first customer in the outbox.", registry=registry)
         self.connections = Gauge("concord_store_connections", "Connections by store and state.", ["store", "state"], registry=registry)

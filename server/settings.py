@@ -63,6 +63,7 @@ class ServerSettings(SecuritySettings):
     compute_waiting: int = Field(
         64, ge=0, description="Slates waiting to be computed; beyond it the last known slate is answered, or RESOURCE_EXHAUSTED."
     )
+    encode_waiting: int = Field(512, ge=128, description="Texts of EmbedText waiting to be encoded; beyond it RESOURCE_EXHAUSTED.")
     degraded_reads: int = Field(4, ge=1, description="Calls answered from PostgreSQL at a time while Redis is away.")
     degraded_waiting: int = Field(64, ge=0, description="Calls waiting for that; beyond it as for compute_waiting.")
     known_slates: int = Field(

@@ -10,6 +10,7 @@ from server.fleet import FleetWatch
 from server.ingest.recorder import EventRecorder
 from server.journal.exposures import Journal
 from server.metrics import Metrics
+from server.understand.embedder import Embedder
 
 _PAUSE_SECONDS = 1.0
 _OUTBOX_SECONDS = 5.0  # the count reads the whole outbox, which is long just when PostgreSQL has other work
@@ -19,11 +20,21 @@ _OUTBOX = "SELECT count(*), coalesce(extract(epoch FROM now() - min(enqueued_at)
 class Vitals:
     """Takes the numbers once a second; while PostgreSQL is away those of the outbox stay as they were."""
 
-    def __init__(self, pool: Pool, client: Redis, recorder: EventRecorder, journal: Journal, fleet: FleetWatch, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        client: Redis,
+        recorder: EventRecorder,
+        journal: Journal,
+        embedder: Embedder,
+        fleet: FleetWatch,
+        metrics: Metrics,
+    ) -> None:
         self._pool = pool
         self._client = client
         self._recorder = recorder
         self._journal = journal
+        self._embedder = embedder
         self._fleet = fleet
         self._metrics = metrics
 
@@ -47,7 +58,8 @@ class Vitals:
     def look(self) -> None:
         """Takes the numbers of this process."""
         metrics, newest, current = self._metrics, self._fleet.newest, self._fleet.current
-        metrics.set_queues({"events": self._recorder.queued_events, "exposures": self._journal.queued})
+        queues = {"events": self._recorder.queued_events, "exposures": self._journal.queued, "texts": self._embedder.waiting_count}
+        metrics.set_queues(queues)
         metrics.set_versions("fleet", {"activation": newest.activation, "index": newest.index_version, "offer": newest.offer_version})
         metrics.set_versions("replica", {"index": current.index_version if current else 0})
         stats = self._pool.get_stats()

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import grpc
+import numpy as np
 import structlog
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
@@ -21,6 +22,9 @@ from features.replicas import Replica
 from server.domain import (
     Answer,
     CustomerProfile,
+    Embedded,
+    Embedding,
+    EmbedQuery,
     EntityKey,
     EventOutcome,
     Graph,
@@ -238,6 +242,17 @@ class FakeFeatures(Script):
 
 
 @dataclass
+class FakeEmbedder(Script):
+    """Knows nothing to read in blanks; else a vector of three, and a token a word."""
+
+    async def embed(self, query: EmbedQuery) -> Embedded:
+        await self.play(query)
+        unit = np.array([0.6, 0.8, 0.0], np.float32)
+        read = [(len(text.split()), len(text) > 1_000) for text in query.texts]
+        return Embedded(tuple(Embedding(unit if words else None, words, long) for words, long in read), "m1")
+
+
+@dataclass
 class FakeModels(Script):
     loaded: set[str] = field(default_factory=lambda: {"m1"})
     activation_count: int = 4
@@ -303,6 +318,7 @@ class Fakes:
     profiles: FakeProfiles = field(default_factory=FakeProfiles)
     catalog: FakeCatalog = field(default_factory=FakeCatalog)
     features: FakeFeatures = field(default_factory=FakeFeatures)
+    embedder: FakeEmbedder = field(default_factory=FakeEmbedder)
     models: FakeModels = field(default_factory=FakeModels)
     gate: Gate = field(default_factory=lambda: Gate(open_to_all=True))
     audit: FakeAudit = field(default_factory=FakeAudit)
@@ -317,6 +333,7 @@ class Fakes:
             profiles=self.profiles,
             catalog=self.catalog,
             features=self.features,
+            embedder=self.embedder,
             models=self.models,
             gate=self.gate,
             audit=self.audit,

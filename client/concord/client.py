@@ -17,6 +17,7 @@ from concord.v1 import (
     identity_pb2_grpc,
     profile_pb2_grpc,
     recommendation_pb2_grpc,
+    understanding_pb2_grpc,
 )
 from concord.v1.catalog_pb2 import GetItemsRequest, GetItemsResponse
 from concord.v1.common_pb2 import ChannelIdentity, Subject
@@ -44,6 +45,7 @@ from concord.v1.recommendation_pb2 import (
     SimilarItemsRequest,
     SimilarItemsResponse,
 )
+from concord.v1.understanding_pb2 import EmbedTextRequest, EmbedTextResponse
 
 # Why a token that this client remembered may be refused although its caller did nothing wrong.
 _OUTLIVED = {"TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"}
@@ -109,6 +111,7 @@ class Concord:
         self._profiles = _stub(profile_pb2_grpc.ProfileServiceStub, self._connection)
         self._catalog = _stub(catalog_pb2_grpc.CatalogServiceStub, self._connection)
         self._recommendations = _stub(recommendation_pb2_grpc.RecommendationServiceStub, self._connection)
+        self._understanding = _stub(understanding_pb2_grpc.UnderstandingServiceStub, self._connection)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -298,6 +301,30 @@ class Concord:
     async def items(self, item_ids: Iterable[str], *, timeout: float | None = None) -> GetItemsResponse:
         """Returns 1 to 500 items of the catalogue by id, and the ids it does not hold."""
         answer: GetItemsResponse = await self._call(self._catalog.GetItems, GetItemsRequest(item_ids=item_ids), timeout)
+        return answer
+
+    async def embed(self, *texts: str, purpose: str = "item", max_tokens: int = 0, timeout: float | None = None) -> EmbedTextResponse:
+        """Returns the unit vectors of 1 to 128 texts by the active model; a text with nothing to read in it has none.
+
+        Example:
+            ```python
+            answer = await concord.embed("blue enamel mug", "where is my order?")
+            mug, order = (embedding.vector for embedding in answer.embeddings)
+            print(answer.model_version, sum(a * b for a, b in zip(mug, order)))  # their cosine
+            ```
+
+        Args:
+            texts: what to read.
+            purpose: ``item`` (descriptions, searches, messages: where items lie) or ``user`` (what a customer did or wants, in words).
+            max_tokens: read at most this many tokens of each text, 3 to 512; 0: as many as the model was trained to.
+            timeout: seconds; long lists need more than the client's default.
+
+        Raises:
+            ValueError: the purpose is neither of these.
+        """
+        wanted = f"EMBEDDING_PURPOSE_{purpose.upper()}"
+        request = EmbedTextRequest(channel=self._channel, texts=texts, purpose=wanted, max_tokens=max_tokens)
+        answer: EmbedTextResponse = await self._call(self._understanding.EmbedText, request, timeout)
         return answer
 
     async def _read(self, method: Any, request: Any, timeout: float | None, *, given: bool) -> Any:

@@ -1,7 +1,7 @@
 """A loaded bundle: sessions of its graphs, tokenizer, item vectors and collaborative weights, proved by golden outputs."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from features.retrieval import VectorArray, stored_type
 from features.sequence import TOWER_INPUTS, SequenceSpec, behaviour_sequence, tower_inputs
 from features.signals import CollaborativeWeights, SignalConfig
 from server.errors import UnavailableError
+from server.inference.batching import Sharing
 from server.inference.session import open_session, provider_of
+from server.inference.sharing import claimed, proved
 from server.tracing import span
 
 _log = structlog.get_logger(__name__)
@@ -44,6 +46,21 @@ _REMEMBERED_TEXTS = 4096
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """A text as the encoder reads it.
+
+    Attributes:
+        ids: of its tokens, the model's own marks at the ends among them.
+        readable: whether there is any token besides those marks.
+        truncated: whether the text went on.
+    """
+
+    ids: Sequence[int]
+    readable: bool
+    truncated: bool
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """Everything a bundle brings, ready to answer. Runs are single and unpadded (encoder) or of one fixed shape (tower, ranker).
 
@@ -53,6 +70,7 @@ class LoadedModel:
         item_hashes: content hash each bundle vector was made from.
         item_vectors: float32[m, d] or of a large catalogue float16[m, d], unit length.
         collaborative: weights over the bundle's m rows.
+        sharing: with what a text may share a run of the encoder and keep its bits.
     """
 
     manifest: Manifest
@@ -64,6 +82,7 @@ class LoadedModel:
     item_hashes: tuple[str, ...]
     item_vectors: VectorArray
     collaborative: CollaborativeWeights
+    sharing: Sharing = Sharing.NONE
 
     @property
     def model_version(self) -> str:
@@ -113,15 +132,30 @@ class LoadedModel:
         return self._encode(text, "item_vector", self.manifest.item_tokens)
 
     def _encode(self, text: str, output: str, limit: int) -> FloatArray:
-        ids = self.tokenizer.encode(text).ids
-        if len(ids) > limit:  # a truncated text still ends with the terminator the encoder learned
-            ids = [*ids[: limit - 1], ids[-1]]
-        return self._run_encoder(np.array([ids], np.int64), output)
-
-    def _run_encoder(self, ids: "np.ndarray[tuple[int, int], np.dtype[np.int64]]", output: str) -> FloatArray:
-        with span("onnx encoder", {"concord.model_version": self.model_version, "concord.tokens": ids.shape[1]}):
-            vector: FloatArray = self.encoder.run([output], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0]
+        vector: FloatArray = self.text_vectors([self.tokens(text, limit).ids], output)[0]
         return vector
+
+    def tokens(self, text: str, limit: int) -> Tokens:
+        """Reads a text as the encoder does: its first tokens, ``limit`` of them at the most."""
+        encoded = self.tokenizer.encode(text)
+        ids = encoded.ids
+        readable = len(ids) > sum(encoded.special_tokens_mask)
+        if len(ids) <= limit:
+            return Tokens(ids, readable, truncated=False)
+        return Tokens([*ids[: limit - 1], ids[-1]], readable, truncated=True)  # it still ends with the terminator the encoder learned
+
+    def text_vectors(self, rows: Sequence[Sequence[int]], output: str) -> FloatArray:
+        """Runs the encoder once: rows of token ids, padded at their ends where they differ in length, to float32[rows, d].
+
+        ``output`` is ``user_vector`` or ``item_vector``. What may run together without changing a bit is said by ``sharing``.
+        """
+        lengths = np.array([len(row) for row in rows])
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+        ids = np.zeros_like(mask)
+        ids[mask == 1] = np.concatenate(rows)
+        with span("onnx encoder", {"concord.model_version": self.model_version, "concord.tokens": ids.size}):
+            vectors: FloatArray = self.encoder.run([output], {"input_ids": ids, "attention_mask": mask})[0]
+        return vectors
 
     def rank(self, matrix: FloatArray) -> FloatArray:
         """Scores candidates: float32[c, f] → float32[c], in runs of the graph's fixed height."""
@@ -145,7 +179,7 @@ class LoadedModel:
         for k, length in enumerate(golden["lengths"]):
             ids = golden["input_ids"][k : k + 1, :length]
             for output in ("user_vector", "item_vector"):
-                self._compare(output, self._run_encoder(ids, output), golden[f"{output}s"][k], allowed=allowed)
+                self._compare(output, self.text_vectors(ids, output)[0], golden[f"{output}s"][k], allowed=allowed)
         if self.tower is not None:
             for k, expected in enumerate(golden["tower_user_vectors"]):
                 seen = self._run_tower({name: golden[f"tower_{name}"][k : k + 1] for name in TOWER_INPUTS})
@@ -203,12 +237,26 @@ def load_model(folder: Path, *, provider: str, threads: int, precision: str = "f
         model = _open(folder, manifest, tokenizer, encoder)
         model.check_golden(folder, precision=precision)
         _warn_of_batch(manifest)
+        model = replace(model, sharing=_sharing(model))
     except (BundleError, UnavailableError):
         raise
     except Exception as error:  # noqa: BLE001 - fifteen types of ONNX Runtime share no base, tokenizers raises Exception itself
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise BundleError(f"{manifest.model_version}: cannot be opened: {line}") from None
     return model
+
+
+def _sharing(model: LoadedModel) -> Sharing:
+    """Returns what the bundle claims, as far as it is true here; a claim that is not is warned of."""
+    claim = claimed(model.manifest.invariance.get(ENCODER, {}), provider=model.provider)
+
+    def run(rows: Sequence[Sequence[int]]) -> FloatArray:
+        return np.hstack([model.text_vectors(rows, output) for output in ("user_vector", "item_vector")])
+
+    found = proved(claim, run, vocabulary=model.tokenizer.get_vocab_size())
+    if found is not claim:
+        _log.warning("encoder depends on its batch here", model_version=model.model_version, claimed=claim.value, proved=found.value)
+    return found
 
 
 def _warn_of_batch(manifest: Manifest) -> None:

@@ -8,9 +8,8 @@ from typing import TypeVar
 import numpy as np
 
 from server.catalog.offers import Offers, OfferTable
-from server.database import ONLINE_AWAY
 from server.domain import Answer, ItemFilter, RecommendQuery, Subject, Token, Versions
-from server.errors import ConflictError, NotFoundError, PreconditionError
+from server.errors import ConflictError, NotFoundError
 from server.ingest.identities import Identities, Known
 from server.journal.exposures import Journal
 from server.metrics import Metrics
@@ -113,7 +112,7 @@ class Recommender:
 
         user_id, met = await self._following_merges(subject, meet, clock)
         snapshot, customer = met.stand.snapshot, met.customer
-        _require_model(snapshot)
+        snapshot.require_model()
         unique = list(dict.fromkeys(item_ids))
         rows = np.array([snapshot.table.rows[item] for item in unique if item in snapshot.table.rows], np.int32)
         with clock("ranking"):
@@ -145,15 +144,12 @@ class Recommender:
             PreconditionError: no model is active.
             OverloadedError: too many calls wait to be computed.
         """
-        try:
-            stand = await self._standings.online("", Place("similar"), 0, StageClock())
-        except ONLINE_AWAY:
-            stand = await self._standings.recorded("", 0, StageClock())
+        stand = await self._standings.of_nobody()
         snapshot = stand.snapshot
         row = snapshot.table.rows.get(item_id)
         if row is None:
             raise NotFoundError("no such item in the index", reason="ITEM_UNKNOWN", field="item_id")
-        _require_model(snapshot)
+        snapshot.require_model()
         offers = await self._offers.at_least(stand.offer_version)
         shelf = Shelf(channel, filters, self._hide_out_of_stock, self._cards)
         for exhaustive in (False, True):
@@ -186,11 +182,6 @@ class Recommender:
         for reason in answer.degraded_reasons:
             self._metrics.degraded(reason)
         self._metrics.answered(degraded=bool(answer.degraded_reasons), stale=answer.stale)
-
-
-def _require_model(snapshot: Snapshot) -> None:
-    if snapshot.model is None:
-        raise PreconditionError("no model is active; activate one first", reason="NO_ACTIVE_MODEL")
 
 
 def _versions(user_version: int, snapshot: Snapshot, offers: OfferTable) -> Versions:

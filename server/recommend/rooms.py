@@ -31,6 +31,8 @@ def recommender_of(
     known: KnownSlates,
     identities: Identities,
     states: UserStates,
+    standings: Standings,
+    computing: Computing,
     online: OnlineStore,
     fleet: FleetWatch,
     offers: Offers,
@@ -39,8 +41,6 @@ def recommender_of(
     now: Callable[[], datetime],
 ) -> Recommender:
     """Returns the recommender of one process over its stores."""
-    standings = Standings(states, online, fleet, now=now)
-    computing = Computing(threads=settings.compute_threads, waiting=settings.compute_waiting)
     slates = Slates(
         standings,
         Customers(states),

@@ -12,6 +12,7 @@ from features.item_table import FloatArray, ItemTable, load_item_table
 from features.retrieval import VectorArray, VectorIndex, indexed, stored_type
 from features.signals import CollaborativeWeights, SignalConfig
 from server.database import Pool
+from server.errors import PreconditionError
 from server.inference.model import LoadedModel
 
 _log = structlog.get_logger(__name__)
@@ -39,6 +40,16 @@ class Snapshot:
     def model_version(self) -> str:
         """The model's version, empty when none is active."""
         return self.model.model_version if self.model else ""
+
+    def require_model(self) -> LoadedModel:
+        """Returns the model.
+
+        Raises:
+            PreconditionError: none is active.
+        """
+        if self.model is None:
+            raise PreconditionError("no model is active; activate one first", reason="NO_ACTIVE_MODEL")
+        return self.model
 
     @property
     def index_version(self) -> int:

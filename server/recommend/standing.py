@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from server.database import ONLINE_AWAY
 from server.errors import UnavailableError
 from server.fleet import FleetWatch
 from server.online.states import UserStates, ahead
@@ -94,6 +95,17 @@ class Standings:
         with clock("snapshot"):
             snapshot = await self._fleet.ensure(fleet)
         return Stand(recorded.user_version, snapshot, fleet.offer_version, None, self._now(), recorded.membership)
+
+    async def of_nobody(self) -> Stand:
+        """Returns where the fleet stands, for answers about no customer: by Redis, or by PostgreSQL while Redis is away.
+
+        Raises:
+            UnavailableError: the versions do not come to rest, or the snapshot cannot be loaded.
+        """
+        try:
+            return await self.online("", Place("nobody"), 0, StageClock())
+        except ONLINE_AWAY:
+            return await self.recorded("", 0, StageClock())
 
     def show(self, user_id: str, version: int) -> None:
         """Notes that a version PostgreSQL holds was answered, which Redis may not hold yet."""

@@ -11,6 +11,8 @@ from features.replicas import Replica
 from server.domain import (
     Answer,
     CustomerProfile,
+    Embedded,
+    EmbedQuery,
     EntityKey,
     Graph,
     IncomingEvent,
@@ -135,6 +137,14 @@ class FeatureReader(Protocol):
         ...
 
 
+class Embedder(Protocol):
+    """Reads texts with the active model; see server.understand.embedder."""
+
+    async def embed(self, query: EmbedQuery) -> Embedded:
+        """Returns the vectors of texts."""
+        ...
+
+
 class Models(Protocol):
     """Knows the published models and moves the pointer; see server.models."""
 
@@ -206,6 +216,7 @@ class Services:
     profiles: Profiles
     catalog: Catalog
     features: FeatureReader
+    embedder: Embedder
     models: Models
     gate: Gate
     audit: AuditLog

@@ -28,6 +28,8 @@ from concord.v1 import (
     profile_pb2_grpc,
     recommendation_pb2,
     recommendation_pb2_grpc,
+    understanding_pb2,
+    understanding_pb2_grpc,
 )
 from features.settings import SettingsError
 from server.health import Health
@@ -45,6 +47,7 @@ from server.rpc.models import ModelServicer
 from server.rpc.ports import Services
 from server.rpc.profile import ProfileServicer
 from server.rpc.recommendation import RecommendationServicer
+from server.rpc.understanding import UnderstandingServicer
 from server.rpc.validation import Validator
 from server.security.certificates import server_credentials
 from server.security.limits import ChannelLimits
@@ -59,7 +62,7 @@ _DRAIN_PAUSE = 0.3
 
 SERVICE_NAMES = tuple(
     service.full_name
-    for module in (catalog_pb2, events_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2)
+    for module in (catalog_pb2, events_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2, understanding_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 )
 
@@ -183,6 +186,7 @@ def _register(server: grpc.aio.Server, services: Services, events: EventServicer
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
+    understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(UnderstandingServicer(services.embedder, validator), server)
     models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 
 

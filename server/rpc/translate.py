@@ -6,11 +6,11 @@ from datetime import UTC, datetime, timedelta
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from concord.v1 import catalog_pb2, common_pb2
+from concord.v1 import catalog_pb2, common_pb2, understanding_pb2
 from features.behaviour import ACTIONS
 from features.layout import Status
 from server import tokens
-from server.domain import Token, Versions
+from server.domain import Purpose, Token, Versions
 
 MICROS = 1_000_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -20,6 +20,10 @@ RELATION_NAMES: Mapping[int, str] = {
     catalog_pb2.RELATION_KIND_COMPLEMENT: "complement",
     catalog_pb2.RELATION_KIND_SUBSTITUTE: "substitute",
     catalog_pb2.RELATION_KIND_SAME_SERIES: "same_series",
+}
+PURPOSES: Mapping[int, Purpose] = {
+    understanding_pb2.EMBEDDING_PURPOSE_ITEM: Purpose.ITEM,
+    understanding_pb2.EMBEDDING_PURPOSE_USER: Purpose.USER,
 }
 FEATURE_STATUS = {
     Status.PRESENT: common_pb2.FEATURE_STATUS_PRESENT,

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from concord.v1 import catalog_pb2, common_pb2, features_pb2, recommendation_pb2
+from concord.v1 import catalog_pb2, common_pb2, features_pb2, recommendation_pb2, understanding_pb2
 from features.catalogue import Item, Relation
 from server import tokens
-from server.domain import EntityKey, ItemFilter, RecommendQuery, Subject, Token
+from server.domain import EmbedQuery, EntityKey, ItemFilter, RecommendQuery, Subject, Token
 from server.errors import InvalidRequestError
 from server.rpc import rules
-from server.rpc.translate import RELATION_NAMES
+from server.rpc.translate import PURPOSES, RELATION_NAMES
 
 
 class Validator:
@@ -127,6 +127,19 @@ class Validator:
             rules.feature_ref(ref, f"features.feature_refs[{index}]")
         rules.each_once(refs, "features.feature_refs")
         return "", refs, keys
+
+    def embed(self, request: understanding_pb2.EmbedTextRequest) -> EmbedQuery:
+        """Reads texts to be encoded, and what they are."""
+        self.channel(request.channel, "channel")
+        rules.count(request.texts, "texts", most=rules.TEXTS, least=1)
+        texts = tuple(rules.text(text, f"texts[{index}]", most=rules.TEXT_CHARS) for index, text in enumerate(request.texts))
+        if sum(map(len, texts)) > rules.TEXTS_CHARS:
+            raise InvalidRequestError("texts", f"must have at most {rules.TEXTS_CHARS:,} characters together")
+        if request.purpose not in PURPOSES:
+            raise InvalidRequestError("purpose", "is required: a known purpose")
+        if request.max_tokens and not rules.LEAST_TOKENS <= request.max_tokens <= rules.MOST_TOKENS:
+            raise InvalidRequestError("max_tokens", f"must be {rules.LEAST_TOKENS} to {rules.MOST_TOKENS}, or 0 for the model's own limit")
+        return EmbedQuery(texts, PURPOSES[request.purpose], request.max_tokens)
 
     def _entity(self, row: features_pb2.EntityRow, field: str) -> EntityKey:
         if not row.user_id and not row.item_id:

@@ -14,6 +14,7 @@ class Scope(StrEnum):
     CATALOG_WRITE = "catalog:write"
     FEATURES_READ = "features:read"
     RECOMMENDATIONS_READ = "recommendations:read"
+    TEXTS_READ = "texts:read"
     MODELS_READ = "models:read"
     ADMIN = "admin"
 
@@ -28,6 +29,7 @@ CHANNEL_SCOPES = frozenset(
         Scope.CATALOG_READ,
         Scope.FEATURES_READ,
         Scope.RECOMMENDATIONS_READ,
+        Scope.TEXTS_READ,
     }
 )
 ALL_SCOPES = frozenset(Scope)
@@ -50,6 +52,7 @@ SCOPE_OF = {
     "RecommendationService/Recommend": Scope.RECOMMENDATIONS_READ,
     "RecommendationService/RankItems": Scope.RECOMMENDATIONS_READ,
     "RecommendationService/SimilarItems": Scope.RECOMMENDATIONS_READ,
+    "UnderstandingService/EmbedText": Scope.TEXTS_READ,
     "ModelService/ListModels": Scope.MODELS_READ,
     "ModelService/GetActiveModel": Scope.MODELS_READ,
     "ModelService/ListReplicas": Scope.MODELS_READ,

@@ -111,6 +111,7 @@ def test_every_service_of_the_contract_is_there(files):
         "RecommendationService.Recommend",
         "RecommendationService.RankItems",
         "RecommendationService.SimilarItems",
+        "UnderstandingService.EmbedText",
         "ModelService.ListModels",
         "ModelService.GetActiveModel",
         "ModelService.ActivateModel",

@@ -6,7 +6,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from concord.v1 import catalog_pb2, features_pb2, identity_pb2
+from concord.v1 import catalog_pb2, features_pb2, identity_pb2, understanding_pb2
 from concord.v1.common_pb2 import Action, ChannelIdentity, Money
 from tests.faults.caller import Caller, Reply, codes, event, identity, timed
 from tests.faults.contract import unary
@@ -206,6 +206,13 @@ async def _sizes(caller: Caller, checks: Checks) -> None:
             identity_pb2.ResolveIdentityRequest(identity=ChannelIdentity(channel="web", channel_user_id="x" * 10_000)), timeout=10
         ),
     }
+    for name, texts in {
+        "10,000 texts": many,
+        "a text of 10,001 characters": ["x" * 10_001],
+        "a million characters": ["x" * 10_000] * 100,
+    }.items():
+        request = understanding_pb2.EmbedTextRequest(channel="web", texts=texts, purpose=understanding_pb2.EMBEDDING_PURPOSE_ITEM)
+        calls[name] = caller.understanding.EmbedText(request, timeout=10)
     replies = {name: await timed(call) for name, call in calls.items()}
     replies["10,000 events"] = await caller.record(*(event(identity("web", "many"), item=item) for item in many[:10_000]))
     for name, reply in replies.items():

@@ -23,6 +23,7 @@ from concord.v1 import (
     profile_pb2_grpc,
     recommendation_pb2,
     recommendation_pb2_grpc,
+    understanding_pb2_grpc,
 )
 from concord.v1.common_pb2 import Action, ChannelIdentity, Subject
 
@@ -106,6 +107,7 @@ class Caller:
         self.catalog = catalog_pb2_grpc.CatalogServiceStub(self.wire)
         self.features = features_pb2_grpc.FeatureServiceStub(self.wire)
         self.identities = identity_pb2_grpc.IdentityServiceStub(self.wire)
+        self.understanding = understanding_pb2_grpc.UnderstandingServiceStub(self.wire)
         self.models = models_pb2_grpc.ModelServiceStub(self.wire)
 
     async def __aenter__(self) -> Self:

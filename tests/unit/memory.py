@@ -25,10 +25,12 @@ from server.metrics import Metrics
 from server.online.shown import Shown
 from server.online.states import MergedError, Recorded
 from server.online.store import Fleet, Standing
+from server.recommend.computing import Computing
 from server.recommend.known import KnownSlates
 from server.recommend.recommender import Recommender
 from server.recommend.rooms import recommender_of
 from server.recommend.snapshot import Snapshot
+from server.recommend.standing import Standings
 from server.settings import ServerSettings
 from tests.unit.tables import DAY, table
 
@@ -343,6 +345,8 @@ class Shop:
             known=KnownSlates(configured.known_slates),
             identities=identities,
             states=cast("Any", states),
+            standings=Standings(cast("Any", states), cast("Any", self.online), cast("Any", fleet), now=lambda: self.online.now),
+            computing=Computing(threads=configured.compute_threads, waiting=configured.compute_waiting),
             online=cast("Any", self.online),
             fleet=cast("Any", fleet),
             offers=cast("Any", offers),

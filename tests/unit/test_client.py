@@ -29,6 +29,8 @@ from concord.v1 import (
     profile_pb2_grpc,
     recommendation_pb2,
     recommendation_pb2_grpc,
+    understanding_pb2,
+    understanding_pb2_grpc,
 )
 from concord.v1.common_pb2 import ACTION_PURCHASE
 
@@ -39,6 +41,7 @@ class Shop(
     profile_pb2_grpc.ProfileServiceServicer,
     catalog_pb2_grpc.CatalogServiceServicer,
     recommendation_pb2_grpc.RecommendationServiceServicer,
+    understanding_pb2_grpc.UnderstandingServiceServicer,
 ):
     """Keeps what it received, fails as often as told, and stores events under the user id ``u-<channel_user_id>``."""
 
@@ -138,6 +141,10 @@ class Shop(
         await self._enter(request, context)
         return recommendation_pb2.SimilarItemsResponse(items=[recommendation_pb2.SimilarItem(item_id="B")])
 
+    async def EmbedText(self, request, context):
+        await self._enter(request, context)
+        return understanding_pb2.EmbedTextResponse(model_version="m1")
+
 
 @asynccontextmanager
 async def serving(shop):
@@ -149,6 +156,7 @@ async def serving(shop):
         profile_pb2_grpc.add_ProfileServiceServicer_to_server,
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server,
         recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server,
+        understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server,
     ):
         add(shop, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -436,3 +444,18 @@ async def test_occurred_at_in_another_time_zone_is_the_same_instant():
     async with connected(Shop()) as concord:
         event = concord.event("anna", "view", item_id="A", occurred_at=at.astimezone(timezone(timedelta(hours=8))))
     assert event.occurred_at.ToDatetime(tzinfo=UTC) == at
+
+
+async def test_texts_are_sent_with_what_they_are():
+    shop = Shop()
+    async with connected(shop) as concord:
+        assert (await concord.embed("a cup", "a mug")).model_version == "m1"
+        await concord.embed("views cups", purpose="user", max_tokens=9)
+        with pytest.raises(ValueError, match="EMBEDDING_PURPOSE_FISH"):
+            await concord.embed("a cup", purpose="fish")
+    assert shop.received == [
+        understanding_pb2.EmbedTextRequest(channel="web", texts=["a cup", "a mug"], purpose=understanding_pb2.EMBEDDING_PURPOSE_ITEM),
+        understanding_pb2.EmbedTextRequest(
+            channel="web", texts=["views cups"], purpose=understanding_pb2.EMBEDDING_PURPOSE_USER, max_tokens=9
+        ),
+    ]

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -21,10 +22,13 @@ from concord.v1 import (
     profile_pb2_grpc,
     recommendation_pb2,
     recommendation_pb2_grpc,
+    understanding_pb2,
+    understanding_pb2_grpc,
 )
 from features.catalogue import Item
 from features.layout import FeatureValue, Status
 from features.models import OnUnready
+from server.domain import EmbedQuery, Purpose
 from server.rpc import rules
 from server.rpc.translate import datetime_of, duration_of, micros_of, money_of, timestamp_of, timestamp_of_micros
 from tests.fakes import NOW, FakeCatalog, FakeFeatures, Fakes, serving
@@ -228,3 +232,17 @@ async def test_an_activation_waits_as_long_as_it_may(
     ((version, policy, seconds),) = edge.fakes.models.calls
     assert (version, policy) == ("m2", on_unready)
     assert wait[0] <= seconds <= wait[1] + 1e-6
+
+
+async def test_an_embedding_is_answered_whole() -> None:
+    async with serving() as edge:
+        answer = await understanding_pb2_grpc.UnderstandingServiceStub(edge.channel).EmbedText(
+            understanding_pb2.EmbedTextRequest(
+                channel="web", texts=["a red cup", " ", "long " * 300], purpose=understanding_pb2.EMBEDDING_PURPOSE_USER, max_tokens=9
+            )
+        )
+    assert edge.fakes.embedder.calls == [EmbedQuery(("a red cup", " ", "long " * 300), Purpose.USER, 9)]
+    assert answer.model_version == "m1"
+    unit = [float(np.float32(0.6)), float(np.float32(0.8)), 0.0]
+    assert [list(one.vector) for one in answer.embeddings] == [unit, [], unit]
+    assert [(one.token_count, one.truncated) for one in answer.embeddings] == [(3, False), (0, False), (300, True)]

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from concord.v1 import catalog_pb2, common_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2
+from concord.v1 import catalog_pb2, common_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2, understanding_pb2
 from server import tokens
 from server.domain import EntityKey, ItemFilter, RecommendQuery, Subject, Token
 from tests.fakes import Edge, Script, refusal, serving
@@ -77,6 +77,11 @@ def link(**changes: Any) -> identity_pb2.LinkIdentitiesRequest:
     return identity_pb2.LinkIdentitiesRequest(**{"identity": identity(), "subject": USER} | changes)
 
 
+def embed(**changes: Any) -> understanding_pb2.EmbedTextRequest:
+    base = {"channel": "web", "texts": ["t"], "purpose": understanding_pb2.EMBEDDING_PURPOSE_ITEM}
+    return understanding_pb2.EmbedTextRequest(**base | changes)
+
+
 METHODS = {
     recommendation_pb2.RecommendRequest: "RecommendationService/Recommend",
     recommendation_pb2.RankItemsRequest: "RecommendationService/RankItems",
@@ -89,6 +94,7 @@ METHODS = {
     identity_pb2.LinkIdentitiesRequest: "IdentityService/LinkIdentities",
     profile_pb2.GetProfileRequest: "ProfileService/GetProfile",
     models_pb2.ActivateModelRequest: "ModelService/ActivateModel",
+    understanding_pb2.EmbedTextRequest: "UnderstandingService/EmbedText",
 }
 
 VIOLATIONS: list[tuple[Message, str, str]] = [
@@ -134,6 +140,18 @@ VIOLATIONS: list[tuple[Message, str, str]] = [
     (catalog_pb2.ListItemsRequest(page_token="l1."), "page_token", "must be a token returned by this service, unchanged"),
     (catalog_pb2.ListItemsRequest(page_token="aTE"), "page_token", "must be a token returned by this service, unchanged"),
     (catalog_pb2.ListItemsRequest(category="c" * 201), "category", "must have at most 200 characters"),
+    # texts
+    (embed(channel=""), "channel", "is required: a registered channel"),
+    (embed(texts=[]), "texts", "must have 1 to 128 elements"),
+    (embed(texts=["t"] * 129), "texts", "must have 1 to 128 elements"),
+    (embed(texts=["t", "t" * 10_001]), "texts[1]", "must have at most 10000 characters"),
+    (embed(texts=["t" * 10_000] * 10 + ["t"]), "texts", "must have at most 100,000 characters together"),
+    (embed(texts=["a\0b"]), "texts[0]", "must not contain NUL (U+0000)"),
+    (embed(purpose=0), "purpose", "is required: a known purpose"),
+    (embed(purpose=7), "purpose", "is required: a known purpose"),
+    (embed(max_tokens=2), "max_tokens", "must be 3 to 512, or 0 for the model's own limit"),
+    (embed(max_tokens=-1), "max_tokens", "must be 3 to 512, or 0 for the model's own limit"),
+    (embed(max_tokens=513), "max_tokens", "must be 3 to 512, or 0 for the model's own limit"),
     # lists of ids
     (recommend(context_item_ids=["i"] * 21), "context_item_ids", "must have at most 20 elements"),
     (recommend(context_item_ids=["i", ""]), "context_item_ids[1]", "is required"),
@@ -251,6 +269,8 @@ async def test_reasons_programs_rely_on(edge: Edge, request_: Message, reason: s
         features(entities=[features_pb2.EntityRow(user_id="u", item_id="i", consistency_token=TOKEN)] * 500),
         features(feature_refs=[f"v:f{n}" for n in range(200)]),
         link(subject=common_pb2.Subject(identity=identity("store", "x" * 256))),
+        embed(texts=["t" * 10_000] * 10, max_tokens=512),
+        embed(texts=[""] * 128, max_tokens=3),
     ],
 )
 async def test_what_the_contract_allows_is_allowed(edge: Edge, request_: Message) -> None:

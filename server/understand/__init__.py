@@ -1,0 +1,1 @@
+"""What texts mean: their vectors by the active model."""
