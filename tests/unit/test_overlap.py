@@ -26,7 +26,7 @@ def test_results_come_in_the_order_of_the_items(threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_no_more_is_made_than_can_soon_be_worked_on(threads: int) -> None:
     made: list[int] = []
-    gate = threading.Semaphore(0)
+    gates = [threading.Event() for _ in range(50)]
 
     def items() -> Iterator[int]:
         for item in range(50):
@@ -34,16 +34,16 @@ def test_no_more_is_made_than_can_soon_be_worked_on(threads: int) -> None:
             yield item
 
     def work(item: int) -> int:
-        assert gate.acquire(timeout=10)
+        assert gates[item].wait(10)
         return item
 
     results = overlapped(work, items(), threads=threads)
     for seen in range(40):
-        gate.release()
+        gates[seen].set()
         assert next(results) == seen
         assert len(made) <= seen + 1 + 2 * threads
-    for _ in range(50):
-        gate.release()
+    for gate in gates:
+        gate.set()
     assert list(results) == list(range(40, 50))
 
 
