@@ -405,10 +405,11 @@ async def test_similar_items_beyond_a_shortlist_are_found_where_too_few_of_it_pa
     replica = shop.replica()
     only = ItemFilter(categories=frozenset({"c1"}))
     whole, few = [await replica.recommender.similar("i005", channel="web", limit=10, filters=f) for f in (ItemFilter(), only)]
-    exact = replica.fleet.loaded["m1", 1]
+    exact = replica.fleet.current
+    assert exact is not None
     nearest = np.sort([5, *(exact.table.rows[item.item_id] for item in whole.items)]).astype(np.int32)
     index = SimpleNamespace(shortlist=lambda _: nearest)  # of all c1 the ten nearest hold too few
-    replica.fleet.loaded["m1", 1] = replace(exact, index=cast("Any", index))
+    replica.fleet.current = replace(exact, index=cast("Any", index))
     asked = [await replica.recommender.similar("i005", channel="web", limit=10, filters=f) for f in (ItemFilter(), only)]
     assert [shown(answer) for answer in asked] == [shown(whole), shown(few)]
     assert not {item.item_id for item in few.items} <= {item.item_id for item in whole.items}

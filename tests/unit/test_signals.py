@@ -68,6 +68,16 @@ def test_relations_reach_from_history_to_related_items() -> None:
     assert relation_scores(past, related).everywhere().tolist() == [0, 0, 0, 1, 0.5]
 
 
+def test_relations_add_up_alike_in_whatever_order_items_were_seen() -> None:
+    """Two weights that cancel each other, and one that only shows when it is added last."""
+    edges = {"relation_from": np.array([1, 2, 3], np.int32), "relation_to": np.array([4, 4, 4], np.int32)}
+    related = replace(table(5), **edges, relation_weight=np.array([1e17, -1e17, 1], np.float32))
+    for order in ((1, 2, 3), (3, 2, 1), (1, 3, 2)):
+        past = history(activity(*((f"i00{row}", "purchase", ago) for ago, row in enumerate(order))), related, SignalConfig(1e30))
+        assert past.rows.tolist() == list(order)
+        assert relation_scores(past, related).everywhere().tolist() == [0, 0, 0, 0, 1]
+
+
 def silent(count: int) -> Signals:
     nothing = Scores.none(count)
     return Signals(nothing, nothing, nothing)
