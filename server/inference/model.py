@@ -43,6 +43,8 @@ _GOLDEN_TOLERANCE = 1e-3
 _GOLDEN_TOLERANCE_FP16 = 2e-2
 # Searches and messages whose vectors are remembered: 6 MB of 384 components, and many customers search alike.
 _REMEMBERED_TEXTS = 4096
+# Customers whose vector is remembered, at about 3 KB: RankItems and every surface of a customer run the encoder once a version.
+_REMEMBERED_USERS = 8192
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,12 @@ class LoadedModel:
         if (spec := self.manifest.sequence) is not None:
             return self._sequence_vector(activity, table, vectors, spec=spec)
         text = behaviour_text(activity, table.title_of, limit=self.manifest.behaviour_limit)
-        return self._encode(text, "user_vector", self.manifest.user_tokens) if text else None
+        return self._behaviour_vector(text) if text else None
+
+    @cached_property
+    def _behaviour_vector(self) -> Callable[[str], FloatArray]:
+        """User vectors of behaviours; those asked for last are remembered: an event makes another text, all else asks again."""
+        return lru_cache(_REMEMBERED_USERS)(lambda text: self._encode(text, "user_vector", self.manifest.user_tokens))
 
     @cached_property
     def text_vector(self) -> Callable[[str], FloatArray]:
