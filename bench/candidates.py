@@ -6,8 +6,9 @@ Vectors: titles by the packaged MiniLM (of the Amazon Beauty set where CONCORD_T
 the catalogue's size: each further item is a title's vector moved by the difference of another title from one of its ten nearest, so
 that families of like items and the spectrum of real titles remain. Customers: MiniLM vectors of four titles written as a behaviour
 text. Exact is what scans fp32 vectors; an item counts as found if its exact score is at least that of the hundredth. usearch takes
-minutes to build for 1 M items and is asked up to ``--peer-items``. All are asked one query at a time, on one thread, in turn. The
-peer in the line of JSON is the exact scan by BLAS at the largest size, the limit what reading its fp32 vectors once would take.
+minutes to build for 1 M items and is asked up to ``--peer-items``. Below 20,000 items the server scans, as "einsum" does here. All
+are asked one query at a time, on one thread, in turn. The peer in the line of JSON is the exact scan by BLAS at the largest size,
+the limit what reading its fp32 vectors once would take.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from features.item_table import FloatArray, IntArray
-from features.retrieval import VectorArray, VectorIndex, all_scores, vector_scores
+from features.retrieval import INDEXED_FROM, VectorArray, VectorIndex, all_scores, vector_scores
 from features.sample_shop import generate
 from harness import WORK, Verdict, console, in_turn, peer_python, percentile
 from training.encode import pretrained_vectors
@@ -222,8 +223,10 @@ def main() -> None:
             share = recall(one, exact, vectors, queries)
             figures = (f"{share:.4f}", f"{one.p(0.5):.2f}", f"{one.p(0.99):.2f}", f"{one.bytes_per_item:.0f}", f"{one.build_seconds:.1f}")
             table.add_row(f"{count:,}", name, *figures)
+            if one is (ours if count >= INDEXED_FROM else found["exact, einsum (small catalogues)"]):
+                met &= share >= _LIMIT_RECALL and one.p(0.99) <= _LIMIT_MS
+                met &= count < INDEXED_FROM or one.bytes_per_item <= _LIMIT_BYTES
             if one is ours:
-                met &= share >= _LIMIT_RECALL and one.p(0.99) <= _LIMIT_MS and one.bytes_per_item <= _LIMIT_BYTES
                 more |= {f"recall_{count}": share, f"p50_ms_{count}": one.p(0.5), f"p99_ms_{count}": one.p(0.99)}
                 more |= {f"bytes_{count}": one.bytes_per_item, f"build_s_{count}": one.build_seconds}
             elif name.startswith("usearch"):
