@@ -8,53 +8,63 @@ from pathlib import Path
 
 import numpy as np
 import psycopg
+import redis
 from bench.harness import WORK
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from features.activity import ACTIVITY_VIEW
 from features.bundle import COLLABORATIVE, ITEMS, checksums, read_bundle, write_manifest
 from features.catalogue import Item, publish_epoch, upsert_items
 from features.item_table import ItemTable, load_item_table
-from features.models import activate, find_model, list_models, publish
-from features.registry import load_registry
-from features.schema import migrate
+from features.models import activate, list_models, publish
+from features.registry import is_applied, load_registry
+from features.schema import current_revision, head_revision, migrate
 from features.settings import Settings
 from features.store import apply_repository
 
 _CATEGORIES, _BRANDS, _BATCH = 40, 200, 10_000
+_EMPTY = "empty"
 
 
 @contextmanager
-def large_shop(sample: Settings, item_count: int, *, redis_database: int) -> Iterator[Settings]:
+def large_shop(sample: Settings, item_count: int, *, redis_database: int, name: str = "") -> Iterator[Settings]:
     """Yields a shop of ``item_count`` items beside the sample shop, with the sample shop's model over all of them.
 
-    Its database is made the first time (some seconds for 10,000 items) and dropped never; its Redis database is emptied.
+    Its database ``name`` is made the first time (some seconds for 10,000 items) and stays; its Redis database is emptied.
     """
-    import redis
-
-    name = f"items_{item_count}"
+    name = name or f"items_{item_count}"
     url = f"{sample.redis_url.rpartition('/')[0]}/{redis_database}"
     redis.Redis.from_url(url).flushdb()
     folder = WORK / name
-    settings = sample.model_copy(
-        update={"postgres_dsn": make_conninfo(sample.postgres_dsn, dbname=name), "redis_url": url, "data_dir": folder}
-    )
-    with psycopg.connect(sample.postgres_dsn, autocommit=True) as connection:
-        if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    dsn = make_conninfo(sample.postgres_dsn, dbname=name)
+    settings = sample.model_copy(update={"postgres_dsn": dsn, "redis_url": url, "data_dir": folder})
     done = folder / "prepared"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        empty_shop(sample)
+        with psycopg.connect(sample.postgres_dsn, autocommit=True) as connection:
+            connection.execute(sql.SQL("DROP DATABASE IF EXISTS {}").format(sql.Identifier(name)))
+            connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(_EMPTY)))
         _prepare(sample, settings, item_count)
         done.touch()
     yield settings
 
 
-def _prepare(sample: Settings, settings: Settings, item_count: int) -> None:
-    migrate(settings.postgres_dsn)
-    if ACTIVITY_VIEW not in load_registry(settings).layouts:
+def empty_shop(sample: Settings) -> Settings:
+    """Returns a shop beside the sample shop without items, customers or a model; made the first time."""
+    url = f"{sample.redis_url.rpartition('/')[0]}/15"
+    settings = sample.model_copy(update={"postgres_dsn": make_conninfo(sample.postgres_dsn, dbname=_EMPTY), "redis_url": url})
+    with psycopg.connect(sample.postgres_dsn, autocommit=True) as connection:
+        if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [_EMPTY]).fetchone():
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(_EMPTY)))
+    if current_revision(settings.postgres_dsn) != head_revision():
+        migrate(settings.postgres_dsn)
+    if not is_applied(load_registry(settings)):
         apply_repository(settings)
+    return settings
+
+
+def _prepare(sample: Settings, settings: Settings, item_count: int) -> None:
     with psycopg.connect(settings.postgres_dsn) as connection:
         for start in range(0, item_count, _BATCH):
             upsert_items(connection, [_item(number) for number in range(start, min(start + _BATCH, item_count))])
@@ -62,11 +72,10 @@ def _prepare(sample: Settings, settings: Settings, item_count: int) -> None:
         table = load_item_table(connection)
     with psycopg.connect(sample.postgres_dsn) as connection:
         active = next(model for model in list_models(connection) if model.active)
-        bundle = Path(find_model(connection, active.model_version).uri.removeprefix("file://"))
-    widened = widen(bundle, settings.data_dir / "widened", table)
+    widened = widen(Path(active.uri.removeprefix("file://")), settings.data_dir / "widened", table)
     with psycopg.connect(settings.postgres_dsn) as connection:
-        publish(connection, widened, settings.models_base)
-        activate(connection, read_bundle(widened).model_version)
+        activate(connection, publish(connection, widened, settings.models_base).model_version)
+    shutil.rmtree(widened)
 
 
 def _item(number: int) -> Item:

@@ -12,6 +12,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from server.metrics import keep_values_in_memory
+
 _TIMEOUT_SECONDS = 1.0  # a worker that does not answer by then is left out: a gap in its series, not in the others'
 
 
@@ -24,6 +26,7 @@ class WorkerMetrics(Collector):
     """
 
     def __init__(self, registry: CollectorRegistry, ports: Callable[[], Mapping[int, int]]) -> None:
+        keep_values_in_memory()
         self._ports = ports
         self.ready = Gauge("concord_workers_ready", "Worker processes that answer.", registry=registry)
         self.restarts = Counter("concord_worker_restarts", "Times a worker ended and was started again.", ["worker"], registry=registry)
