@@ -2,7 +2,7 @@
 
 All cases are up at once and take turns, call by call, so that whatever else the machine does falls on all of them alike:
 
-    python bench/scaling.py --rounds 150
+    python -m bench.scaling --rounds 150
 
 Timed are Recommend of a committed slate (hit) and Recommend just after the customer did something (miss), one call at a time, from
 a client that only sends bytes. Bars: two workers within 20 % of one, and 2 KB of Redis for a customer. Prints tables and a last

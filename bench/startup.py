@@ -3,7 +3,7 @@
 Ours, Feast's own feature server on the same registry (the peer), and a bare Python that imports the same libraries and opens the
 same encoder (the limit: no server with this model starts faster) take turns:
 
-    python bench/startup.py --items 10000 --rounds 3
+    python -m bench.startup --items 10000 --rounds 3
 
 The catalogue is generated, the model is the sample shop's, widened to it. Prints a table and a last line of JSON.
 """

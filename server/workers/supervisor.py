@@ -7,7 +7,6 @@ import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
 
 import structlog
@@ -24,14 +23,6 @@ _log = structlog.get_logger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE, _LONG_ENOUGH = 0.5, 30.0, 60.0
 # Beyond the time that calls in flight may take: pauses for load balancers, a collector of traces that is away, leaving the fleet.
 _STOP_SECONDS = 10.0
-
-
-@dataclass
-class _Worker:
-    """One place among the workers, and the process that fills it now."""
-
-    process: Process | None = None
-    ports: Ports | None = None
 
 
 async def supervise(settings: ServerSettings, *, announce: Callable[[Ports], None]) -> int:
@@ -70,8 +61,8 @@ class Supervisor:
     def __init__(self, settings: ServerSettings, registry: CollectorRegistry, announce: Callable[[Ports], None]) -> None:
         self._settings = settings
         self._announce = announce
-        self._workers = {number: _Worker() for number in range(settings.workers)}
-        self._metrics = WorkerMetrics(registry, self._metrics_ports)
+        self._answering: dict[int, Ports] = {}
+        self._metrics = WorkerMetrics(registry, lambda: {number: ports.metrics_port for number, ports in self._answering.items()})
         self._stop = asyncio.Event()
         self._announced = False
         self.metrics_port = -1
@@ -80,18 +71,12 @@ class Supervisor:
         """Runs until told to stop; returns the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
-        keeping = [asyncio.create_task(self._keep(number)) for number in self._workers]
-        await self._stop.wait()
-        _log.info("stopping the workers")
-        await asyncio.gather(*(self._end(worker.process) for worker in self._workers.values() if worker.process))
-        statuses = await asyncio.gather(*keeping)
-        return next((status for status in statuses if status), 0)
-
-    def _metrics_ports(self) -> dict[int, int]:
-        return {number: worker.ports.metrics_port for number, worker in self._workers.items() if worker.ports}
+        async with asyncio.TaskGroup() as group:
+            keeping = [group.create_task(self._keep(number)) for number in range(self._settings.workers)]
+        return max((task.result() for task in keeping), key=abs)
 
     async def _keep(self, number: int) -> int:
-        """Fills one place until told to stop; returns the exit status of the last process."""
+        """Fills one place among the workers until told to stop; returns the exit status of the last process."""
         pause = _FIRST_PAUSE
         while True:
             started = monotonic()
@@ -110,37 +95,49 @@ class Supervisor:
                 return 0
 
     async def _work(self, number: int) -> int:
-        """Runs one process to its end; returns its exit status, negative for the signal that killed it."""
-        worker = self._workers[number]
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "server.workers.worker", stdin=PIPE, stdout=PIPE)
-        worker.process = process
+        """Runs one process to its end, or ends it when told to stop; returns its exit status, negative for a signal that killed it."""
+        try:
+            process = await asyncio.create_subprocess_exec(sys.executable, "-m", "server.workers.worker", stdin=PIPE, stdout=PIPE)
+        except OSError as error:  # no memory, or too many processes: it may be better later
+            _log.error("a worker cannot be started", worker=number, problem=error.strerror)
+            return 1
+        hearing = asyncio.create_task(self._hear(number, process))
+        ending, stopping = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
+        await asyncio.wait((ending, stopping), return_when=asyncio.FIRST_COMPLETED)
+        status = ending.result() if ending.done() else await self._ended(process)
+        for task in (hearing, stopping):
+            task.cancel()
+        await asyncio.wait((hearing, stopping))
+        if self._answering.pop(number, None):
+            self._count()
+        return status
+
+    async def _hear(self, number: int, process: Process) -> None:
+        """Sends a process its order and waits for its word that it answers."""
         assert process.stdin is not None
         assert process.stdout is not None
         order = {"worker": number, "settings": self._settings.model_dump(mode="json")}
-        with contextlib.suppress(ConnectionError):  # it ended at once; its status says more
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            await process.stdin.drain()
+        process.stdin.write(json.dumps(order).encode() + b"\n")
         if line := await process.stdout.readline():
-            worker.ports = Ports(**json.loads(line))
+            self._answering[number] = Ports(**json.loads(line))
             self._count()
-        status = await process.wait()
-        worker.process = worker.ports = None
-        self._count()
-        return status
 
     def _count(self) -> None:
         """Notes how many answer, and announces the first time that all do."""
-        answering = [worker.ports for worker in self._workers.values() if worker.ports]
-        self._metrics.ready.set(len(answering))
-        if len(answering) == len(self._workers) and not self._announced:
+        self._metrics.ready.set(len(self._answering))
+        if len(self._answering) == self._settings.workers and not self._announced:
             self._announced = True
-            self._announce(Ports(answering[0].port, answering[0].admin_port, self.metrics_port))
+            one = next(iter(self._answering.values()))
+            self._announce(Ports(one.port, one.admin_port, self.metrics_port))
 
-    async def _end(self, process: Process) -> None:
+    async def _ended(self, process: Process) -> int:
+        """Has a process drain and end; returns its exit status, 0 where it had not begun to listen to signals yet."""
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), self._settings.drain_seconds + _STOP_SECONDS)
-            except TimeoutError:
-                _log.error("a worker does not stop and is killed", pid=process.pid)
-                process.kill()
+        try:
+            status = await asyncio.wait_for(process.wait(), self._settings.drain_seconds + _STOP_SECONDS)
+        except TimeoutError:
+            _log.error("a worker does not stop and is killed", pid=process.pid)
+            process.kill()
+            status = await process.wait()
+        return 0 if status == -signal.SIGTERM else status
