@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -18,13 +19,17 @@ import psycopg
 import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
-from cli.stack import free_port
+from cli.stack import Stack, free_port
 from concord import Concord, user
 from features.catalogue import publish_epoch
 from features.item_table import load_item_table
 from features.materialize import rebuild_users
 from features.models import activate, publish
+from features.registry import is_applied, load_registry
+from features.schema import current_revision, head_revision
 from server.settings import ServerSettings
 from tests.integration import serving
 from tests.integration.fixtures import NewShop
@@ -212,6 +217,17 @@ def test_a_setting_no_worker_can_serve_with_ends_the_server_with_its_name(live: 
     assert refused.returncode == 2
     assert "none.pem" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_server_on_an_empty_database_migrates_and_applies_first(live: ServerSettings, stack: Stack) -> None:
+    name = f"t_{uuid.uuid4().hex[:12]}"
+    empty = live.model_copy(update={"postgres_dsn": make_conninfo(stack.postgres_dsn, dbname=name)})
+    with psycopg.connect(stack.postgres_dsn, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        with process_and_ports(empty):
+            assert current_revision(empty.postgres_dsn) == head_revision()
+            assert is_applied(load_registry(empty))
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
