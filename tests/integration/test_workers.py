@@ -24,6 +24,8 @@ from psycopg.conninfo import make_conninfo
 
 from cli.stack import Stack, free_port
 from concord import Concord, user
+from concord.v1 import recommendation_pb2
+from concord.v1.recommendation_pb2_grpc import RecommendationServiceStub
 from features.catalogue import publish_epoch
 from features.item_table import load_item_table
 from features.materialize import rebuild_users
@@ -114,7 +116,21 @@ async def test_a_worker_killed_under_writers_loses_nothing_and_the_port_goes_on_
     acknowledged: set[str] = set()
     attempted: set[str] = set()
     failures: list[grpc.StatusCode] = []
+    reads: list[tuple[float, grpc.StatusCode]] = []
     over = asyncio.Event()
+
+    async def read(address: str) -> None:
+        """Reads over a new connection each time, and tries nothing twice: who is not ready must not be given connections."""
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        request = recommendation_pb2.RecommendRequest(subject=whom[0], channel="web", surface="home", limit=5)
+        while not over.is_set():
+            code = grpc.StatusCode.OK
+            async with grpc.aio.insecure_channel(address, options=options) as channel:
+                try:
+                    await RecommendationServiceStub(channel).Recommend(request, timeout=5)
+                except grpc.aio.AioRpcError as error:
+                    code = error.code()
+            reads.append((time.monotonic(), code))
 
     async def write(address: str, number: int) -> None:
         """Writes over one connection after the other; a call that fails is sent again with the same id, as a channel would."""
@@ -136,7 +152,7 @@ async def test_a_worker_killed_under_writers_loses_nothing_and_the_port_goes_on_
     with two_workers(live) as (server, ports):
         address = f"127.0.0.1:{ports['port']}"
         first, other = workers_of(server)
-        writers = [asyncio.create_task(write(address, number)) for number in range(4)]
+        writers = [asyncio.create_task(write(address, number)) for number in range(4)] + [asyncio.create_task(read(address))]
         await asyncio.sleep(1.0)
         os.kill(first, signal.SIGKILL)
         killed = time.monotonic()
@@ -148,6 +164,7 @@ async def test_a_worker_killed_under_writers_loses_nothing_and_the_port_goes_on_
         async with asyncio.timeout(60):  # and the dead one is replaced
             while samples(ports["metrics_port"], "concord_workers_ready") != {"": 2.0} or first in workers_of(server):
                 await asyncio.sleep(0.1)
+        await asyncio.sleep(1.0)  # reads that the new one answers
         over.set()
         await asyncio.gather(*writers)
         assert other in workers_of(server)
@@ -160,6 +177,9 @@ async def test_a_worker_killed_under_writers_loses_nothing_and_the_port_goes_on_
     assert acknowledged <= set(stored) <= attempted
     assert len(stored) == len(set(stored))
     assert set(failures) <= {grpc.StatusCode.UNAVAILABLE}
+    later = [code for at, code in reads if at > killed + 0.5]  # what was under way when it died may fail
+    assert len(later) > 20
+    assert set(later) == {grpc.StatusCode.OK}
     log = [json.loads(line) for line in (live.data_dir / "server.log").read_text().splitlines() if line.startswith("{")]
     assert any(line["event"] == "a worker ended and is started again" and line["status"] == -signal.SIGKILL for line in log)
 
