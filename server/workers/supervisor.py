@@ -62,7 +62,7 @@ class Supervisor:
         self._settings = settings
         self._announce = announce
         self._answering: dict[int, Ports] = {}
-        self._metrics = WorkerMetrics(registry, lambda: {number: ports.metrics_port for number, ports in self._answering.items()})
+        self._metrics = WorkerMetrics(registry, self._metrics_ports)
         self._stop = asyncio.Event()
         self._announced = False
         self.metrics_port = -1
@@ -74,6 +74,10 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             keeping = [group.create_task(self._keep(number)) for number in range(self._settings.workers)]
         return max((task.result() for task in keeping), key=abs)
+
+    def _metrics_ports(self) -> dict[int, int]:
+        """Returns where the workers' own metrics are; asked on another thread, while workers come and go."""
+        return {number: ports.metrics_port for number, ports in tuple(self._answering.items())}
 
     async def _keep(self, number: int) -> int:
         """Fills one place among the workers until told to stop; returns the exit status of the last process."""
