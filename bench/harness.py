@@ -77,10 +77,12 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def in_turn(questions: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+def in_turn(
+    questions: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 3, after: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
     """Asks every question once a round, in an order that moves on by one each round; returns the seconds each answer took.
 
-    The rounds of ``warm_up`` do not count.
+    The rounds of ``warm_up`` do not count, nor does what ``after`` clears away when an answer is there.
     """
     names = list(questions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -90,6 +92,7 @@ def in_turn(questions: Mapping[str, Callable[[], object]], *, rounds: int, warm_
             started = perf_counter()
             questions[name]()
             taken = perf_counter() - started
+            after()
             if number >= warm_up:
                 seconds[name].append(taken)
     return seconds

@@ -32,7 +32,8 @@ from rich.table import Table
 from cli.stack import running_server
 from concord.v1 import common_pb2, events_pb2
 from features.activity import UserStateCodec
-from features.layout import decode_value, load_layouts
+from features.layout import decode_value
+from features.registry import load_registry
 from features.settings import Settings
 from features.store import feature_store
 from harness import WORK, Verdict, console, percentile, prepared_shop
@@ -153,8 +154,8 @@ async def visible(channel: grpc.aio.Channel, made: Sequence[Sequence[events_pb2.
 class Online:
     """Redis, asked whether it holds the versions that were acknowledged."""
 
-    def __init__(self, settings: Settings, store: FeatureStore) -> None:
-        self._codec = UserStateCodec(load_layouts(store), settings.project)
+    def __init__(self, settings: Settings) -> None:
+        self._codec = UserStateCodec(load_registry(settings).layouts, settings.project)
         self._client = redis.Redis.from_url(settings.redis_url)
 
     def check(self, tokens: Sequence[events_pb2.UserToken]) -> None:
@@ -198,7 +199,7 @@ async def run(settings: Settings, ports: dict[str, int], store: FeatureStore, op
                 few = batches(customers, items, 4, rng)
                 rates["Feast's push"].append(4 * _BATCH / pushed(store, frame, few))
         made = batches(customers, items, int(options.seconds * 1_000 / _BATCH), rng)
-        rates["milliseconds"] = await visible(channel, made, Online(settings, store), 1_000)
+        rates["milliseconds"] = await visible(channel, made, Online(settings), 1_000)
     return rates
 
 

@@ -35,7 +35,8 @@ from rich.table import Table
 from cli.stack import running_server
 from concord.v1 import features_pb2, features_pb2_grpc
 from feast_http import FEATURES, feature_server
-from features.layout import entity_key, load_layouts
+from features.layout import entity_key
+from features.registry import load_registry
 from features.settings import Settings
 from features.store import feature_store
 from harness import WORK, Verdict, console, in_turn, percentile, prepared_shop
@@ -109,9 +110,9 @@ def ours(runner: asyncio.Runner, features: Any, question: Question) -> Callable[
     return lambda: loop.run_until_complete(ask())
 
 
-def raw(settings: Settings, store: FeatureStore, question: Question) -> Callable[[], object]:
+def raw(settings: Settings, question: Question) -> Callable[[], object]:
     """Returns what reads the same keys and fields by redis-py, and decodes nothing."""
-    layouts, client = load_layouts(store), redis.Redis.from_url(settings.redis_url)
+    layouts, client = load_registry(settings).layouts, redis.Redis.from_url(settings.redis_url)
     views = dict.fromkeys(ref.partition(":")[0] for ref in question.refs)
     fields = [layouts[view].fields[layouts[view].features.index(name)] for view, _, name in (ref.partition(":") for ref in question.refs)]
     fields += [layouts[view].timestamp_field for view in views]
@@ -178,7 +179,7 @@ def main() -> None:
             question.name: in_turn(
                 {
                     "ours": ours(runner, features, question),
-                    "raw Redis": raw(settings, store, question),
+                    "raw Redis": raw(settings, question),
                     "Feast's SDK": sdk(store, question),
                     "ours over gRPC": over_grpc(channel, question),
                     "Feast's server over HTTP": over_http(http_port, question),

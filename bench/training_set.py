@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.stack import running_stack
-from features.materialize import take_snapshot
 from features.schema import migrate
 from features.settings import Settings, load_settings
+from features.snapshots import take_snapshot
 from features.store import apply_repository, feature_store
 from training.dataset import customer_job
 from training.events import from_micros, to_micros

@@ -116,8 +116,7 @@ async def _rooms(settings: ServerSettings) -> "AsyncIterator[tuple[AuditStore, W
     from psycopg.rows import dict_row
 
     from features.activity import UserStateCodec
-    from features.layout import load_layouts
-    from features.store import feature_store
+    from features.registry import load_registry
     from server.audit.online import OnlineAudit
     from server.audit.store import AuditStore
     from server.audit.workshop import Workshop
@@ -126,17 +125,14 @@ async def _rooms(settings: ServerSettings) -> "AsyncIterator[tuple[AuditStore, W
     from server.online.store import OnlineStore
     from server.recommend.snapshot import SnapshotBuilder
 
-    features = await asyncio.to_thread(feature_store, settings)
-    codec = UserStateCodec(await asyncio.to_thread(load_layouts, features), settings.project)
+    codec = UserStateCodec((await asyncio.to_thread(load_registry, settings)).layouts, settings.project)
     async with contextlib.AsyncExitStack() as stack:
         pool = await stack.enter_async_context(postgres_pool(settings, postgres_breaker(settings, lambda _open: None)))
         connection = await psycopg.AsyncConnection.connect(settings.postgres_dsn, autocommit=True, row_factory=dict_row)
         store = AuditStore(await stack.enter_async_context(connection))
         client = redis_client(settings)
         stack.push_async_callback(client.aclose)
-        loader = BundleLoader(
-            settings, features, provider=settings.onnx_provider, threads=settings.onnx_threads, precision=settings.onnx_precision
-        )
+        loader = BundleLoader(settings, provider=settings.onnx_provider, threads=settings.onnx_threads, precision=settings.onnx_precision)
         workshop = Workshop(store, loader, SnapshotBuilder(pool, dsn=settings.postgres_dsn), _policy(settings))
         online = OnlineStore(client, codec, redis_breaker(settings, client, lambda _open: None))
         yield store, workshop, OnlineAudit(client, codec, online, store=store, workshop=workshop)

@@ -1,8 +1,10 @@
 """Commands that run a server or call one: serve, health, record, recommend."""
 
-import asyncio
 import json
-from collections.abc import Coroutine
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,9 +14,12 @@ from rich.table import Table
 
 from cli.context import shop
 from cli.credentials import call_settings
+from features.settings import Settings
+from server.loop import finished
 
 if TYPE_CHECKING:
     from concord import Concord
+    from server.listening import Ports
 
 _out = Console()
 _Server = Annotated[str, typer.Option(help="Address of a running server.")]
@@ -31,28 +36,56 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     ready: Annotated[bool, typer.Option(help="Print one line of JSON with the ports when ready (for programs).")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="Processes that share the ports; default: CONCORD_WORKERS.")] = None,
 ) -> None:
-    """Migrates, applies the Feast repository and serves until SIGTERM; prints how to call it."""
-    from features.schema import migrate
-    from features.store import apply_repository
-    from server.app import serve as run
+    """Brings schema and Feast repository up to date where they are not, and serves until SIGTERM; prints how to call it."""
     from server.logs import configure
     from server.settings import ServerSettings
 
     configure()
     with shop(ServerSettings) as settings:
-        migrate(settings.postgres_dsn)
-        apply_repository(settings)
+        if workers is not None:
+            settings = settings.model_copy(update={"workers": workers})
+        bring_up_to_date(settings)
 
-        def announce(port: int, admin_port: int, metrics_port: int) -> None:
+        def announce(ports: "Ports") -> None:
             if ready:
-                print(json.dumps({"port": port, "admin_port": admin_port, "metrics_port": metrics_port}), flush=True)  # noqa: T201 - read by a program
+                print(json.dumps(asdict(ports)), flush=True)  # noqa: T201 - read by a program
             else:
-                _print_how_to_call(f"{settings.host}:{port}", metrics_port)
-                if admin_port != port:
-                    _out.print(f"Admin methods are on {settings.admin_host}:{admin_port}", highlight=False)
+                _print_how_to_call(f"{settings.host}:{ports.port}", ports.metrics_port)
+                if ports.admin_port != ports.port:
+                    _out.print(f"Admin methods are on {settings.admin_host}:{ports.admin_port}", highlight=False)
 
-        finished(run(settings, announce=announce))
+        if settings.workers > 1:
+            from server.workers.supervisor import supervise
+
+            if status := finished(supervise(settings, announce=announce)):
+                raise typer.Exit(status if status > 0 else 1)
+        else:
+            from server.process import serve as run
+
+            finished(run(settings, announce=announce))
+
+
+def bring_up_to_date(settings: Settings) -> None:
+    """Migrates the schema and applies the Feast repository if that would change anything.
+
+    In processes of their own: what Feast imports, 6 s of processor time and 250 MB, would stay in a server for as long as it runs.
+    """
+    from features.registry import is_applied, load_registry
+    from features.schema import current_revision, head_revision
+
+    if current_revision(settings.postgres_dsn) != head_revision():
+        _run_command("migrate", settings)
+    if not is_applied(load_registry(settings)):
+        _run_command("apply", settings)
+
+
+def _run_command(command: str, settings: Settings) -> None:
+    named = {"CONCORD_POSTGRES_DSN": settings.postgres_dsn, "CONCORD_REDIS_URL": settings.redis_url, "CONCORD_PROJECT": settings.project}
+    done = subprocess.run([sys.executable, "-m", "cli.main", command], stdout=subprocess.DEVNULL, env=os.environ | named, check=False)
+    if done.returncode:  # it has said why
+        raise typer.Exit(done.returncode)
 
 
 def health(server: _Server = "127.0.0.1:50051") -> None:
@@ -127,15 +160,6 @@ def connected(server: str, channel: str) -> "Concord":
 
     settings = call_settings()
     return Concord(server, channel=channel, credentials=settings.channel_credentials(), api_key=settings.call_key.get_secret_value())
-
-
-def finished(work: Coroutine[Any, Any, Any]) -> Any:
-    """Runs a coroutine on uvloop where it is installed, which is everywhere but Windows."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(work)
-    return uvloop.run(work)
 
 
 def _print_how_to_call(address: str, metrics_port: int) -> None:

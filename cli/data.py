@@ -181,10 +181,9 @@ def materialize(
 def rebuild() -> None:
     """Rebuilds every customer's online state from PostgreSQL; what is already there and current is left as it is."""
     from features.materialize import rebuild_users
-    from features.store import feature_store
 
     with shop(Settings) as shop_settings, progress_bars() as progress:
-        count = rebuild_users(shop_settings, feature_store(shop_settings), progress=progress)
+        count = rebuild_users(shop_settings, progress=progress)
     _out.print(f"{count} customers looked at")
 
 

@@ -7,7 +7,8 @@ import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
-from cli.calls import connected, finished
+from cli.calls import connected
+from server.loop import finished
 
 if TYPE_CHECKING:
     from concord import Concord

@@ -3,20 +3,10 @@
 import signal
 import sys
 
-import adbc_driver_manager
-import grpc
-import psycopg
-import redis.exceptions
-import sqlalchemy.exc
 import typer
 
 from cli import audit, calls, data, dataset, demo, experiments, identity, keys, models, reports
 from cli.context import console
-from features.bundle import BundleError
-from features.importers.mapping import MappingError
-from features.models import ActivationInProgressError, ReplicaUnreadyError, UnknownModelError
-from features.settings import SettingsError
-from server.security.key_store import KeyRefusedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,23 +20,6 @@ app = typer.Typer(
 for group in (data, dataset, models, reports, experiments, keys, calls, identity, audit, demo):
     group.register(app)
 
-# Errors a person can act on: one line, no traceback. Anything else is a defect and shows where it happened.
-_EXPECTED = (
-    SettingsError,
-    MappingError,
-    BundleError,
-    UnknownModelError,
-    ActivationInProgressError,
-    ReplicaUnreadyError,
-    KeyRefusedError,
-    FileNotFoundError,
-)
-_STORES = (
-    psycopg.OperationalError,
-    adbc_driver_manager.OperationalError,
-    sqlalchemy.exc.OperationalError,
-    redis.exceptions.ConnectionError,
-)
 # Which extra brings what the serving image leaves out.
 _EXTRAS = {
     "training": "training",
@@ -70,20 +43,46 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
-    except _EXPECTED as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
-        sys.exit(2)
-    except grpc.aio.AioRpcError as error:
-        console.print(f"[red]error:[/red] the server answered {error.code().name}: {error.details()}", highlight=False)
-        sys.exit(2)
-    except _STORES as error:
-        console.print(f"[red]error:[/red] cannot reach a store: {str(error).splitlines()[0]}", highlight=False)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        if (extra := _EXTRAS.get(error.name or "")) is None:
+    except Exception as error:
+        if (problem := _problem(error)) is None:
             raise
-        console.print(f"[red]error:[/red] this installation has no {error.name}; it comes with concord\\[{extra}]", highlight=False)
+        console.print(f"[red]error:[/red] {problem}", highlight=False)
         sys.exit(2)
+
+
+def _problem(error: Exception) -> str | None:
+    """Returns what a person can act on, in one line; None for a defect, which shows where it happened.
+
+    The types are imported when something went wrong: some come with pandas, which no server process should hold.
+    """
+    import adbc_driver_manager
+    import grpc
+    import psycopg
+    import redis.exceptions
+    import sqlalchemy.exc
+
+    from features.bundle import BundleError
+    from features.importers.mapping import MappingError
+    from features.models import ActivationInProgressError, ReplicaUnreadyError, UnknownModelError
+    from features.settings import SettingsError
+    from server.security.key_store import KeyRefusedError
+
+    named = (SettingsError, MappingError, BundleError, UnknownModelError, ActivationInProgressError, ReplicaUnreadyError, KeyRefusedError)
+    if isinstance(error, (*named, FileNotFoundError)):
+        return str(error)
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"the server answered {error.code().name}: {error.details()}"
+    away = (
+        psycopg.OperationalError,
+        adbc_driver_manager.OperationalError,
+        sqlalchemy.exc.OperationalError,
+        redis.exceptions.ConnectionError,
+    )
+    if isinstance(error, away):
+        return f"cannot reach a store: {str(error).splitlines()[0]}"
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(error.name or "")) is not None:
+        return f"this installation has no {error.name}; it comes with concord\\[{extra}]"
+    return None
 
 
 if __name__ == "__main__":

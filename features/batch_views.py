@@ -44,7 +44,7 @@ def materialize_view(settings: Settings, store: FeatureStore, name: str, start: 
         redis.exceptions.RedisError: Redis went away or refused a write. In any case another run completes what one began.
     """
     view = store.get_feature_view(name)
-    layout = view_layout(view)
+    layout = view_layout(view.to_proto())
     rows = stream(settings.postgres_dsn, newest_rows(view, layout, start, end))
     with contextlib.closing(redis.Redis.from_url(settings.redis_url)) as client, contextlib.closing(rows):
         expire = store.config.online_store.key_ttl_seconds

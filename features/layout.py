@@ -1,24 +1,22 @@
 """Feast's published Redis layout: which key and fields hold a view's values, and how they are encoded.
 
-Keys and field names come from Feast's own helpers, so whatever a Feast client writes is found and whatever is written here
-a Feast client reads. One hash per entity holds all of its views; a value is a serialized ``feast.types.Value``.
+Keys come from Feast's own helper and fields are named as it names them, so whatever a Feast client writes is found and whatever
+is written here a Feast client reads. One hash per entity holds all of its views; a value is a serialized ``feast.types.Value``.
 Source: Feast, docs/specs/online_store_format.md (version 3 of the entity key).
 """
 
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from feast import FeatureStore
-from feast.feature_view import FeatureView
-from feast.infra.online_stores.helpers import _mmh3, _redis_key
-from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-from feast.protos.feast.types.Value_pb2 import Value
+import mmh3
 from google.protobuf.timestamp_pb2 import Timestamp
+
+from features.feast_wire import EntityKey, FeatureView, Value, ValueType, serialize_entity_key
 
 # Feast type name → (oneof field of feast.types.Value, whether it is a list)
 KINDS = {
@@ -33,6 +31,9 @@ KINDS = {
     "Array(Float64)": ("double_list_val", True),
     "Array(String)": ("string_list_val", True),
 }
+# Where the registry's names of types are not their texts in capitals, and what its suffixes mean.
+_FLOATS = {"FLOAT": "Float32", "DOUBLE": "Float64"}
+_COLLECTIONS = {"": "{}", "LIST": "Array({})", "SET": "Set({})"}
 
 
 # How a Value begins that holds an int64, a string or a double: field number and wire type.
@@ -120,30 +121,43 @@ class ViewLayout:
         return (*self.fields, self.timestamp_field)
 
 
+def dtype_of(value_type: "ValueType.Enum.ValueType") -> str:
+    """Returns the text of the Feast type that the registry keeps under this number: ``STRING_LIST`` is ``Array(String)``."""
+    if value_type not in ValueType.Enum.values():  # two that only Feast's Python side names: bytes of images and of PDF files
+        return f"ValueType({value_type})"
+    whole = ValueType.Enum.Name(value_type)
+    name, _, kind = whole.rpartition("_")
+    if kind not in _COLLECTIONS:
+        name, kind = whole, ""
+    scalar = _FLOATS.get(name) or name.title().replace("_", "")
+    return _COLLECTIONS[kind].format(scalar)
+
+
 def view_layout(view: FeatureView) -> ViewLayout:
-    """Returns the layout of one Feast view.
+    """Returns the layout of one view, given as the registry keeps it.
 
     Raises:
         LayoutError: it has several join keys, a type outside the supported ones, or two features share a 32-bit field.
     """
-    if len(view.join_keys) != 1:
-        raise LayoutError(f"{view.name}: {len(view.join_keys)} join keys; views here have exactly one")
-    features = tuple(field.name for field in view.features)
-    dtypes = tuple(str(field.dtype) for field in view.features)
+    spec = view.spec
+    if len(spec.entity_columns) != 1:
+        raise LayoutError(f"{spec.name}: {len(spec.entity_columns)} join keys; views here have exactly one")
+    features = tuple(column.name for column in spec.features)
+    dtypes = tuple(dtype_of(column.value_type) for column in spec.features)
     for name, dtype in zip(features, dtypes, strict=True):
         if dtype not in KINDS:
-            raise LayoutError(f"{view.name}:{name}: type {dtype} has no online form here")
-    fields = tuple(_mmh3(f"{view.name}:{name}") for name in features)
-    return ViewLayout(view.name, view.join_keys[0], features, dtypes, fields, f"_ts:{view.name}".encode(), view.ttl or timedelta(0))
+            raise LayoutError(f"{spec.name}:{name}: type {dtype} has no online form here")
+    fields = tuple(hash_field(f"{spec.name}:{name}") for name in features)
+    return ViewLayout(spec.name, spec.entity_columns[0].name, features, dtypes, fields, f"_ts:{spec.name}".encode(), spec.ttl.ToTimedelta())
 
 
-def load_layouts(store: FeatureStore) -> dict[str, ViewLayout]:
-    """Returns the layouts of all views that are served online, by name.
+def layouts_of(views: Iterable[FeatureView]) -> dict[str, ViewLayout]:
+    """Returns the layouts of those views that are served online, by name.
 
     Raises:
         LayoutError: two features of one entity share a 32-bit hash field, or a view cannot be laid out.
     """
-    layouts = {view.name: view_layout(view) for view in store.list_feature_views() if view.online}
+    layouts = {view.spec.name: view_layout(view) for view in views if view.spec.online}
     owners: dict[tuple[str, bytes], str] = {}
     for layout in layouts.values():
         for name, field in zip(layout.features, layout.fields, strict=True):
@@ -151,6 +165,11 @@ def load_layouts(store: FeatureStore) -> dict[str, ViewLayout]:
             if other != f"{layout.name}:{name}":
                 raise LayoutError(f"{layout.name}:{name} and {other} share one hash field; rename one of them")
     return layouts
+
+
+def hash_field(name: str) -> bytes:
+    """Returns the field of a feature, ``view:feature``: its 32-bit murmur3 hash, little-endian."""
+    return int(mmh3.hash(name, signed=False)).to_bytes(4, "little")
 
 
 def entity_key(join_key: str, value: str, project: str) -> bytes:
@@ -166,9 +185,10 @@ def _key_frame(join_key: str, project: str) -> tuple[bytes, bytes]:
 
     The helper takes 6 µs a key, most of it for a protobuf message that is read once.
     """
-    empty: bytes = _redis_key(project, EntityKey(join_keys=[join_key], entity_values=[Value(string_val="")]))
-    tail = project.encode()
-    return empty.removesuffix(tail).removesuffix(_LENGTH.pack(0)), tail
+    empty: bytes = serialize_entity_key(
+        EntityKey(join_keys=[join_key], entity_values=[Value(string_val="")]), entity_key_serialization_version=3
+    )
+    return empty.removesuffix(_LENGTH.pack(0)), project.encode()
 
 
 def encode_value(dtype: str, value: Any) -> bytes:

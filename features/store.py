@@ -12,6 +12,7 @@ from feast.repo_config import load_repo_config
 from feast.repo_operations import apply_total
 
 from features.bundle import FeatureContract, FeatureRef
+from features.registry import APPLIED, fingerprint, load_registry
 from features.settings import Settings
 
 REPOSITORY = Path(__file__).parent
@@ -36,7 +37,10 @@ def joining_store(store: FeatureStore, schema: str) -> FeatureStore:
 
 
 def apply_repository(settings: Settings) -> None:
-    """Registers entities, views and services, exactly as ``feast -c features apply`` does; running it twice changes nothing."""
+    """Registers entities, views and services, exactly as ``feast -c features apply`` does, and tags the project with what it did.
+
+    Running it twice changes nothing.
+    """
     os.environ.update(settings.feast_environment())
     # Feast imports definitions.py from the path, changes the working directory and prints its plan: none of it may leak.
     sys.path.append(str(REPOSITORY))
@@ -44,6 +48,10 @@ def apply_repository(settings: Settings) -> None:
         _apply()
     finally:
         sys.path.remove(str(REPOSITORY))
+    store = feature_store(settings)
+    project = store.get_project(settings.project)
+    project.tags = {**project.tags, APPLIED: fingerprint(load_registry(settings))}  # last: a crash before it has it done again
+    store.registry.apply_project(project)
 
 
 def _apply() -> None:
@@ -62,9 +70,3 @@ def contract_of(store: FeatureStore, service: str) -> FeatureContract:
     projections = store.get_feature_service(service).feature_view_projections
     refs = [FeatureRef(ref=f"{p.name_to_use()}:{f.name}", dtype=str(f.dtype)) for p in projections for f in p.features]
     return FeatureContract(name=service, features=tuple(refs))
-
-
-def unmet(contract: FeatureContract, store: FeatureStore) -> list[str]:
-    """Returns what the registry no longer offers of a contract, empty when it is met; extra features do not matter."""
-    offered = {f.ref: f.dtype for f in contract_of(store, contract.name).features}
-    return [f"{f.ref} ({f.dtype}, offered: {offered.get(f.ref, 'nothing')})" for f in contract.features if offered.get(f.ref) != f.dtype]

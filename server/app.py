@@ -1,28 +1,25 @@
-"""The server process: builds every room, opens the port, and drains on SIGTERM."""
+"""The rooms of a server process, built in order and ended in reverse."""
 
 import asyncio
 import contextlib
-import signal
-import socket
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import structlog
-from prometheus_client import CollectorRegistry
 
 from features.activity import UserStateCodec
-from features.layout import load_layouts
-from features.store import feature_store
+from features.registry import Registry, read_registry
+from features.settings import SettingsError
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
 from server.database import ONLINE_REFUSES, RECORD_AWAY, connector, postgres_breaker, postgres_pool, redis_breaker, redis_client
 from server.errors import ConcordError
 from server.fleet import FleetWatch
-from server.health import HealthWatch, PostgresProbe, Probe, probes
+from server.health import PostgresProbe, Probe, probes
 from server.ingest.forget import Erasure
 from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities
@@ -33,7 +30,7 @@ from server.ingest.recovery import Recovery
 from server.ingest.writer import EventWriter
 from server.journal.exposures import Journal
 from server.membership import Membership
-from server.metrics import Metrics, serve_metrics
+from server.metrics import Metrics
 from server.models import BundleLoader, Models
 from server.online.features import FeatureReader
 from server.online.states import UserStates
@@ -46,15 +43,14 @@ from server.recommend.rooms import policy_of, recommender_of
 from server.recommend.snapshot import SnapshotBuilder
 from server.recommend.standing import Standings
 from server.rpc.ports import Services
-from server.rpc.server import build_server
 from server.security.audit import AdminAudit
-from server.security.gate import check_exposure, open_gate
+from server.security.gate import open_gate
 from server.settings import ServerSettings
-from server.tracing import tracing
 from server.understand.embedder import Embedder
 from server.vitals import Vitals
 
 _log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 
 def _now() -> datetime:
@@ -77,9 +73,16 @@ class Rooms:
 @contextlib.asynccontextmanager
 async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterator[Rooms]:
     """Connects to both stores, starts the background loops, and yields the services; ends them in reverse order."""
-    store = await asyncio.to_thread(feature_store, settings)
-    layouts = await asyncio.to_thread(load_layouts, store)
-    codec = UserStateCodec(layouts, settings.project)
+    connect = connector(settings)
+
+    def look_up() -> Registry:
+        with connect() as connection:
+            return read_registry(connection, settings.project)
+
+    registry = await asyncio.to_thread(look_up)
+    if not registry.layouts:
+        raise SettingsError("the Feast repository is not applied to this database; run `concord apply`")
+    codec = UserStateCodec(registry.layouts, settings.project)
     async with contextlib.AsyncExitStack() as stack:
         record_breaker = postgres_breaker(settings, partial(metrics.set_breaker, "record"))
         pool = await stack.enter_async_context(postgres_pool(settings, record_breaker))
@@ -95,9 +98,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         recorder = EventRecorder(
             writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
         )
-        loader = BundleLoader(
-            settings, store, provider=settings.onnx_provider, threads=settings.onnx_threads, precision=settings.onnx_precision
-        )
+        loader = BundleLoader(settings, provider=settings.onnx_provider, threads=settings.onnx_threads, precision=settings.onnx_precision)
         policy = policy_of(settings)
         members = Membership(
             pool,
@@ -117,9 +118,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         journal = Journal(pool, metrics, bound=settings.journal_queue, pause_seconds=settings.journal_seconds, new_id=uuid.uuid4)
         stack.push_async_callback(journal.flush)
         features = FeatureReader(
-            client, online_breaker, states, identities, store=store, layouts=layouts, project=settings.project, now=_now
+            client, online_breaker, states, identities, registry=registry, read_registry=look_up, project=settings.project, now=_now
         )
-        connect = connector(settings)
         catalog = Catalog(pool, fleet, connect=connect, epoch_seconds=settings.epoch_seconds)
         recovery = Recovery(pool, states, online, erasure, metrics, after_seconds=settings.recovery_seconds)
         online.is_dead = lambda: members.lapsed
@@ -162,8 +162,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         )
         for loop in loops:
             task = asyncio.create_task(loop)
-            task.add_done_callback(_report)
-            stack.push_async_callback(_ended, task)
+            task.add_done_callback(report_end)
+            stack.push_async_callback(ended, task)
         services = Services(
             recorder=recorder,
             identities=identities,
@@ -180,7 +180,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         )
         postgres = PostgresProbe(settings.postgres_dsn)
         stack.push_async_callback(postgres.close)
-        yield Rooms(services, fleet, probes(postgres, client, online, fleet, store))
+        yield Rooms(services, fleet, probes(postgres, client, online, fleet, look_up))
 
 
 async def _caught_up(recovery: Recovery, fleet: FleetWatch) -> bool:
@@ -196,75 +196,13 @@ async def _caught_up(recovery: Recovery, fleet: FleetWatch) -> bool:
     return caught_up
 
 
-def _report(task: "asyncio.Task[None]") -> None:
+def report_end(task: "asyncio.Task[None]") -> None:
     """A background loop only ends when cancelled; anything else is a defect that must not pass in silence."""
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.critical("a background loop ended", loop=task.get_name(), exc_info=error)
 
 
-async def _ended(task: "asyncio.Task[None]") -> None:
+async def ended(task: "asyncio.Task[None]") -> None:
+    """Cancels a background loop and waits for its end."""
     task.cancel()
     await asyncio.wait([task])
-
-
-async def serve(settings: ServerSettings, *, announce: Callable[[int, int, int], None]) -> None:
-    """Runs a server until SIGTERM or SIGINT, then lets calls in flight finish.
-
-    Args:
-        settings: everything the server can be told.
-        announce: called once with the gRPC port, the admin port (the same where there is one) and the metrics port (-1 when off)
-            when the server answers.
-
-    Raises:
-        SettingsError: the address is public and nothing was said about authentication.
-    """
-    check_exposure(settings, settings.host)
-    registry = CollectorRegistry()
-    metrics = Metrics(registry)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    endpoint = serve_metrics(registry, settings.host, settings.metrics_port) if settings.metrics_port >= 0 else None
-    traces = tracing(settings)
-    try:
-        async with open_rooms(settings, metrics) as rooms, contextlib.AsyncExitStack() as stack:
-            server = build_server(rooms.services, settings, metrics, _log, tracing=traces)
-            await server.start()
-            health = HealthWatch(rooms.probes, metrics, server.show_health)
-            watching = asyncio.create_task(health.run(settings.health_seconds))
-            watching.add_done_callback(_report)
-            stack.push_async_callback(_ended, watching)
-            if await _unless(stop, _join(rooms.fleet, settings.host, server.port)):
-                await health.look()
-                await server.set_serving(True)
-                announce(server.port, server.admin_port, endpoint.port if endpoint else -1)
-                await stop.wait()
-            _log.info("draining", seconds=settings.drain_seconds)
-            await server.set_serving(False)
-            await server.stop(settings.drain_seconds)
-    finally:
-        await traces.close()
-        if endpoint:
-            endpoint.close()
-
-
-async def _unless(stop: asyncio.Event, act: Coroutine[Any, Any, None]) -> bool:
-    """Runs ``act`` to its end, or until ``stop`` is set; says whether it ended."""
-    acting, stopping = asyncio.ensure_future(act), asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait((acting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if acting.done():
-            acting.result()
-        return acting.done()
-    finally:
-        acting.cancel()
-        stopping.cancel()
-        await asyncio.gather(acting, stopping, return_exceptions=True)
-
-
-async def _join(fleet: FleetWatch, host: str, port: int) -> None:
-    """Loads what the fleet answers with before the first call, under the address by which the others name this replica."""
-    name = socket.gethostname() if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared with, not bound to
-    snapshot = await fleet.join(f"{name}:{port}")
-    provider = snapshot.model.provider if snapshot.model else "none"
-    _log.info("ready", model_version=snapshot.model_version, index_version=snapshot.index_version, onnx_provider=provider)

@@ -9,12 +9,12 @@ from typing import Any
 import psycopg
 import redis.exceptions
 import structlog
-from feast import FeatureStore
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 from redis.asyncio import Redis
 
 from features.activity import ACTIVITY_VIEW
+from features.registry import Registry
 from server.errors import ConcordError, UnavailableError
 from server.fleet import FleetWatch
 from server.metrics import Metrics
@@ -178,8 +178,10 @@ class PostgresProbe:
             await self._connection.close()
 
 
-def probes(postgres: PostgresProbe, client: Redis, online: OnlineStore, fleet: FleetWatch, store: FeatureStore) -> dict[str, Probe]:
-    """Returns a probe for each of DEPENDENCIES."""
+def probes(
+    postgres: PostgresProbe, client: Redis, online: OnlineStore, fleet: FleetWatch, registry: Callable[[], Registry]
+) -> dict[str, Probe]:
+    """Returns a probe for each of DEPENDENCIES; ``registry`` reads Feast's, on a thread."""
 
     async def redis_answers() -> None:
         await client.execute_command("PING")  # type: ignore[no-untyped-call]
@@ -194,8 +196,9 @@ def probes(postgres: PostgresProbe, client: Redis, online: OnlineStore, fleet: F
         if fleet.current is None or not len(fleet.current.table):
             raise UnavailableError("no items are published", reason="INDEX_EMPTY")
 
-    async def registry() -> None:
-        await asyncio.to_thread(store.get_feature_view, ACTIVITY_VIEW)
+    async def registered() -> None:
+        if ACTIVITY_VIEW not in (await asyncio.to_thread(registry)).layouts:
+            raise UnavailableError("the Feast repository is not applied", reason="REGISTRY_EMPTY")
 
     return {
         "postgres": Probe(postgres),
@@ -203,7 +206,7 @@ def probes(postgres: PostgresProbe, client: Redis, online: OnlineStore, fleet: F
         "snapshot": Probe(lambda: _snapshot(online, fleet)),
         "model": Probe(model, _SLOW_SECONDS),
         "index": Probe(index),
-        "registry": Probe(registry, _SLOW_SECONDS),
+        "registry": Probe(registered, _SLOW_SECONDS),
     }
 
 

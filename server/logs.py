@@ -19,18 +19,22 @@ _QUOTED_ROWS = re.compile(r"^((?:DETAIL|CONTEXT):).*$", re.MULTILINE)
 _HIDDEN = "***"
 
 
-def configure(*, level: str = "info", stream: TextIO | None = None, json: bool | None = None) -> structlog.stdlib.BoundLogger:
+def configure(
+    *, level: str = "info", stream: TextIO | None = None, json: bool | None = None, worker: int | None = None
+) -> structlog.stdlib.BoundLogger:
     """Sends structlog's and the standard library's logs to one place in one form, and returns the root logger.
 
     Args:
         level: lowest level written: debug, info, warning or error.
         stream: where to write; stderr by default.
         json: JSON lines or readable text; by default text when the stream is a terminal.
+        worker: number of this process among those of one server, said in every line.
     """
     out = sys.stderr if stream is None else stream
     as_json = not out.isatty() if json is None else json
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        *([_said_of(worker)] if worker is not None else []),
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -47,6 +51,13 @@ def configure(*, level: str = "info", stream: TextIO | None = None, json: bool |
     root.setLevel(level.upper())
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("concord")
     return logger
+
+
+def _said_of(worker: int) -> Processor:
+    def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        return {**event, "worker": worker}
+
+    return add
 
 
 def _final(as_json: bool, colours: bool) -> list[Processor]:

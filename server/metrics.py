@@ -40,7 +40,7 @@ class Metrics:
     """All metrics of one process, registered in ``registry``; durations are in seconds."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        _keep_values_in_memory()
+        keep_values_in_memory()
         self._child: Any = cache(_labelled)  # labels() checks and locks for 2 µs, and a call asks for eight
         self._rpc_count = Counter("concord_rpc", "Calls answered.", ["method", "code", "channel"], registry=registry)
         self._rpc_seconds = Histogram(
@@ -251,8 +251,8 @@ class _Vitals:
         )
 
 
-def _keep_values_in_memory() -> None:
-    """Undoes what importing Feast does to prometheus_client where it comes first (feast/metrics.py, 0.67).
+def keep_values_in_memory() -> None:
+    """Undoes what importing Feast does to prometheus_client where it comes first (feast/metrics.py, 0.67), here or in a parent process.
 
     It puts every metric of the process into memory-mapped files keyed by name alone, so that two registries share their counts.
     """

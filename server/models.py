@@ -6,15 +6,14 @@ from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
-from feast import FeatureStore
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from features import models
 from features.bundle import BundleError, fetch
 from features.models import Activation, ActivationInProgressError, ModelVersion, OnUnready, ReplicaUnreadyError, UnknownModelError
+from features.registry import read_registry, unmet
 from features.replicas import Replica, list_replicas
-from features.store import unmet
 from server.database import connector
 from server.errors import ConflictError, NotFoundError, PreconditionError, UnavailableError
 from server.fleet import FleetWatch
@@ -31,9 +30,8 @@ class BundleLoader:
     Not at a lower priority: ONNX Runtime's threads would inherit it for as long as the model answers.
     """
 
-    def __init__(self, settings: ServerSettings, store: FeatureStore, *, provider: str, threads: int, precision: str = "fp32") -> None:
+    def __init__(self, settings: ServerSettings, *, provider: str, threads: int, precision: str = "fp32") -> None:
         self._settings = settings
-        self._store = store
         self._provider = provider
         self._threads = threads
         self._precision = precision
@@ -59,8 +57,9 @@ class BundleLoader:
             manifest = fetch(published.uri, Path(folder))
         except OSError as error:
             raise BundleError(f"{model_version}: cannot be kept here: {error.strerror}") from error
-        self._store.refresh_registry()
-        if missing := unmet(manifest.contract, self._store):
+        with connector(self._settings)() as connection:
+            registry = read_registry(connection, self._settings.project)
+        if missing := unmet(manifest.contract, registry):
             raise UnavailableError(
                 f"model {model_version} was trained on features the registry no longer offers: {', '.join(missing)}",
                 reason="CONTRACT_UNMET",

@@ -13,6 +13,7 @@ class ServerSettings(SecuritySettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces.")
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one and prints it.")
     metrics_port: int = Field(9464, ge=-1, le=65535, description="Prometheus port; 0 picks a free one, -1 switches it off.")
+    workers: int = Field(1, ge=1, le=64, description="Server processes that share the ports, each a replica of its own.")
     otlp_endpoint: str = Field(
         "", description="OTLP/gRPC collector that traces are sent to, http://host:4317 or https://...; empty switches tracing off."
     )

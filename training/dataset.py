@@ -19,9 +19,9 @@ from feast.errors import FeastObjectNotFoundException
 from features.behaviour import MICROS_PER_DAY, Activity, Behaviour, behaviour_text
 from features.catalogue import publish_epoch
 from features.item_table import POPULARITY, FloatArray, ItemTable, load_item_table
-from features.materialize import take_snapshot
 from features.ranking import Profile
 from features.settings import Settings
+from features.snapshots import take_snapshot
 from features.store import contract_of, feature_store
 from training.config import TrainConfig
 from training.descriptions import Descriptions, read_descriptions

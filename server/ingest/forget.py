@@ -7,7 +7,7 @@ from uuid import uuid4
 import redis.exceptions
 import structlog
 
-from features.materialize import MATERIALIZING
+from features.snapshots import MATERIALIZING
 from server.database import Pool
 from server.domain import Receipt, Subject
 from server.errors import NotFoundError

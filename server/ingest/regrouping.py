@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from uuid import uuid4
 
-from features.materialize import retake_profiles
+from features.snapshots import retake_profiles
 from server.ingest.grouping import Member, Regrouping
 from server.ingest.personas import Connection
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+import psycopg
 import structlog
-from feast import FeatureStore
-from feast.errors import FeatureServiceNotFoundException
-from sqlalchemy.exc import SQLAlchemyError
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
-from features.layout import FeatureValue, LayoutError, Status, ViewLayout, decode_value, entity_key, load_layouts
+from features.layout import FeatureValue, LayoutError, Status, ViewLayout, decode_value, entity_key
+from features.registry import Registry
 from server.database import ONLINE_AWAY, OnlineClient
 from server.domain import EntityKey, Subject
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
@@ -92,8 +91,8 @@ class FeatureReader:
         states: UserStates,
         identities: Identities,
         *,
-        store: FeatureStore,
-        layouts: Mapping[str, ViewLayout],
+        registry: Registry,
+        read_registry: Callable[[], Registry],
         project: str,
         now: Callable[[], datetime],
     ) -> None:
@@ -101,11 +100,10 @@ class FeatureReader:
         self._breaker = breaker
         self._states = states
         self._identities = identities
-        self._store = store
-        self._layouts = dict(layouts)
-        activity = layouts[ACTIVITY_VIEW]
+        self._registry = registry
+        self._read_registry = read_registry
+        activity = registry.layouts[ACTIVITY_VIEW]
         self._version_field = activity.fields[activity.features.index("version")]
-        self._services: dict[str, tuple[str, ...]] = {}
         self._plans: dict[tuple[str, ...], _Plan] = {}
         self._project = project
         self._now = now
@@ -120,7 +118,7 @@ class FeatureReader:
             UnavailableError: Redis is away, and PostgreSQL does not keep these features in their online form, or what it holds
                 may not be shown yet.
         """
-        names = tuple(refs) or self._services.get(service) or await self._service_refs(service)
+        names = tuple(refs) or await self._service_refs(service)
         plan = self._plans.get(names) or self._plan(names)
         for position, entity in enumerate(entities):
             _require_ids(plan, position, entity)
@@ -187,32 +185,29 @@ class FeatureReader:
         while True:
             await asyncio.sleep(pause_seconds)
             try:
-                await asyncio.to_thread(self._store.refresh_registry)
-                self._layouts = await asyncio.to_thread(load_layouts, self._store)
-            except (SQLAlchemyError, LayoutError) as error:
+                self._registry = await asyncio.to_thread(self._read_registry)
+            except (psycopg.Error, LayoutError) as error:
                 _log.warning("the Feast registry cannot be followed; serving what it said last", error=type(error).__name__)
-            self._services, self._plans = {}, {}
+            self._plans = {}
 
     async def _service_refs(self, service: str) -> tuple[str, ...]:
-        try:
-            found = await asyncio.to_thread(self._store.get_feature_service, service)
-        except FeatureServiceNotFoundException:
-            raise NotFoundError("no such feature service", reason="FEATURE_SERVICE_UNKNOWN", field="feature_service") from None
-        refs = tuple(f"{p.name_to_use()}:{f.name}" for p in found.feature_view_projections for f in p.features)
-        self._services[service] = refs
-        return refs
+        if service not in self._registry.services:  # it may be new since the last look
+            self._registry, self._plans = await asyncio.to_thread(self._read_registry), {}
+        if (found := self._registry.services.get(service)) is None:
+            raise NotFoundError("no such feature service", reason="FEATURE_SERVICE_UNKNOWN", field="feature_service")
+        return tuple(feature.ref for feature in found.features)
 
     def _plan(self, refs: tuple[str, ...]) -> _Plan:
         views: dict[str, dict[str, list[str]]] = {}
         for ref in refs:
             name, _, feature = ref.partition(":")
-            layout = self._layouts.get(name)
-            if layout is None and name in {view.name for view in self._store.list_on_demand_feature_views(allow_cache=True)}:
+            layout = self._registry.layouts.get(name)
+            if layout is None and name in self._registry.on_demand:
                 raise InvalidRequestError("features", f"{ref} is computed at request time and not read from the online store")
             if layout is None or feature not in layout.features:
                 raise NotFoundError(f"no online feature {ref!r}", reason="FEATURE_UNKNOWN", field="features")
             views.setdefault(layout.join_key, {}).setdefault(name, []).append(feature)
-        narrowed = {key: tuple(self._layouts[name].only(asked) for name, asked in found.items()) for key, found in views.items()}
+        narrowed = {key: tuple(self._registry.layouts[name].only(asked) for name, asked in found.items()) for key, found in views.items()}
         fields = {
             key: ((self._version_field,) if key == USER else ()) + tuple(field for view in found for field in view.hash_fields)
             for key, found in narrowed.items()

@@ -126,8 +126,11 @@ def build_server(
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     new_uuid: Callable[[], UUID] = uuid4,
     tracing: Tracing | None = None,
+    share_ports: bool = False,
 ) -> GrpcServer:
     """Builds a server over ``services`` and binds it to the main and the admin address of ``settings``.
+
+    With ``share_ports`` other processes may bind the same ones, and the kernel gives each connection to one of them.
 
     Raises:
         SettingsError: an address cannot be bound, or certificates cannot be used.
@@ -160,7 +163,7 @@ def build_server(
             new_id=lambda: new_uuid().hex,
             tracing=tracing or Tracing(),
         )
-        server = patient_server(edge, most_waiting=_MOST_WAITING, interceptors=[edge], options=_options(settings))
+        server = patient_server(edge, most_waiting=_MOST_WAITING, interceptors=[edge], options=_options(settings, share_ports=share_ports))
         _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if is_loopback(host) if settings.reflection is None else settings.reflection:
@@ -190,9 +193,9 @@ def _register(server: grpc.aio.Server, services: Services, events: EventServicer
     models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 
 
-def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+def _options(settings: ServerSettings, *, share_ports: bool) -> list[tuple[str, int]]:
     return [
-        ("grpc.so_reuseport", 0),  # otherwise a second server takes the same port without a word
+        ("grpc.so_reuseport", int(share_ports)),  # left to itself gRPC shares: a second server takes the same port without a word
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.absolute_max_metadata_size", 16 * 1024),  # left to itself gRPC lets up to a quarter more pass

@@ -165,7 +165,7 @@ def test_no_document_leaves_something_to_fill_in():
 
 def test_the_readme_says_what_there_is_not():
     absent = README.partition("## Not yet")[2]
-    assert all(word in absent for word in ("Search", "worker processes"))
+    assert "Search" in absent
 
 
 def test_the_table_of_settings_gives_the_real_defaults():

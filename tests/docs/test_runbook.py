@@ -17,6 +17,7 @@ from server.audit.metrics import write_metrics
 from server.audit.report import KINDS, AuditReport
 from server.health import DEPENDENCIES, NEEDS
 from server.metrics import INGEST_STAGES, STAGES, Metrics
+from server.workers.metrics import WorkerMetrics
 
 ROOT = Path(__file__).parents[2]
 RUNBOOK, GUIDE = ROOT / "docs" / "runbook.md", ROOT / "docs" / "observability.md"
@@ -30,6 +31,7 @@ def metrics() -> dict[str, set[str]]:
     """The samples that servers and audits expose, with their labels."""
     registry = CollectorRegistry()
     Metrics(registry)
+    WorkerMetrics(registry, dict)
     found: dict[str, set[str]] = {}
     for collector in registry._collector_to_names:
         labels = set(getattr(collector, "_labelnames", ()))

@@ -14,7 +14,6 @@ import psycopg
 from psycopg import sql
 
 from features.materialize import rebuild_users
-from features.store import feature_store
 from tests.guarantees.answers import Progress
 from tests.guarantees.crowd import CHANNELS, Crowd, Question, crowd
 from tests.guarantees.ground import Ground, disk, scalar, start
@@ -190,7 +189,7 @@ async def rebuild_twice(ground: Ground, *, folder: Path) -> tuple[Finding, Findi
     codec = await asyncio.to_thread(codec_of, settings)
     stored = await asyncio.to_thread(read_stored, settings.postgres_dsn)
     users = sorted(stored.versions)
-    await asyncio.to_thread(lambda: rebuild_users(settings, feature_store(settings)))
+    await asyncio.to_thread(lambda: rebuild_users(settings))
     before = await asyncio.to_thread(read_online, settings, codec, users)
     await asyncio.to_thread(ground.redis.command, "FLUSHALL")
     await asyncio.to_thread(ground.run, "rebuild")

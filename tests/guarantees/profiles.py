@@ -17,7 +17,7 @@ import pandas as pd
 from feast import FeatureStore
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, UserState, UserStateCodec
-from features.layout import load_layouts
+from features.registry import load_registry
 from features.store import feature_store
 from server.database import OnlineClient, redis_breaker, redis_client
 from server.online.breaker import CircuitBreaker
@@ -101,11 +101,11 @@ class ServerPath:
 @contextlib.asynccontextmanager
 async def server_path(settings: ServerSettings) -> Any:
     """Yields a connection of its own to the shop's Redis."""
-    store = await asyncio.to_thread(feature_store, settings)
+    layouts = (await asyncio.to_thread(load_registry, settings)).layouts
     client = redis_client(settings)
     breaker = redis_breaker(settings, client, lambda _is_open: None)
     try:
-        yield ServerPath(client, UserStateCodec(load_layouts(store), settings.project), breaker)
+        yield ServerPath(client, UserStateCodec(layouts, settings.project), breaker)
     finally:
         await client.aclose()
 
@@ -139,7 +139,7 @@ async def push_and_read(settings: ServerSettings, *, reads: int, readers: int = 
 def feast_push_and_read(settings: ServerSettings, *, reads: int) -> list[Pair]:
     """The same with plain Feast on the same Redis: one write call per view, one read call over both views."""
     store = feature_store(settings)
-    codec = UserStateCodec(load_layouts(store), settings.project)
+    codec = UserStateCodec(load_registry(settings).layouts, settings.project)
     user = f"{USER}-feast"
     over = threading.Event()
     writer = threading.Thread(target=_feast_pushes, args=(feature_store(settings), codec, user, over))

@@ -9,9 +9,9 @@ import psycopg
 import redis
 
 from features.activity import UserStateCodec
-from features.layout import decode_value, load_layouts
+from features.layout import decode_value
+from features.registry import load_registry
 from features.settings import Settings
-from features.store import feature_store
 from tests.guarantees.history import History
 from tests.guarantees.rules import Finding
 
@@ -105,7 +105,7 @@ def read_stored(dsn: str) -> Stored:
 
 def codec_of(settings: Settings) -> UserStateCodec:
     """Returns the codec of the online hashes."""
-    return UserStateCodec(load_layouts(feature_store(settings)), settings.project)
+    return UserStateCodec(load_registry(settings).layouts, settings.project)
 
 
 def read_online(settings: Settings, codec: UserStateCodec, users: Sequence[str]) -> dict[str, dict[bytes, bytes]]:

@@ -13,8 +13,7 @@ import pytest
 from psycopg.rows import dict_row
 
 from features.activity import ACTIVITY_VIEW, UserState, UserStateCodec, activity_of
-from features.layout import load_layouts
-from features.store import feature_store
+from features.registry import load_registry
 from server.database import Pool, postgres_breaker, postgres_pool, redis_breaker, redis_client
 from server.domain import EventOutcome, IncomingEvent, Stored, Subject, Token
 from server.ingest.forget import Erasure
@@ -97,7 +96,7 @@ def app(name: str) -> Subject:
 
 @contextlib.asynccontextmanager
 async def replica(settings: ServerSettings) -> AsyncIterator[Replica]:
-    codec = UserStateCodec(await asyncio.to_thread(lambda: load_layouts(feature_store(settings))), settings.project)
+    codec = UserStateCodec((await asyncio.to_thread(load_registry, settings)).layouts, settings.project)
     client = redis_client(settings)
     async with postgres_pool(settings, postgres_breaker(settings, lambda _: None)) as pool:
         online = OnlineStore(client, codec, redis_breaker(settings, client, lambda _: None))

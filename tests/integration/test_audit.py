@@ -23,9 +23,9 @@ from concord import Concord, user
 from features.activity import ACTIVITY_VIEW
 from features.bundle import COLLABORATIVE, Manifest, checksums, read_bundle, write_manifest
 from features.catalogue import Item, Relation, publish_epoch, upsert_items, upsert_relations
-from features.layout import encode_value, entity_key, load_layouts
+from features.layout import encode_value, entity_key
 from features.models import publish
-from features.store import feature_store
+from features.registry import load_registry
 from server.audit.report import AuditReport, Outcome, Violation
 from server.audit.run import Scope
 from server.settings import ServerSettings
@@ -81,7 +81,7 @@ class Shop:
 
     def fields(self) -> dict[str, bytes]:
         """Feature names of the activity view to their hash fields."""
-        layout = load_layouts(feature_store(self.settings))[ACTIVITY_VIEW]
+        layout = load_registry(self.settings).layouts[ACTIVITY_VIEW]
         return dict(zip(layout.features, layout.fields, strict=True))
 
     def execute(self, query: str, *parameters: Any) -> list[Any]:

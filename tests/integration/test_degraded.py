@@ -22,8 +22,9 @@ from concord import Concord, user
 from concord.v1 import common_pb2, features_pb2, features_pb2_grpc, recommendation_pb2_grpc
 from concord.v1.recommendation_pb2 import RecommendRequest, RecommendResponse
 from features.activity import UserState, UserStateCodec
-from features.layout import load_layouts
-from features.materialize import free_time, materialize, take_snapshot
+from features.materialize import materialize
+from features.registry import load_registry
+from features.snapshots import free_time, take_snapshot
 from features.store import feature_store
 from server.database import redis_breaker, redis_client
 from server.online.store import OnlineStore
@@ -320,12 +321,12 @@ async def test_a_redis_at_its_memory_limit_costs_the_commit_not_the_answer(fleet
 
 
 async def test_writes_that_redis_does_not_answer_give_their_connections_back(live: ServerSettings, tmp_path: Path) -> None:
-    store = feature_store(live)
+    layouts = load_registry(live).layouts
     with embedded_redis(tmp_path) as url:
         settings = live.model_copy(update={"redis_url": url, "redis_timeout_seconds": 0.05, "breaker_failures": 1_000})
         client = redis_client(settings)
         breaker = redis_breaker(settings, client, lambda _: None)
-        online = OnlineStore(client, UserStateCodec(load_layouts(store), settings.project), breaker)
+        online = OnlineStore(client, UserStateCodec(layouts, settings.project), breaker)
         state = UserState("u", 1, b"u", (1, b"v", b"0", b"", 0, 0))
         with stopped([redis_pid(settings)]):
             for _ in range(3):

@@ -10,16 +10,24 @@ import pandas as pd
 import psycopg
 import pytest
 import redis
+from alembic.script import ScriptDirectory
+from feast import Project
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
+from cli.calls import bring_up_to_date
+from cli.stack import Stack
 from features.activity import READ_STATE, WRITE_STATE, UserStateCodec, activity_of
 from features.bundle import FeatureContract, FeatureRef
 from features.catalogue import Item, upsert_items
-from features.layout import Status, entity_key, load_layouts
-from features.materialize import materialize, snapshot_grid, take_snapshot
+from features.layout import Status, entity_key
+from features.materialize import materialize
+from features.registry import Registry, is_applied, load_registry, unmet
+from features.schema import current_revision, head_revision
 from features.settings import Settings
-from features.store import REPOSITORY, contract_of, feature_store, unmet
-from tests.integration.fixtures import add_events
+from features.snapshots import snapshot_grid, take_snapshot
+from features.store import REPOSITORY, contract_of, feature_store
+from tests.integration.fixtures import NewShop, add_events
 from tests.integration.times import START
 
 USERS = ("ann", "bob", "zoë")
@@ -52,7 +60,7 @@ def _write_state(shop: Settings, user: str, codec: UserStateCodec) -> int:
 
 def test_feast_reads_what_the_server_writes(shop: Settings) -> None:
     store = feature_store(shop)
-    codec = UserStateCodec(load_layouts(store), shop.project)
+    codec = UserStateCodec(load_registry(shop).layouts, shop.project)
     assert _write_state(shop, "zoë", codec) == 3
     refs = ["user_activity:version", "user_activity:recent_items", "user_activity:recent_times", "user_activity:purchased_items"]
     seen = store.get_online_features(features=refs, entity_rows=[{"user_id": "zoë"}]).to_dict()
@@ -66,7 +74,7 @@ def test_feast_reads_what_the_server_writes(shop: Settings) -> None:
 def test_server_reads_what_feast_materializes(shop: Settings) -> None:
     report = materialize(shop)
     assert report.snapshot.user_count == len(USERS)
-    layouts = load_layouts(feature_store(shop))
+    layouts = load_registry(shop).layouts
     client = redis.Redis.from_url(shop.redis_url)
     now = datetime.now(UTC)
     profile = layouts["user_profile"]
@@ -85,7 +93,7 @@ def test_server_reads_what_feast_materializes(shop: Settings) -> None:
 
 def test_plain_feast_materialization_of_activity_equals_ours(shop: Settings) -> None:
     store = feature_store(shop)
-    codec = UserStateCodec(load_layouts(store), shop.project)
+    codec = UserStateCodec(load_registry(shop).layouts, shop.project)
     client = redis.Redis.from_url(shop.redis_url)
     client.flushdb()
     with warnings.catch_warnings():
@@ -102,7 +110,7 @@ def test_plain_feast_materialization_of_activity_equals_ours(shop: Settings) -> 
 
 
 def test_absent_stale_and_present_are_told_apart(shop: Settings) -> None:
-    layouts = load_layouts(feature_store(shop))
+    layouts = load_registry(shop).layouts
     profile = layouts["user_profile"]
     assert profile.decode([None] * len(profile.hash_fields), START)["price_mean"].status is Status.MISSING
     encoded = profile.encode(dict.fromkeys(profile.features) | {"event_count": 1}, START)
@@ -113,7 +121,7 @@ def test_absent_stale_and_present_are_told_apart(shop: Settings) -> None:
 
 
 def test_newest_version_wins_in_every_interleaving(shop: Settings) -> None:
-    codec = UserStateCodec(load_layouts(feature_store(shop)), shop.project)
+    codec = UserStateCodec(load_registry(shop).layouts, shop.project)
     client = redis.Redis.from_url(shop.redis_url)
     script = client.register_script(WRITE_STATE)
     with psycopg.connect(shop.postgres_dsn, row_factory=dict_row) as connection:
@@ -183,6 +191,39 @@ def _environment(shop: Settings) -> dict[str, str]:
 def test_contract_names_what_the_registry_lacks(shop: Settings) -> None:
     store = feature_store(shop)
     contract = contract_of(store, "ranking_v1")
-    assert unmet(contract, store) == []
+    assert unmet(contract, load_registry(shop)) == []
     wrong = FeatureContract(name="ranking_v1", features=(*contract.features, FeatureRef(ref="user_profile:shoe_size", dtype="Int64")))
-    assert unmet(wrong, store) == ["user_profile:shoe_size (Int64, offered: nothing)"]
+    assert unmet(wrong, load_registry(shop)) == ["user_profile:shoe_size (Int64, offered: nothing)"]
+
+
+def test_the_registry_read_from_its_tables_is_what_feast_says_of_it(shop: Settings) -> None:
+    store, registry = feature_store(shop), load_registry(shop)
+    services = store.list_feature_services()
+    assert len(services) == 4
+    assert registry.services == {service.name: contract_of(store, service.name) for service in services}
+    views = [view for view in store.list_feature_views() if view.online]
+    assert {name: (of.join_key, of.features, of.dtypes, of.ttl) for name, of in registry.layouts.items()} == {
+        view.name: (view.join_keys[0], tuple(f.name for f in view.features), tuple(str(f.dtype) for f in view.features), view.ttl)
+        for view in views
+    }
+    assert registry.on_demand == {view.name for view in store.list_on_demand_feature_views()} == {"price_fit"}
+
+
+def test_a_server_applies_again_whatever_changed_in_the_registry_and_only_then(new_shop: NewShop) -> None:
+    shop = new_shop()
+    assert is_applied(load_registry(shop))
+    feature_store(shop).delete_feature_service("pricing_v1")
+    assert not is_applied(load_registry(shop))
+    bring_up_to_date(shop)
+    assert is_applied(load_registry(shop))
+    assert "pricing_v1" in load_registry(shop).services
+    feature_store(shop).registry.apply_project(Project(name=shop.project))  # as plain feast apply leaves it, without the tag
+    assert not is_applied(load_registry(shop))
+
+
+def test_a_database_that_feast_never_saw_has_an_empty_registry(shop: Settings, stack: Stack) -> None:
+    empty = shop.model_copy(update={"postgres_dsn": make_conninfo(stack.postgres_dsn, dbname="postgres")})
+    assert load_registry(empty) == Registry({}, frozenset(), {}, {})
+    assert load_registry(shop.model_copy(update={"project": "another"})).layouts == {}
+    assert current_revision(empty.postgres_dsn) is None
+    assert current_revision(shop.postgres_dsn) == head_revision() == ScriptDirectory(str(REPOSITORY / "schema")).get_current_head()

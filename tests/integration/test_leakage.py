@@ -16,7 +16,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from features import materialize
+from features import snapshots
 from features.catalogue import Item, Relation, publish_epoch, upsert_items, upsert_relations
 from features.item_table import FloatArray, ItemTable
 from features.signals import SignalConfig
@@ -193,11 +193,9 @@ def test_a_leak_in_any_input_is_noticed(world: World, monkeypatch: pytest.Monkey
         assert leaking.count("AND true") == 2
         connection.execute(leaking)
     monkeypatch.setattr(
-        materialize, "_USER_PROFILE", materialize._USER_PROFILE.replace("e.occurred_at <= %(as_of)s", "%(as_of)s <> 'infinity'")
+        snapshots, "_USER_PROFILE", snapshots._USER_PROFILE.replace("e.occurred_at <= %(as_of)s", "%(as_of)s <> 'infinity'")
     )
-    monkeypatch.setattr(
-        materialize, "_ITEM_POPULARITY", materialize._ITEM_POPULARITY.replace("WHERE occurred_at <= %(as_of)s AND", "WHERE")
-    )
+    monkeypatch.setattr(snapshots, "_ITEM_POPULARITY", snapshots._ITEM_POPULARITY.replace("WHERE occurred_at <= %(as_of)s AND", "WHERE"))
     monkeypatch.setattr(Descriptions, "before", lambda self, time: self._table)
     history = collaborative.history_matrix
     monkeypatch.setattr(collaborative, "history_matrix", lambda log, count, *, until, **more: history(log, count, until=2**62, **more))

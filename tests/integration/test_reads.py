@@ -4,19 +4,18 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 import redis
-from feast import Entity, FeatureView, Field, FileSource, ValueType
-from feast.types import String
 
 from features.activity import ACTIVITY_VIEW, UserState
-from features.layout import Status, load_layouts
-from features.materialize import take_snapshot
-from features.store import feature_store
+from features.layout import LayoutError, Status
+from features.registry import Registry, load_registry
+from features.snapshots import take_snapshot
 from server.database import redis_breaker, redis_client
 from server.domain import EntityKey, Subject
 from server.errors import InvalidRequestError, UnavailableError
@@ -30,6 +29,7 @@ from server.recommend.slate import Place
 from server.settings import ServerSettings
 from tests.integration.replicas import Names, Pair, Replica, app, view, web
 
+EMPTY = Registry({}, frozenset(), {}, {})
 VERSION = f"{ACTIVITY_VIEW}:version"
 
 
@@ -39,11 +39,14 @@ def now() -> datetime:
 
 @asynccontextmanager
 async def reading(settings: ServerSettings, of: Replica, states: UserStates) -> AsyncIterator[tuple[FeatureReader, CircuitBreaker]]:
-    store = await asyncio.to_thread(feature_store, settings)
     client = redis_client(settings)
     breaker = redis_breaker(settings, client, lambda _: None)
-    layouts = load_layouts(store)
-    yield FeatureReader(client, breaker, states, of.identities, store=store, layouts=layouts, project=settings.project, now=now), breaker
+    read = partial(load_registry, settings)
+    registry = await asyncio.to_thread(read)
+    yield (
+        FeatureReader(client, breaker, states, of.identities, registry=registry, read_registry=read, project=settings.project, now=now),
+        breaker,
+    )
     await client.aclose()
 
 
@@ -111,19 +114,23 @@ async def test_what_was_read_around_redis_is_the_least_that_is_read_from_it_afte
 
 
 async def test_a_view_that_cannot_be_laid_out_does_not_end_the_looks_at_the_registry(two: Pair, settings: ServerSettings) -> None:
-    keys = [Entity(name=name, join_keys=[f"{name}_id"], value_type=ValueType.STRING) for name in ("user", "item")]
-    schema = [Field(name=name, dtype=String) for name in ("user_id", "item_id", "v")]
-    source = FileSource(path="nowhere.parquet", timestamp_field="t")
-    pair = FeatureView(name="pair", entities=keys, schema=schema, source=source)
-    store: Any = SimpleNamespace(refresh_registry=lambda: None, list_feature_views=lambda: [pair])
+    looks = 0
+
+    def two_keys() -> Registry:
+        nonlocal looks
+        looks += 1
+        raise LayoutError("pair: 2 join keys; views here have exactly one")
+
     async with reading(settings, two[0], two[0].states) as (reader, _):
-        known, reader._store = reader._store, store
+        known, reader._read_registry = reader._read_registry, two_keys
         looking = asyncio.create_task(reader.run(0.01))
         await asyncio.sleep(0.2)
         assert not looking.done()
-        reader._store, reader._layouts = known, {}
+        assert looks > 1
+        assert reader._registry.layouts
+        reader._read_registry, reader._registry = known, EMPTY
         async with asyncio.timeout(5):
-            while not reader._layouts:
+            while not reader._registry.layouts:
                 await asyncio.sleep(0.01)
         looking.cancel()
         await asyncio.wait([looking])

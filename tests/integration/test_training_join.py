@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.catalogue import Item, upsert_items
-from features.materialize import snapshot_grid, take_snapshot
+from features.snapshots import snapshot_grid, take_snapshot
 from features.store import feature_store
 from server.settings import ServerSettings
 from tests.integration.fixtures import NewShop, add_events

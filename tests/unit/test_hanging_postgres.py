@@ -39,7 +39,7 @@ async def test_calls_that_ask_in_threads_end(dsn: str) -> None:
     calls = (
         Catalog(NONE, NONE, connect=connector(settings), epoch_seconds=1.0).upsert([Item("i", "t")], []),
         SnapshotBuilder(NONE, dsn=dsn).build(None, 1),
-        BundleLoader(settings, NONE, provider="cpu", threads=1)("m1"),
+        BundleLoader(settings, provider="cpu", threads=1)("m1"),
     )
     tasks = [asyncio.ensure_future(cast("Any", call)) for call in calls]
     done, _ = await asyncio.wait(tasks, timeout=8)

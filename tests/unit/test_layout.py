@@ -1,20 +1,31 @@
 """Feast's Redis layout: values that come back, statuses told apart, and views that cannot be stored refused."""
 
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from feast import Entity, FeatureView, Field, FileSource, ValueType
 from feast.infra.online_stores.helpers import _mmh3, _redis_key
+from feast.protos.feast.core.FeatureView_pb2 import FeatureView as FeatureViewProto
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
-from feast.types import Array, Bool, Float32, Float64, Int32, Int64, String, UnixTimestamp
+from feast.types import VALUE_TYPES_TO_FEAST_TYPES, Array, Bool, Float32, Float64, Int32, Int64, String, UnixTimestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW, UserStateCodec, activity_of, profile_of
-from features.layout import LayoutError, Status, ViewLayout, decode_value, encode_value, entity_key, load_layouts, view_layout
+from features.layout import (
+    LayoutError,
+    Status,
+    ViewLayout,
+    decode_value,
+    dtype_of,
+    encode_value,
+    entity_key,
+    hash_field,
+    layouts_of,
+    view_layout,
+)
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TYPES: dict[str, Any] = {
@@ -29,11 +40,12 @@ TYPES |= {f"Array({name})": st.lists(TYPES[name]) for name in ("Int64", "Float32
 VALUES = st.sampled_from(sorted(TYPES)).flatmap(lambda dtype: st.tuples(st.just(dtype), st.none() | TYPES[dtype]))
 
 
-def view(name: str = "v", *, ttl: timedelta = timedelta(0), keys: int = 1, online: bool = True, **schema: Any) -> FeatureView:
+def view(name: str = "v", *, ttl: timedelta = timedelta(0), keys: int = 1, online: bool = True, **schema: Any) -> FeatureViewProto:
+    """A view as Feast registers it."""
     entities = [Entity(name=f"e{k}", join_keys=[f"e{k}_id"], value_type=ValueType.STRING) for k in range(keys)]
     columns = [Field(name=f"e{k}_id", dtype=String) for k in range(keys)] + [Field(name=n, dtype=t) for n, t in schema.items()]
     source = FileSource(path="nowhere.parquet", timestamp_field="t")
-    return FeatureView(name=name, entities=entities, schema=columns, source=source, ttl=ttl, online=online)
+    return FeatureView(name=name, entities=entities, schema=columns, source=source, ttl=ttl, online=online).to_proto()
 
 
 def layout(ttl: timedelta = timedelta(0)) -> ViewLayout:
@@ -105,9 +117,9 @@ def test_a_version_has_the_bytes_the_redis_script_reads() -> None:
 
 def test_bytes_are_feasts_own() -> None:
     stored = layout().encode({"count": 5, "names": ["a", "b"]}, NOW)
-    assert set(stored) == {b"_ts:v", _mmh3("v:count"), _mmh3("v:names")}
-    assert Value.FromString(stored[_mmh3("v:count")]).int64_val == 5
-    assert list(Value.FromString(stored[_mmh3("v:names")]).string_list_val.val) == ["a", "b"]
+    assert set(stored) == {b"_ts:v", hash_field("v:count"), hash_field("v:names")}
+    assert Value.FromString(stored[hash_field("v:count")]).int64_val == 5
+    assert list(Value.FromString(stored[hash_field("v:names")]).string_list_val.val) == ["a", "b"]
 
 
 def test_present_missing_and_stale_are_told_apart() -> None:
@@ -120,7 +132,7 @@ def test_present_missing_and_stale_are_told_apart() -> None:
         "names": (None, Status.MISSING, NOW),
     }
     assert read({}, hourly) == {"count": (None, Status.MISSING, None), "names": (None, Status.MISSING, None)}
-    del stored[_mmh3("v:count")]
+    del stored[hash_field("v:count")]
     assert read(stored, hourly)["count"] == (None, Status.MISSING, NOW)
 
 
@@ -144,15 +156,15 @@ def test_what_cannot_be_stored_is_refused_by_name() -> None:
         view_layout(view(at=UnixTimestamp))
 
 
-def loaded(*views: FeatureView) -> dict[str, ViewLayout]:
-    return load_layouts(cast("Any", SimpleNamespace(list_feature_views=lambda: list(views))))
+def loaded(*views: FeatureViewProto) -> dict[str, ViewLayout]:
+    return layouts_of(views)
 
 
 def colliding() -> tuple[str, str]:
     """Two features of two views of one entity that share a 32-bit field: by the birthday paradox some 2^16 names hold a pair."""
     seen: dict[bytes, str] = {}
     for number in range(10**6):
-        other = seen.setdefault(_mmh3(f"v{number % 2}:f{number}"), f"f{number}")
+        other = seen.setdefault(hash_field(f"v{number % 2}:f{number}"), f"f{number}")
         if other != f"f{number}" and (int(other[1:]) - number) % 2:
             return (other, f"f{number}") if int(other[1:]) % 2 == 0 else (f"f{number}", other)
     raise AssertionError("no two names collide")
@@ -221,3 +233,16 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
     assert bought.arguments[5 + cut : 7 + cut] == (len(codec.profile.hash_fields), codec.profile.timestamp_field)
     marker = codec.state(row | {"merged_into": "anna"})
     assert (marker.merged_into, marker.arguments[:6]) == ("anna", (9, codec.version_field, 2, "anna", 0, 0))
+
+
+@given(st.text(max_size=20), st.text(st.characters(exclude_categories=("Cs",)), max_size=40), st.sampled_from(["shop", "my_shop"]))
+def test_keys_and_fields_are_feasts_own(name: str, value: str, project: str) -> None:
+    theirs = EntityKey(join_keys=["user_id"], entity_values=[Value(string_val=value)])
+    assert entity_key("user_id", value, project) == _redis_key(project, theirs)
+    assert hash_field(name) == _mmh3(name)
+
+
+@pytest.mark.parametrize("value_type", sorted(kind.value for kind in VALUE_TYPES_TO_FEAST_TYPES if kind.value))
+def test_types_are_named_as_feast_names_them(value_type: int) -> None:
+    theirs = str(VALUE_TYPES_TO_FEAST_TYPES[ValueType(value_type)])
+    assert dtype_of(value_type) == (f"ValueType({value_type})" if theirs in {"PdfBytes", "ImageBytes"} else theirs)
