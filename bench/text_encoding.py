@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -112,7 +113,7 @@ def peer(name: str, words: Sequence[str], port: int, path: str, bodies: Sequence
             _wait_for_answer(name, process, f"http://127.0.0.1:{port}{path}", bodies[0])
             yield run_load("http1_load.py", f"127.0.0.1:{port}", path, bodies, "--connections", str(CALLERS))
         finally:
-            os.killpg(process.pid, 15)  # its workers are processes too
+            os.killpg(process.pid, signal.SIGKILL)  # its workers are processes too; asked to end, MLServer waits for them for ever
             process.wait(30)
 
 
