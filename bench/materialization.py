@@ -119,7 +119,7 @@ def prepared(settings: Settings, store: FeatureStore, users: int) -> list[Comman
     """Returns the HSET of every row."""
     made = []
     for view in (store.get_feature_view(f"{name}_{users}") for name in _SCHEMAS):
-        layout = view_layout(view)
+        layout = view_layout(view.to_proto())
         rows = stream(settings.postgres_dsn, newest_rows(view, layout, _AT, _AT))
         made += [commands([b"HSET"], layout, batch, project=settings.project) for batch in rows]
     return made

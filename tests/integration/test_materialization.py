@@ -148,7 +148,7 @@ def test_large_integers_keep_their_value_beside_nulls(things: FeatureStore, shop
     """Feast's own path goes through a data frame, where a column with nulls is one of doubles; this is the one difference."""
     fill(shop, [("large", 1, 0, NOTHING | {"i8": 2**63 - 1}), ("none", 1, 0, NOTHING)])
     by_us(things, shop, *WINDOW)
-    layout = view_layout(things.get_feature_view("things"))
+    layout = view_layout(things.get_feature_view("things").to_proto())
     replies = client.hmget(entity_key("thing_id", "large", shop.project), list(layout.hash_fields))
     assert layout.decode(replies, START)["i8"].value == 2**63 - 1
 
@@ -236,7 +236,7 @@ def test_many_batches_are_written_whole(things: FeatureStore, shop: Settings, cl
             "INSERT INTO things (thing_id, at, i8, s) SELECT 't' || n, %s, n, repeat('x', n %% 90) FROM generate_series(1, 3000) n", [START]
         )
     assert materialize_view(shop, things, "things", *WINDOW) == 3000
-    layout = view_layout(things.get_feature_view("things"))
+    layout = view_layout(things.get_feature_view("things").to_proto())
     for number in (1, 2, 1500, 2999, 3000):
         seen = layout.decode(client.hmget(entity_key("thing_id", f"t{number}", shop.project), list(layout.hash_fields)), START)
         assert (seen["i8"].value, seen["s"].value) == (number, "x" * (number % 90))
@@ -308,9 +308,7 @@ async def test_a_rebuild_in_many_batches_leaves_nobody_out(new_shop: NewShop, na
             client.flushdb()
             query(settings, "INSERT INTO online_outbox (user_id, version) SELECT user_id, version FROM users RETURNING 1")
             seen: list[tuple[str, int, int]] = []
-            looked_at = await asyncio.to_thread(
-                materialization.rebuild_users, settings, feature_store(settings), progress=lambda *step: seen.append(step)
-            )
+            looked_at = await asyncio.to_thread(materialization.rebuild_users, settings, progress=lambda *step: seen.append(step))
             assert looked_at == 24
             assert seen[-1] == ("online user state", 24, 24)
             assert everything(client) == {key: fields for key, fields in expected.items() if key not in merged}

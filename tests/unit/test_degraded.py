@@ -34,7 +34,7 @@ async def rank(replica: Replica, *, token: Token | None = None) -> Answer:
 
 
 def shown(answer: Answer) -> list[tuple[str, int, float, int | None]]:
-    return [(item.item_id, item.position, item.score, item.price_micros) for item in answer.items]
+    return [(item.item_id, item.position, item.score, item.card.price_micros) for item in answer.items]
 
 
 def materialized(shop: Shop, *, online: bool = True) -> None:
