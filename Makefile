@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 STUBS := client/concord/v1/.generated
 PROTOS := $(wildcard protos/concord/v1/*.proto)
 
-.PHONY: help install stubs demo test test-long test-unit fuzz audit chaos quality lint format serve sbom dependency-audit clean
+.PHONY: help install stubs demo test test-long test-unit fuzz audit chaos quality lint format serve sbom dependency-audit bench clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ chaos: install ## Break every process and store: the suite under injected faults
 
 quality: install ## Train on a public set (SET=beauty|cold|online_retail, SEED=0) and write the judge's file (OUT=rankings.jsonl).
 	$(BIN)/python -m training.quality $(or $(SET),beauty) --seed $(or $(SEED),0) --out $(or $(OUT),rankings.jsonl) $(if $(DATA),--data $(DATA)) $(if $(WITHOUT),--without $(WITHOUT))
+
+bench: install ## Measure speed and memory beside peers and limits (ONLY="recommend ingest" for some); about 40 minutes.
+	$(BIN)/python bench/run_all.py $(ONLY)
 
 lint: install ## Check style, types, arrows and configuration files.
 	$(BIN)/ruff check .

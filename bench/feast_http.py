@@ -1,8 +1,7 @@
-"""Feast's own HTTP feature server over the shop's registry and Redis, and a load for it: the peer of several benchmarks."""
+"""Feast's own HTTP feature server over the shop's registry and Redis: the peer of several benchmarks."""
 
 import json
 import os
-import selectors
 import socket
 import subprocess
 import sys
@@ -56,43 +55,6 @@ def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
             return
 
 
-def request(customers: Sequence[str], *, join_key: str = "user_id", refs: Sequence[str] = FEATURES) -> bytes:
-    """Returns an HTTP/1.1 request for the features of some customers or items."""
-    body = json.dumps({"features": list(refs), "entities": {join_key: list(customers)}}).encode()
-    head = f"POST /get-online-features HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-def http_load(port: int, customers: Sequence[str], *, seconds: float, connections: int) -> float:
-    """Keeps one call in flight on each connection; returns the calls a second that were answered with 200."""
-    messages = [request([customer]) for customer in customers]
-    selector, answered, turn = selectors.DefaultSelector(), 0, 0
-    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(connections)]
-    unread = dict.fromkeys(sockets, b"")
-    for sock in sockets:
-        selector.register(sock, selectors.EVENT_READ)
-        sock.sendall(messages[(turn := turn + 1) % len(messages)])
-    started = time.perf_counter()
-    while (now := time.perf_counter()) < started + 1 + seconds:
-        for key, _ in selector.select(0.1):
-            sock = key.fileobj
-            assert isinstance(sock, socket.socket)
-            unread[sock] += sock.recv(1 << 16)
-            if whole(unread[sock]):
-                if not unread[sock].startswith(b"HTTP/1.1 200"):
-                    raise RuntimeError(unread[sock][:500].decode())
-                answered += now > started + 1
-                unread[sock] = b""
-                sock.sendall(messages[(turn := turn + 1) % len(messages)])
-    for sock in sockets:
-        sock.close()
-    return answered / seconds
-
-
-def whole(data: bytes) -> bool:
-    """Says whether an answer has come in full; Feast's server always names its length."""
-    head, separator, body = data.partition(b"\r\n\r\n")
-    if not separator:
-        return False
-    length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-    return len(body) >= int(length.partition(b":")[2])
+def body(ids: Sequence[str], *, join_key: str = "user_id", refs: Sequence[str] = FEATURES) -> bytes:
+    """Returns what asks for the features of some customers or items."""
+    return json.dumps({"features": list(refs), "entities": {join_key: list(ids)}}).encode()

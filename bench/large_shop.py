@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import psycopg
 import redis
-from bench.harness import WORK
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
@@ -21,6 +20,7 @@ from features.registry import is_applied, load_registry
 from features.schema import current_revision, head_revision, migrate
 from features.settings import Settings
 from features.store import apply_repository
+from harness import WORK
 
 _CATEGORIES, _BRANDS, _BATCH = 40, 200, 10_000
 _EMPTY = "empty"

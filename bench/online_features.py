@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import http.client
 import io
+import json
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from rich.table import Table
 
 from cli.stack import running_server
 from concord.v1 import features_pb2, features_pb2_grpc
-from feast_http import FEATURES, feature_server
+from feast_http import FEATURES, body, feature_server
 from features.layout import entity_key
 from features.registry import load_registry
 from features.settings import Settings
@@ -135,13 +136,11 @@ def sdk(store: FeatureStore, question: Question) -> Callable[[], object]:
 
 def over_http(port: int, question: Question) -> Callable[[], object]:
     """Returns what asks Feast's feature server."""
-    import json
-
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    body = json.dumps({"features": question.refs, "entities": {question.join_key: question.ids}})
+    asked = body(question.ids, join_key=question.join_key, refs=question.refs)
 
     def ask() -> object:
-        connection.request("POST", "/get-online-features", body, {"content-type": "application/json"})
+        connection.request("POST", "/get-online-features", asked, {"content-type": "application/json"})
         answer = connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(answer.read()[:500].decode())

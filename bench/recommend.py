@@ -23,8 +23,9 @@ from rich.table import Table
 
 from cli.stack import running_server
 from concord.v1 import recommendation_pb2
-from feast_http import feature_server, http_load
+from feast_http import body, feature_server
 from harness import WORK, Verdict, console, prepared_shop
+from http1_load import run
 from overload import RECOMMEND, requests
 
 _LOAD = Path(__file__).with_name("http2_load.py")
@@ -87,14 +88,15 @@ def main() -> None:
     peer: list[float] = []
     with prepared_shop() as settings, running_server(WORK) as ports, feature_server(settings) as feast:
         messages = requests(settings.postgres_dsn)
-        customers = [recommendation_pb2.RecommendRequest.FromString(message).subject.user_id for message in messages]
+        asked = [body([recommendation_pb2.RecommendRequest.FromString(message).subject.user_id]) for message in messages]
         address = f"127.0.0.1:{ports['port']}"
         with echo(warmed(address, messages)) as limit:
             addresses = {"ours": address, "echo": limit}
             for number in range(options.rounds):
                 for name in sorted(addresses, reverse=number % 2 == 0):
                     peaks[name].append(load(addresses[name], messages, options.seconds, "--outstanding", "32"))
-                peer.append(http_load(feast, customers, seconds=options.seconds, connections=16))
+                found = run(f"127.0.0.1:{feast}", "/get-online-features", asked, connections=16, warm_up=1, seconds=options.seconds)
+                peer.append(found["answered_per_second"])
                 rate = peaks["ours"][-1]["answered_per_second"] / 2
                 for name in sorted(addresses, reverse=number % 2 == 0):
                     halves[name].append(load(addresses[name], messages, options.seconds, "--rate", str(rate), "--prompt"))

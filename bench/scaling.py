@@ -2,7 +2,7 @@
 
 All cases are up at once and take turns, call by call, so that whatever else the machine does falls on all of them alike:
 
-    python -m bench.scaling --rounds 150
+    python bench/scaling.py --rounds 150
 
 Timed are Recommend of a committed slate (hit) and Recommend just after the customer did something (miss), one call at a time, from
 a client that only sends bytes. Bars: two workers within 20 % of one, and 2 KB of Redis for a customer. Prints tables and a last
@@ -21,9 +21,6 @@ from statistics import mean
 import grpc
 import psycopg
 import redis
-from bench.harness import WORK, Verdict, console, in_turn, percentile, prepared_shop
-from bench.large_shop import large_shop
-from bench.startup import Server
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -31,6 +28,9 @@ from concord.v1 import common_pb2, events_pb2, recommendation_pb2
 from features.activity import UserStateCodec
 from features.registry import load_registry
 from features.settings import Settings
+from harness import WORK, Verdict, console, in_turn, percentile, prepared_shop
+from large_shop import large_shop
+from startup import Server
 
 RATIO, BYTES = 1.2, 2048.0
 _RECOMMEND, _RECORD = "/concord.v1.RecommendationService/Recommend", "/concord.v1.EventService/RecordEvents"

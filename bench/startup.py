@@ -3,7 +3,7 @@
 Ours, Feast's own feature server on the same registry (the peer), and a bare Python that imports the same libraries and opens the
 same encoder (the limit: no server with this model starts faster) take turns:
 
-    python -m bench.startup --items 10000 --rounds 3
+    python bench/startup.py --items 10000 --rounds 3
 
 The catalogue is generated, the model is the sample shop's, widened to it. Prints a table and a last line of JSON.
 """
@@ -23,8 +23,6 @@ from pathlib import Path
 from statistics import median
 
 import grpc
-from bench.harness import Verdict, console, in_turn, prepared_shop
-from bench.large_shop import empty_shop, large_shop
 from rich.table import Table
 
 from cli.stack import free_port
@@ -33,6 +31,8 @@ from concord.v1.recommendation_pb2 import RecommendRequest
 from concord.v1.recommendation_pb2_grpc import RecommendationServiceStub
 from features.settings import Settings
 from features.store import REPOSITORY
+from harness import Verdict, console, in_turn, prepared_shop
+from large_shop import empty_shop, large_shop
 
 FORBIDDEN = ("feast", "pandas", "dask", "pyarrow", "torch", "transformers", "scipy", "sqlalchemy", "alembic")
 SECONDS, MEGABYTES = 3.0, 350.0
