@@ -1,7 +1,7 @@
 """Materialization of batch views: their newest rows stream from PostgreSQL to the online store in bounded memory.
 
 The rows are those that Feast's materialization takes and the bytes those that it writes, so ``feast materialize`` works on the
-same store, before, after and meanwhile.
+same store, before, after and meanwhile. The driver that reads brings a libpq of its own, which knows TLS but not GSSAPI.
 """
 
 import contextlib

@@ -22,6 +22,9 @@ from features.columns import encode_column, encode_times, entity_keys, joined
 from features.layout import ViewLayout
 from features.overlap import overlapped
 
+# While one batch's answers are read, Redis works on the next.
+_CONNECTIONS = 2
+
 # ARGV: the field of the view's event time, that time, then fields and values; all of it is what HSET takes.
 # Times compare as Feast compares them: equal is not newer, and one of 1970 or before gives way to any.
 # Ordered so that a hash without the view, or with this very time, costs no decoding.
@@ -88,14 +91,9 @@ def write_view(
     """
     expire = "" if expire_seconds is None else _EXPIRE.format(seconds=expire_seconds)
     script: Any = client.script_load(f"{_WRITE}{expire}return 1")
-    connection: Any = client.connection_pool.get_connection()
-    try:
-        call = (b"EVALSHA", script.encode(), b"1")
-        ready = (commands(call, layout, batch, project=project) for batch in batches)
-        return sum(overlapped(partial(send, connection), ready))
-    finally:
-        connection.disconnect()
-        client.connection_pool.release(connection)
+    call = (b"EVALSHA", script.encode(), b"1")
+    ready = (commands(call, layout, batch, project=project) for batch in batches)
+    return sum(overlapped(partial(send, client), ready, threads=_CONNECTIONS))
 
 
 def commands(call: Sequence[bytes], layout: ViewLayout, batch: pa.RecordBatch, *, project: str) -> Commands:
@@ -125,15 +123,22 @@ def _merged(pieces: Iterable[pa.Array | bytes]) -> Iterator[pa.Array | bytes]:
             yield from group
 
 
-def send(connection: Any, batch: Commands) -> int:
-    """Sends commands and returns the sum of their answers; raises the first refusal when all answers are read."""
-    connection.send_packed_command([batch.payload])
-    total, refusal = 0, None
-    for _ in range(batch.count):
-        try:
-            total += connection.read_response()
-        except ResponseError as error:
-            refusal = refusal or error
+def send(client: redis.Redis, batch: Commands) -> int:
+    """Sends commands over one connection and returns the sum of their answers; raises the first refusal when all answers are read."""
+    connection: Any = client.connection_pool.get_connection()
+    try:
+        connection.send_packed_command([batch.payload])
+        total, refusal = 0, None
+        for _ in range(batch.count):
+            try:
+                total += connection.read_response()
+            except ResponseError as error:
+                refusal = refusal or error
+    except BaseException:
+        connection.disconnect()  # answers may be under way that the next one to use it would take for theirs
+        raise
+    finally:
+        client.connection_pool.release(connection)
     if refusal:
         raise refusal
     return total

@@ -23,9 +23,10 @@ from features.snapshots import MATERIALIZING, SnapshotReport, free_time, newest_
 from features.store import feature_store
 
 BATCH_VIEWS = ("user_profile", "item_profile", "item_popularity")
-_USERS_PER_BATCH = 500
 # PostgreSQL does two thirds of a rebuild, so several batches are read at once; beyond four this process is what they wait for.
+# Together they hold 500 customers: one with 50 texts and 300 purchases is some 30 kB, several times over while it is encoded.
 _REBUILDERS = 4
+_USERS_PER_BATCH = 125
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage name, steps done and steps in all."""
