@@ -161,9 +161,9 @@ def test_filters_only_remove_and_never_reorder(categories: set[str], low: int | 
     kept, _ = Shelf("web", wanted, hide_out_of_stock=True).page(ranked(40), offers(40), start=0, limit=100)
     assert [item for item in whole if item in kept] == kept
     for item in whole:
-        price = item.price_micros or 0
+        price = item.card.price_micros or 0
         passes = (
-            (not categories or item.category in categories)
+            (not categories or item.card.category in categories)
             and (low is None or price >= low * 1_000_000)
             and (high is None or price <= high * 1_000_000)
             and item.item_id not in excluded
@@ -181,7 +181,7 @@ def test_a_channel_shows_only_what_it_sells_and_what_can_be_had() -> None:
     shown = {item.item_id for item in Shelf("web", ItemFilter(), hide_out_of_stock=True).page(ranked(6), table_, start=0, limit=9)[0]}
     assert shown == {"i003", "i004", "i005"}
     flagged, _ = Shelf("store", ItemFilter(), hide_out_of_stock=False).page(ranked(6), table_, start=0, limit=9)
-    assert {item.item_id: item.in_stock for item in flagged}["i000"] is False
+    assert {item.item_id: item.card.in_stock for item in flagged}["i000"] is False
     assert "i001" in {item.item_id for item in flagged}
 
 
