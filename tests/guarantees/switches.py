@@ -30,6 +30,7 @@ from server.ingest.recorder import EventRecorder
 from server.online import store
 from server.online.states import UserStates
 from server.online.store import Fleet, OnlineStore
+from server.online.wire import Script
 from server.recommend import slates
 from server.recommend.compute import Ranked
 from server.settings import ServerSettings
@@ -152,7 +153,7 @@ return slate
 
 
 def _commit_always(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(store, "_COMMIT", _COMMIT_ALWAYS)
+    patch.setattr(store, "_COMMIT", Script(_COMMIT_ALWAYS))
 
 
 def _first_offers_for_ever(patch: pytest.MonkeyPatch) -> None:
@@ -173,7 +174,7 @@ def _tokens_ignored(patch: pytest.MonkeyPatch) -> None:
 
 def _write_always(patch: pytest.MonkeyPatch) -> None:
     assert "if current < offered then" in WRITE_STATE
-    patch.setattr(store, "WRITE_STATE", WRITE_STATE.replace("if current < offered then", "if true then"))
+    patch.setattr(store, "_WRITE", Script(WRITE_STATE.replace("if current < offered then", "if true then")))
 
 
 def _shown_at_once(patch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ async def test_a_traced_call_reaches_the_collector_whole_and_names_nobody(live: 
     names = {found.name for found in collector.spans}
     stages = {"identity", "online_read", "features", "user_vector", "candidates", "ranking", "policy", "commit", "offers", "answer"}
     assert stages <= names
-    assert {"record", "group commit", "online_write", "redis pipeline", "redis EVALSHA", "onnx encoder", "onnx ranker"} <= names
+    assert {"record", "group commit", "online_write", "redis pipeline", "onnx encoder", "onnx ranker"} <= names
     assert {"postgres INSERT events", "postgres SELECT users", "postgres connection"} <= names
     assert {found.trace_id.hex() for found in collector.spans} == {TRACE}
     by_id = {found.span_id: found for found in collector.spans}
@@ -172,7 +172,8 @@ async def test_a_model_this_replica_cannot_load_takes_recommendations_away_and_n
         await rooms.fleet._online.point(type(active)("unknown", active.activation + 1, active.index_version, active.offer_version))
         for _ in range(2):
             seen = await watch.look()
-        assert [name for name, able in seen.services.items() if not able] == ["concord.v1.RecommendationService"]
+        away = [name for name, able in seen.services.items() if not able]
+        assert away == ["concord.v1.RecommendationService", "concord.v1.UnderstandingService"]
         assert seen.dependencies["model"]  # the one it holds still answers
         await rooms.fleet._online._client.flushdb()
 

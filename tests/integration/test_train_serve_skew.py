@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psycopg
@@ -60,6 +60,7 @@ class Both:
         customer = await Customers(self.reader.states).online(user_id, self.snapshot, as_of=datetime.now(UTC))
         self.asked.clear()
         assert self.snapshot.model is not None
+        cast("Any", self.snapshot.model._behaviour_vector).cache_clear()  # or what was asked before would reach no encoder
         self.snapshot.model.user_vector(customer.activity, self.snapshot.table, self.snapshot.vectors)
         return customer, self.asked[0]["input_ids"][0].tolist() if self.asked else None
 
