@@ -137,14 +137,12 @@ def train(
     heads = {head.name: head for head in (Clicks(), Ratings())}
     if begun.task in heads and begun.config.ensemble > 1:
         raise typer.BadParameter(f"the {begun.task} is one model", param_hint="--ensemble")
-    if track and begun.task in heads:
-        raise typer.BadParameter(f"only the training of recommendations is followed, not the {begun.task}", param_hint="--track")
+    trackers = [each.value for each in track or (Track.tensorboard,)]
     with shop(Settings) as settings:
         try:
             if begun.task in heads:
-                result = train_pairs(settings, heads[begun.task], begun.config, resume=resume)
+                result = train_pairs(settings, heads[begun.task], begun.config, resume=resume, track=trackers)
             else:
-                trackers = [each.value for each in track or (Track.tensorboard,)]
                 result = run(settings, begun.config, resume=resume, track=trackers)
         except TrackerMissingError as error:
             raise typer.BadParameter(str(error), param_hint="--track") from None

@@ -9,6 +9,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ from training.regimes import Regime, rest_frozen
 from training.run import TrainResult, prepare_torch
 from training.runs import Begun, begin, checkpoints, finish
 from training.text import TINY, base_path, load_tokenizer, tiny_config
+from training.tracking import Tracker, open_trackers, require_trackers
 
 _EVALUATION_BATCH = 64
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -225,7 +227,13 @@ class PairTask:
 
 
 def train_pairs(
-    settings: Settings, head: Head, config: TrainConfig, *, now: datetime | None = None, resume: Path | None = None
+    settings: Settings,
+    head: Head,
+    config: TrainConfig,
+    *,
+    now: datetime | None = None,
+    resume: Path | None = None,
+    track: Sequence[str] = ("tensorboard",),
 ) -> TrainResult:
     """Trains a head on pairs before the ranker's period, keeps the best weights on that period, and exports them as a graph.
 
@@ -235,24 +243,32 @@ def train_pairs(
         config: how.
         now: names the run folder; by default the time of the call.
         resume: a run folder that was broken off, to go on from its last checkpoint.
+        track: who follows the run, of ``training.tracking.TRACKERS``.
 
     Raises:
+        TrackerMissingError: the package of a tracker is not installed.
         TrainingDataError: no items, no events, too few before the cut, or others than when the run to resume began.
     """
     started = time.monotonic()
+    require_trackers(track)
     prepare_torch(config)
-    with processes(config):
-        run_dir = agreed(resume or settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}-{head.name}")
-        with rank_zero_first():
-            shop = open_shop(settings)
-            split = begin(run_dir, Begun(head.name, config, split_of(shop.log, config).cut)).split(shop.log)
-        sets = head.pairs(shop, split, load_tokenizer(config.base_model), config)
-        model = new_model(head, sets, config)
-        progress = fit(model, head, sets, config=config, folder=checkpoints(run_dir))
-    if not is_first():
-        return TrainResult(run_dir, {}, time.monotonic() - started, progress.step)
-    shown = sets.test or sets.validation
-    metrics = head.measure(model.answers(shown), shown.answers) | head.baseline(sets.train.answers, shown.answers)
+    with ExitStack() as followed:
+        with processes(config):
+            run_dir = agreed(resume or settings.data_dir / "runs" / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}-{head.name}")
+            with rank_zero_first():
+                shop = open_shop(settings)
+                split = begin(run_dir, Begun(head.name, config, split_of(shop.log, config).cut)).split(shop.log)
+            sets = head.pairs(shop, split, load_tokenizer(config.base_model), config)
+            model = new_model(head, sets, config)
+            tracker = followed.enter_context(open_trackers(track, run_dir, active=is_first()))
+            tracker.params(config.record())
+            progress = fit(model, head, sets, config=config, folder=checkpoints(run_dir), tracker=tracker)
+        if not is_first():
+            return TrainResult(run_dir, {}, time.monotonic() - started, progress.step)
+        shown = sets.test or sets.validation
+        metrics = head.measure(model.answers(shown), shown.answers) | head.baseline(sets.train.answers, shown.answers)
+        for name, value in metrics.items():
+            tracker.scalar(f"{'test' if sets.test else 'best'}/{name}", value, progress.step)
     save_file(model.state_dict(), run_dir / f"{head.name}.safetensors")
     config.save(run_dir / f"{head.name}.json")
     metrics["parity"] = export_pairs(model, head, shown, run_dir / f"{head.name}.onnx")
@@ -283,11 +299,13 @@ def new_model(head: Head, sets: PairSets, config: TrainConfig) -> PairModel:
     return model
 
 
-def fit(model: PairModel, head: Head, sets: PairSets, *, config: TrainConfig, folder: Path | None = None) -> Progress:
+def fit(
+    model: PairModel, head: Head, sets: PairSets, *, config: TrainConfig, folder: Path | None = None, tracker: Tracker | None = None
+) -> Progress:
     """Trains within the configured epochs, steps, seconds and patience; leaves the best weights, merged, in the model."""
     regime = Regime(model.bert.base_model, config.regime or "full", config)
     task, plan = PairTask(model, head, sets, config), Plan.of(len(sets.train), config, metric=head.metric)
-    progress = Loop(task, plan, config=config, regime=regime, folder=folder).run()
+    progress = Loop(task, plan, config=config, regime=regime, folder=folder).run(tracker.scalar if tracker else None)
     regime.merge()
     return progress
 

@@ -156,7 +156,12 @@ def test_ratings_are_regressed_beside_the_mean(trained: tuple[ServerSettings, Tr
         "rating.json",
         "metrics.json",
         "invariance.json",
+        "tensorboard",
+        "history.jsonl",
     }
+    curves = read_history(result.run_dir / HISTORY)
+    assert {"train/loss", "validation/rmse", "test/rmse"} <= curves.keys()
+    assert curves["test/rmse"] == [(result.steps, result.metrics["rmse"])]
 
 
 def test_a_rating_and_its_review_count_once(trained: tuple[ServerSettings, TrainResult]) -> None:
