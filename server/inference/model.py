@@ -1,5 +1,6 @@
 """A loaded bundle: sessions of its graphs, tokenizer, item vectors and collaborative weights, proved by golden outputs."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -114,15 +115,19 @@ class LoadedModel:
         text = behaviour_text(activity, table.title_of, limit=self.manifest.behaviour_limit)
         return self._behaviour_vector(text) if text else None
 
+    # Both know the model weakly: held in a circle with its own memory, a replaced model would keep its 100 MB until Python looks for
+    # circles, which may be many replacements later.
     @cached_property
     def _behaviour_vector(self) -> Callable[[str], FloatArray]:
         """User vectors of behaviours; those asked for last are remembered: an event makes another text, all else asks again."""
-        return lru_cache(_REMEMBERED_USERS)(lambda text: self._encode(text, "user_vector", self.manifest.user_tokens))
+        model = weakref.proxy(self)
+        return lru_cache(_REMEMBERED_USERS)(lambda text: model._encode(text, "user_vector", model.manifest.user_tokens))
 
     @cached_property
     def text_vector(self) -> Callable[[str], FloatArray]:
         """Vectors of searches and messages, in the space of the items; those asked for last are remembered."""
-        return lru_cache(_REMEMBERED_TEXTS)(self.item_vector)
+        model = weakref.proxy(self)
+        return lru_cache(_REMEMBERED_TEXTS)(lambda text: model.item_vector(text))
 
     def _sequence_vector(self, activity: Activity, table: ItemTable, vectors: VectorArray, *, spec: SequenceSpec) -> FloatArray | None:
         sequence = behaviour_sequence(activity, table.rows, spec)

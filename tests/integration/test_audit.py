@@ -362,7 +362,7 @@ async def test_forged_torn_and_future_online_state_is_told_apart(shop: Shop) -> 
     for customer in before:
         recorded = await shop["web"].record(shop["web"].event(user(customer), "view", item_id="KIT-1"))
         assert recorded.online
-        await shop.ask(customer)
+        await shop.logged((await shop.ask(customer)).slate_id)
     names = shop.fields()
     shop.redis().hset(shop.key(forged), names["recent_items"], encode_value("Array(String)", ["KIT-9"]))
     shop.redis().hset(shop.key(torn), names["recent_items"], before[torn][names["recent_items"]])

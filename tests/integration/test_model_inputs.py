@@ -1,5 +1,7 @@
 """What a model session is never given: the shapes and values ONNX Runtime refuses, and the path that cannot produce them."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from features.behaviour import Activity
+from features.behaviour import Activity, Behaviour
 from server.inference.model import LoadedModel, load_model
+from tests.unit.tables import table
 
 _STATE = ort.capi.onnxruntime_pybind11_state
 # A mask of another length fails inside the graph (Fail); ONNX Runtime's errors share no base.
@@ -79,3 +82,19 @@ def test_a_customer_without_behaviour_has_no_vector(model: LoadedModel) -> None:
     from features.item_table import ItemTable
 
     assert model.user_vector(Activity(0), ItemTable.__new__(ItemTable), model.item_vectors) is None
+
+
+def test_a_model_that_is_let_go_is_freed_at_once(bundle: Path) -> None:
+    """What it remembers must not hold it: a circle keeps a replaced model's sessions until Python looks for circles."""
+    let_go = load_model(bundle, provider="cpu", threads=1)
+    items = table(3)
+    activity = Activity(1, (Behaviour("i001", "view", "web", 0),))
+    assert let_go.user_vector(activity, items, np.zeros((3, let_go.manifest.vector_size), np.float32)) is not None
+    assert let_go.text_vector("a mug").any()
+    seen = weakref.ref(let_go)
+    gc.disable()
+    try:
+        del let_go
+        assert seen() is None
+    finally:
+        gc.enable()
