@@ -14,6 +14,7 @@ import contextlib
 import http.client
 import io
 import json
+import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -168,10 +169,13 @@ def main() -> None:
             customer = connection.execute(query).fetchone()
             items = [row[0] for row in connection.execute("SELECT item_id FROM items ORDER BY item_id LIMIT 100")]
         assert customer is not None
+        # The server first: at its start it applies the repository, which takes away what is not in it, such as these views.
+        ports = stack.enter_context(running_server(WORK, CONCORD_REGISTRY_SECONDS="1"))
         store = feature_store(settings)
         add_item_views(store, items)
+        time.sleep(3)  # until it has looked at the registry again
         runner, features = stack.enter_context(reader(settings))
-        ports, http_port = stack.enter_context(running_server(WORK)), stack.enter_context(feature_server(settings))
+        http_port = stack.enter_context(feature_server(settings))
         channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{ports['port']}"))
         questions = [Question("1 customer", "user_id", [customer[0]], FEATURES), Question("100 items", "item_id", items, ITEM_FEATURES)]
         seconds = {
