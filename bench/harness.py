@@ -98,6 +98,15 @@ def in_turn(
     return seconds
 
 
+def loaded(script: str, address: str, path: str, bodies: Sequence[bytes], *words: str) -> dict[str, float]:
+    """Loads a server by ``http1_load.py`` or ``http2_load.py``, in a process of its own, and returns that program's figures."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), "--address", address, "--path", path, *words]
+    text = "\n".join(body.hex() for body in bodies)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
 def peer_python(name: str, *requirements: str) -> Path:
     """Returns the Python of the venv of a peer, which is installed from the package index the first time."""
     venv = WORK / "peers" / name

@@ -10,11 +10,7 @@ stand the same calls with customers whose vector must first be computed: each ha
 
 import argparse
 import asyncio
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -25,10 +21,9 @@ from cli.stack import running_server
 from concord import Concord, user
 from concord.v1 import common_pb2, recommendation_pb2
 from features.settings import Settings
-from harness import WORK, Verdict, console, prepared_shop
+from harness import WORK, Verdict, console, loaded, prepared_shop
 
 _PATH = "/concord.v1.RecommendationService/RankItems"
-_LOAD = Path(__file__).with_name("http2_load.py")
 _CUSTOMERS, _ITEMS, _BAR = 200, 100, 10.0
 
 
@@ -48,12 +43,9 @@ def requests(settings: Settings, *, offset: int) -> list[bytes]:
 
 
 def load(address: str, messages: Sequence[bytes], *, rate: float, seconds: float, warm_up: float) -> dict[str, float]:
-    """Returns the figures of ``http2_load.py``."""
-    words = ["--address", address, "--path", _PATH, "--rate", str(rate), "--prompt", "--seconds", str(seconds), "--warm-up", str(warm_up)]
-    text = "\n".join(message.hex() for message in messages)
-    done = subprocess.run([sys.executable, str(_LOAD), *words], input=text, capture_output=True, text=True, check=True)
-    figures: dict[str, float] = json.loads(done.stdout)
-    return figures
+    """Returns the figures of a load at a fixed rate."""
+    words = ("--rate", str(rate), "--prompt", "--seconds", str(seconds), "--warm-up", str(warm_up))
+    return loaded("http2_load.py", address, _PATH, messages, *words)
 
 
 def ask(address: str, message: bytes) -> None:

@@ -10,7 +10,6 @@ second (half of what ours can), and three times the peer's rate.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +23,9 @@ from rich.table import Table
 from cli.stack import running_server
 from concord.v1 import recommendation_pb2
 from feast_http import body, feature_server
-from harness import WORK, Verdict, console, prepared_shop
-from http1_load import run
+from harness import WORK, Verdict, console, loaded, prepared_shop
 from overload import RECOMMEND, requests
 
-_LOAD = Path(__file__).with_name("http2_load.py")
 _ECHO = Path(__file__).with_name("echo.py")
 
 
@@ -48,12 +45,8 @@ def echo(answer: bytes) -> Iterator[str]:
 
 
 def load(address: str, messages: Sequence[bytes], seconds: float, *kind: str) -> dict[str, float]:
-    """Returns the figures of ``http2_load.py``."""
-    words = ["--address", address, "--path", RECOMMEND, "--seconds", str(seconds), "--warm-up", "1", *kind]
-    text = "\n".join(message.hex() for message in messages)
-    done = subprocess.run([sys.executable, str(_LOAD), *words], input=text, capture_output=True, text=True, check=True)
-    figures: dict[str, float] = json.loads(done.stdout)
-    return figures
+    """Returns the figures of a load of a kind, of which the first second does not count."""
+    return loaded("http2_load.py", address, RECOMMEND, messages, "--seconds", str(seconds), "--warm-up", "1", *kind)
 
 
 def warmed(address: str, messages: Sequence[bytes]) -> bytes:
@@ -95,7 +88,8 @@ def main() -> None:
             for number in range(options.rounds):
                 for name in sorted(addresses, reverse=number % 2 == 0):
                     peaks[name].append(load(addresses[name], messages, options.seconds, "--outstanding", "32"))
-                found = run(f"127.0.0.1:{feast}", "/get-online-features", asked, connections=16, warm_up=1, seconds=options.seconds)
+                words = ("--connections", "16", "--warm-up", "1", "--seconds", str(options.seconds))
+                found = loaded("http1_load.py", f"127.0.0.1:{feast}", "/get-online-features", asked, *words)
                 peer.append(found["answered_per_second"])
                 rate = peaks["ours"][-1]["answered_per_second"] / 2
                 for name in sorted(addresses, reverse=number % 2 == 0):

@@ -18,7 +18,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -39,7 +38,7 @@ from features.bundle import ENCODER
 from features.item_table import load_item_table
 from features.models import list_models
 from features.settings import Settings
-from harness import WORK, Verdict, console, peer_python, prepared_shop
+from harness import WORK, Verdict, console, loaded, peer_python, prepared_shop
 from server.inference.model import LoadedModel, load_model
 from server.inference.session import open_session
 
@@ -77,13 +76,9 @@ def active_bundle(settings: Settings) -> Path:
 
 def run_load(script: str, address: str, path: str, bodies: Sequence[bytes], *kind: str) -> Load:
     """Returns a load of a server by one of the two load programs."""
-    lines = "\n".join(body.hex() for body in bodies)
 
     def load(seconds: float) -> Mapping[str, float]:
-        words = ["--address", address, "--path", path, "--seconds", str(seconds), "--warm-up", "1", *kind]
-        done = subprocess.run([sys.executable, str(_HERE / script), *words], input=lines, capture_output=True, text=True, check=True)
-        figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return figures
+        return loaded(script, address, path, bodies, "--seconds", str(seconds), "--warm-up", "1", *kind)
 
     return load
 

@@ -120,6 +120,8 @@ class _Line(asyncio.Protocol):
         self._transport.set_protocol(self)
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
+        if self.closed:  # as soon as it was opened; nobody would hear of what is written now
+            raise redis.exceptions.ConnectionError("the connection was lost")
         if not self._unsent:  # whatever else is sent in this turn of the event loop goes with it
             self._loop.call_soon(self._flush)
         self._unsent += [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]

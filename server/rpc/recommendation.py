@@ -115,29 +115,24 @@ class _Messages:
 
 
 def _of_card(card: ItemCard) -> recommendation_pb2.RecommendedItem:
-    return recommendation_pb2.RecommendedItem(
-        item_id=card.item_id,
-        title=card.title,
-        category=card.category,
-        brand=card.brand,
-        image_ref=card.image_ref,
-        price=money_of(card.price_micros, card.currency),
-        in_stock=card.in_stock,
-    )
+    return recommendation_pb2.RecommendedItem(**_described(card))
 
 
 def _similar(item: ShownItem) -> recommendation_pb2.SimilarItem:
-    card = item.card
-    return recommendation_pb2.SimilarItem(
-        item_id=card.item_id,
-        title=card.title,
-        category=card.category,
-        brand=card.brand,
-        image_ref=card.image_ref,
-        similarity=item.score,
-        price=money_of(card.price_micros, card.currency),
-        in_stock=card.in_stock,
-    )
+    return recommendation_pb2.SimilarItem(similarity=item.score, **_described(item.card))
+
+
+def _described(card: ItemCard) -> dict[str, Any]:
+    """Returns the fields that every message about an item has."""
+    return {
+        "item_id": card.item_id,
+        "title": card.title,
+        "category": card.category,
+        "brand": card.brand,
+        "image_ref": card.image_ref,
+        "price": money_of(card.price_micros, card.currency),
+        "in_stock": card.in_stock,
+    }
 
 
 @lru_cache(maxsize=128)

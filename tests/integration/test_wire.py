@@ -96,6 +96,16 @@ async def test_a_lost_connection_is_told_to_its_calls_and_made_anew(client: Onli
     assert await client.wire.ask([("PING",)]) == [b"PONG"]
 
 
+async def test_a_connection_lost_as_soon_as_it_was_made_is_told_at_once(client: OnlineClient) -> None:
+    await client.wire.ask([("PING",)])
+    line = client.wire._line
+    assert line is not None
+    line.give_up(redis.exceptions.ConnectionError("gone"))
+    async with asyncio.timeout(0.1):  # and not after the timeout of a reply
+        with pytest.raises(redis.exceptions.ConnectionError):
+            await line.send([("PING",)])
+
+
 async def test_nothing_is_sent_once_it_is_closed(client: OnlineClient) -> None:
     await client.wire.ask([("PING",)])
     waiting = asyncio.create_task(client.wire.ask([("BLPOP", "nothing", 5)]))
