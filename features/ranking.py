@@ -65,7 +65,7 @@ def ranking_matrix(
         signals: the customer's scores.
         past: the customer's history.
         table: the epoch's items.
-        vectors: float32[n, d] or float16[n, d], unit item vectors as ``retrieval.stored`` keeps them.
+        vectors: float32[n, d] or float16[n, d], unit item vectors as ``retrieval.stored_type`` says.
         profile: the customer's slow features.
     """
     rows = candidates.rows
