@@ -92,10 +92,16 @@ class Journal:
                 _log.warning("exposures wait for PostgreSQL", error=type(error).__name__, queued=len(self._queue))
 
     async def flush(self) -> None:
-        """Writes everything queued; what could not be written stays queued."""
+        """Writes what is queued by now; what could not be written stays queued.
+
+        What is answered meanwhile waits for the next turn: followed at once, it would be written a dozen rows at a time, which took
+        as long as all else about an answer.
+        """
         async with self._writing:
-            while self._queue:
-                batch = list(islice(self._queue, _BATCH))
+            left = len(self._queue)
+            while left > 0:
+                batch = list(islice(self._queue, min(left, _BATCH)))
+                left -= len(batch)
                 stored = await self._write(batch)
                 for _ in batch:
                     self._queue.popleft()
