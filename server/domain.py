@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from features.behaviour import Activity
@@ -226,7 +226,14 @@ class ShownItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """A page of a slate with everything needed to audit it. ``stages`` maps stage names to seconds."""
+    """A page of a slate with everything needed to audit it.
+
+    Attributes:
+        user_id, items, versions, slate_id, as_of, token, next_page_token: the page; the same whoever asks for it again.
+        stale, degraded_reasons, stages, unknown_item_ids: of this answer; ``stages`` maps stage names to seconds.
+        forms: other forms of the page by name, made once by whoever needs one: all that ask for it, ask for the same channel, place,
+            filters, start and limit. None where nobody keeps the page.
+    """
 
     user_id: str
     items: tuple[ShownItem, ...]
@@ -239,6 +246,7 @@ class Answer:
     degraded_reasons: tuple[str, ...] = ()
     stages: Mapping[str, float] = field(default_factory=dict)
     unknown_item_ids: tuple[str, ...] = ()
+    forms: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

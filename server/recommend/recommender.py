@@ -16,7 +16,8 @@ from server.metrics import Metrics
 from server.recommend.clock import StageClock
 from server.recommend.compute import score_items, similar_items
 from server.recommend.computing import Computing
-from server.recommend.shelf import Cards, RankedItems, Shelf, page_token, page_token_refused, read_page_token
+from server.recommend.pages import Pages
+from server.recommend.shelf import Cards, RankedItems, Shelf, page_token_refused, read_page_token
 from server.recommend.slate import Place, Slate, SlateFlag
 from server.recommend.slates import Found, Met, Slates
 from server.recommend.snapshot import Snapshot
@@ -50,6 +51,7 @@ class Recommender:
         self._metrics = metrics
         self._hide_out_of_stock = hide_out_of_stock
         self._cards = Cards()
+        self._pages = Pages(self._cards, hide_out_of_stock=hide_out_of_stock)
         self._now = now
 
     async def recommend(self, query: RecommendQuery) -> Answer:
@@ -78,20 +80,19 @@ class Recommender:
         with clock("offers"):
             offers = await self._offers.at_least(found.offer_version)
         with clock("answer"):
-            ranked = RankedItems(snapshot.table, slate.rows, slate.scores, slate.sources, SlateFlag.NEWCOMER in slate.flags)
-            shelf = Shelf(query.channel, query.filters, self._hide_out_of_stock, self._cards)
-            items, rest = shelf.page(ranked, offers, start=start, limit=query.limit)
+            page = self._pages.of(slate, snapshot, offers, query, start=start)
         answer = Answer(
             user_id=found.user_id,
-            items=tuple(items),
-            versions=_versions(slate.user_version, snapshot, offers),
+            items=page.items,
+            versions=page.versions,
             slate_id=slate.slate_id,
             as_of=slate.as_of,
             token=Token(found.user_id, slate.user_version) if found.user_id else None,
-            next_page_token="" if rest is None else page_token(slate.slate_id, rest),
+            next_page_token=page.next_page_token,
             stale=found.stale or SlateFlag.PROFILE_STALE in slate.flags,
             degraded_reasons=found.reasons + (("NO_ACTIVE_MODEL",) if SlateFlag.NO_MODEL in slate.flags else ()),
             stages=clock.stages,
+            forms=page.forms,
         )
         self._observe(answer)
         if query.log_exposure:

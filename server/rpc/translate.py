@@ -64,10 +64,9 @@ def timestamp_of_micros(micros: int) -> Timestamp:
     return Timestamp(seconds=seconds, nanos=rest * 1_000)
 
 
-def duration_of(seconds: float) -> Duration:
-    """Returns seconds as a Duration, rounded to nanoseconds."""
-    whole, nanos = divmod(round(seconds * 1e9), 1_000_000_000)
-    return Duration(seconds=whole, nanos=nanos)
+def set_duration(duration: Duration, seconds: float) -> None:
+    """Sets a Duration to seconds, rounded to nanoseconds."""
+    duration.seconds, duration.nanos = divmod(round(seconds * 1e9), 1_000_000_000)
 
 
 def token_text(token: Token | None) -> str:

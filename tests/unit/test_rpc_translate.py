@@ -30,7 +30,7 @@ from features.layout import FeatureValue, Status
 from features.models import OnUnready
 from server.domain import EmbedQuery, Purpose
 from server.rpc import rules
-from server.rpc.translate import datetime_of, duration_of, micros_of, money_of, timestamp_of, timestamp_of_micros
+from server.rpc.translate import datetime_of, micros_of, money_of, set_duration, timestamp_of, timestamp_of_micros
 from tests.fakes import NOW, FakeCatalog, FakeFeatures, Fakes, serving
 
 SUBJECT = common_pb2.Subject(user_id="u1")
@@ -57,7 +57,8 @@ def test_times_survive_the_round_trip(moment: datetime) -> None:
 
 def test_nanoseconds_are_cut() -> None:
     assert datetime_of(Timestamp(seconds=1, nanos=1_999)) == datetime(1970, 1, 1, 0, 0, 1, 1, tzinfo=UTC)
-    assert duration_of(1.5).nanos == 500_000_000
+    set_duration(lasting := Duration(), 1.5)
+    assert lasting == Duration(seconds=1, nanos=500_000_000)
 
 
 async def test_an_answer_is_translated_field_by_field() -> None:
