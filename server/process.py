@@ -14,6 +14,7 @@ from server.app import ended, open_rooms, report_end
 from server.fleet import FleetWatch
 from server.health import HealthWatch
 from server.listening import Ports
+from server.loop import spare_what_stays
 from server.metrics import Metrics, serve_metrics
 from server.rpc.server import build_server
 from server.security.gate import check_exposure
@@ -61,6 +62,7 @@ async def serve(
             stack.push_async_callback(ended, watching)
             if is_worker or await _unless(stop, _join(rooms.fleet, settings.host, server.port)):
                 await health.look()
+                spare_what_stays()
                 await server.set_serving(True)
                 announce(Ports(server.port, server.admin_port, endpoint.port if endpoint else -1))
                 await stop.wait()
