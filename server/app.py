@@ -20,6 +20,7 @@ from server.database import ONLINE_REFUSES, RECORD_AWAY, connector, postgres_bre
 from server.errors import ConcordError
 from server.fleet import FleetWatch
 from server.health import PostgresProbe, Probe, probes
+from server.identifiers import new_identifier
 from server.ingest.forget import Erasure
 from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities
@@ -115,7 +116,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         builder = SnapshotBuilder(pool, dsn=settings.postgres_dsn)
         fleet = FleetWatch(members, online, builder, loader, metrics, rehearse=lambda snapshot: rehearse(snapshot, policy))
         stack.push_async_callback(fleet.leave)
-        journal = Journal(pool, metrics, bound=settings.journal_queue, pause_seconds=settings.journal_seconds, new_id=uuid.uuid4)
+        journal = Journal(pool, metrics, bound=settings.journal_queue, pause_seconds=settings.journal_seconds, new_id=new_identifier)
         stack.push_async_callback(journal.flush)
         features = FeatureReader(
             client, online_breaker, states, identities, registry=registry, read_registry=look_up, project=settings.project, now=_now

@@ -13,8 +13,7 @@ from features.item_table import FloatArray
 from features.layout import FeatureValue
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """Who a request is about: a user id, or an identity in a channel. Exactly one of the two is set."""
 
     user_id: str = ""
@@ -22,8 +21,7 @@ class Subject:
     channel_user_id: str = ""
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A consistency token: whoever carries it sees this customer at ``version`` or later."""
 
     user_id: str
@@ -42,8 +40,7 @@ class EntityKey:
     token: Token | None = None
 
 
-@dataclass(frozen=True)
-class Versions:
+class Versions(NamedTuple):
     """What an answer was computed from. ``model_version`` is empty when no model is active."""
 
     user_version: int
@@ -164,8 +161,7 @@ class Receipt:
     online_erased: bool
 
 
-@dataclass(frozen=True)
-class ItemFilter:
+class ItemFilter(NamedTuple):
     """Which items of a slate to show; empty members do not filter. Filters only remove, never reorder."""
 
     categories: frozenset[str] = frozenset()
@@ -175,6 +171,9 @@ class ItemFilter:
     currency: str = ""  # of the price bounds; items priced in another one do not pass them
     in_stock_only: bool = False
     exclude_item_ids: frozenset[str] = frozenset()
+
+
+EVERYTHING = ItemFilter()
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ class RecommendQuery:
     limit: int
     page_token: str = ""
     context_item_ids: tuple[str, ...] = ()
-    filters: ItemFilter = field(default_factory=ItemFilter)
+    filters: ItemFilter = EVERYTHING
     token: Token | None = None
     log_exposure: bool = True
 

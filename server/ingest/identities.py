@@ -2,8 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
@@ -37,8 +36,7 @@ WHERE u.user_id = %(user)s
 """
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """Who a subject is, as far as this replica knows. ``user_id`` is empty for an identity nobody has met.
 
     ``membership`` is the customer's when it was looked up; None for an explicit user id, which is whoever it names.

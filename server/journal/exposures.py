@@ -3,16 +3,16 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
+from typing import NamedTuple
 from uuid import UUID
 
 import psycopg
 import structlog
 
 from server.database import Pool
-from server.domain import Answer, ItemFilter, RecommendQuery
+from server.domain import EVERYTHING, Answer, RecommendQuery
 from server.metrics import Metrics
 from server.recommend.shelf import read_page_token
 
@@ -46,9 +46,8 @@ SELECT count(*) FROM kept
 """  # noqa: S608 - constant columns
 
 
-@dataclass(frozen=True)
-class _Exposure:
-    exposure_id: UUID
+class _Exposure(NamedTuple):
+    exposure_id: UUID | str
     answer: Answer
     query: RecommendQuery
     persona_id: str
@@ -64,7 +63,7 @@ class Journal:
     Exposures of a customer forgotten in the meantime are not stored, and counted apart.
     """
 
-    def __init__(self, pool: Pool, metrics: Metrics, *, bound: int, pause_seconds: float, new_id: Callable[[], UUID]) -> None:
+    def __init__(self, pool: Pool, metrics: Metrics, *, bound: int, pause_seconds: float, new_id: Callable[[], UUID | str]) -> None:
         self._pool = pool
         self._metrics = metrics
         self._queue: deque[_Exposure] = deque()
@@ -161,7 +160,7 @@ def _shared(answer: Answer, query: RecommendQuery) -> str:
             answer.as_of.isoformat(),
             str(read_page_token(query.page_token)[1] if query.page_token else 0),
             str(query.limit),
-            str(query.filters != ItemFilter()),
+            str(query.filters != EVERYTHING),
             _texts([item.item_id for item in answer.items]),
             _values([item.position for item in answer.items]),
             _values([item.score for item in answer.items]),

@@ -1,8 +1,8 @@
 """The online store: one round trip reads a customer's version, the committed slate and the fleet's pointers together."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from features.activity import FORGOTTEN_FIELD, MEMBERSHIP_FIELD, WRITE_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, decode_value
@@ -18,8 +18,7 @@ def _never() -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Fleet:
+class Fleet(NamedTuple):
     """The versions all replicas agree on; ``activation`` counts moves of the model pointer, so that it has an order."""
 
     model_version: str
@@ -28,8 +27,7 @@ class Fleet:
     offer_version: int
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(NamedTuple):
     """What one round trip saw. ``user_version`` is None when the customer has no online state, ``fleet`` after Redis was lost.
 
     Attributes:

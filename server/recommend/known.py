@@ -1,14 +1,13 @@
 """The slates this process has seen last: what is left to answer when the stores or the processor are not."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from server.recommend.slate import Place
 from server.recommend.snapshot import Snapshot
 
 
-@dataclass(frozen=True)
-class KnownSlate:
+class KnownSlate(NamedTuple):
     """A slate as it was read, committed or computed here.
 
     Attributes:

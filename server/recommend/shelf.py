@@ -10,10 +10,9 @@ from numpy import uint8
 from features.candidates import Source
 from features.item_table import FloatArray, IntArray, ItemTable
 from server.catalog.offers import Offer, OfferTable
-from server.domain import ItemCard, ItemFilter, ShownItem
+from server.domain import EVERYTHING, ItemCard, ItemFilter, ShownItem
 from server.errors import InvalidRequestError
 
-_EVERYTHING = ItemFilter()
 # All sets of sources a byte can hold: making one takes longer than all else about an item.
 _SOURCES = tuple(Source(bits) for bits in range(256))
 # Epochs whose cards are kept: that which answers, and the one before or after it during a change.
@@ -76,7 +75,7 @@ class Shelf:
         table, found = ranked.table, offers.offers
         shown: list[ShownItem] = []
         rows, scores, sources = ranked.rows.tolist(), ranked.scores.tolist(), ranked.sources.tolist()
-        anything = self.filters == _EVERYTHING
+        anything = self.filters == EVERYTHING
         for position in range(start, len(rows)):
             row = rows[position]
             offer = found.get(table.ids[row])

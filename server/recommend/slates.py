@@ -1,9 +1,9 @@
 """Finding the slate to answer with: the committed one, a new one, one computed apart from Redis, or the last one known."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from typing import NamedTuple
 
 from server.database import ONLINE_AWAY, RECORD_AWAY
 from server.errors import OverloadedError
@@ -27,8 +27,7 @@ RECORD_STORE_UNAVAILABLE = "RECORD_STORE_UNAVAILABLE"  # PostgreSQL was needed a
 OVERLOADED = "OVERLOADED"  # too many slates wait to be computed
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A slate with the snapshot its rows refer to.
 
     Attributes:
@@ -47,8 +46,7 @@ class Found:
     membership: int = 0
 
 
-@dataclass(frozen=True)
-class Met:
+class Met(NamedTuple):
     """A customer's features with where they and the fleet stand; ``stale`` and ``reasons`` as in Found."""
 
     stand: Stand
@@ -132,7 +130,7 @@ class Slates:
             again = partial(self._standings.online, user_id, place, minimum, clock)
             membership = await _membership(stand, customer.activity.version, again)
             lagging = lagging or self._lagging
-            return Met(replace(stand, membership=membership), customer, bool(lagging), lagging)
+            return Met(stand._replace(membership=membership), customer, bool(lagging), lagging)
         except ONLINE_AWAY:
             return await patiently(lambda: self._met_apart(user_id, minimum, clock))
 
@@ -144,7 +142,7 @@ class Slates:
             again = partial(self._standings.recorded, user_id, minimum, clock)
             membership = await _membership(stand, customer.activity.version, again)
         self._standings.show(user_id, customer.activity.version)
-        return Met(replace(stand, membership=membership), customer, stale=False, reasons=(ONLINE_STORE_UNAVAILABLE,))
+        return Met(stand._replace(membership=membership), customer, stale=False, reasons=(ONLINE_STORE_UNAVAILABLE,))
 
     @property
     def _lagging(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Where a customer and the fleet stand: read from Redis in one round trip, or from PostgreSQL while Redis is away."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from server.database import ONLINE_AWAY
 from server.errors import UnavailableError
@@ -17,8 +17,7 @@ from server.recommend.snapshot import Snapshot
 TURNS = 12
 
 
-@dataclass(frozen=True)
-class Stand:
+class Stand(NamedTuple):
     """What an answer is made from.
 
     Attributes:

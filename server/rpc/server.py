@@ -33,6 +33,7 @@ from concord.v1 import (
 )
 from features.settings import SettingsError
 from server.health import Health
+from server.identifiers import new_identifier
 from server.metrics import Metrics
 from server.rpc.accept import patient_server
 from server.rpc.access import Access
@@ -160,7 +161,7 @@ def build_server(
             channels=settings.channels,
             default_deadline_seconds=settings.default_deadline_seconds,
             max_in_flight=settings.max_in_flight,
-            new_id=lambda: new_uuid().hex,
+            new_id=new_identifier,
             tracing=tracing or Tracing(),
         )
         server = patient_server(edge, most_waiting=_MOST_WAITING, options=_options(settings, share_ports=share_ports))

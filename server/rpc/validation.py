@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concord.v1 import catalog_pb2, common_pb2, features_pb2, recommendation_pb2, understanding_pb2
 from features.catalogue import Item, Relation
 from server import tokens
-from server.domain import EmbedQuery, EntityKey, ItemFilter, RecommendQuery, Subject, Token
+from server.domain import EVERYTHING, EmbedQuery, EntityKey, ItemFilter, RecommendQuery, Subject, Token
 from server.errors import InvalidRequestError
 from server.rpc import rules
 from server.rpc.translate import PURPOSES, RELATION_NAMES
@@ -57,7 +57,7 @@ class Validator:
             limit=rules.page(request.limit, "limit", most=rules.LIMIT, default=rules.DEFAULT_LIMIT),
             page_token=rules.text(request.page_token, "page_token", most=rules.TOKEN_CHARS),
             context_item_ids=tuple(sorted(set(context))),
-            filters=self.item_filter(request.filter, "filter"),
+            filters=self.item_filter(request.filter, "filter") if request.HasField("filter") else EVERYTHING,
             token=self.token(request.consistency_token, "consistency_token"),
             log_exposure=not request.skip_exposure_logging,
         )

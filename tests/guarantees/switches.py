@@ -236,7 +236,7 @@ def _every_replica_follows_by_itself(patch: pytest.MonkeyPatch) -> None:
 
     async def following(self: OnlineStore, user_id: str, slot: str) -> Any:
         standing = await read(self, user_id, slot)
-        return replace(standing, fleet=seen.get(self, standing.fleet))
+        return standing._replace(fleet=seen.get(self, standing.fleet))
 
     patch.setattr(FleetWatch, "_turn", looking)
     patch.setattr(OnlineStore, "read", following)

@@ -329,7 +329,7 @@ class Shop:
 
     def point(self, **changes: Any) -> None:
         """Moves pointers of the fleet everywhere."""
-        self.truth.fleet = self.online.fleet = replace(self.truth.fleet, **changes)
+        self.truth.fleet = self.online.fleet = self.truth.fleet._replace(**changes)
 
     def pass_time(self, seconds: float) -> None:
         self.online.now += timedelta(seconds=seconds)
