@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -11,6 +11,7 @@ from uuid import UUID
 import psycopg
 import structlog
 
+from server.arrays import number_array, text_array
 from server.database import Pool
 from server.domain import Answer, ItemFilter, RecommendQuery
 from server.metrics import Metrics
@@ -122,7 +123,7 @@ def _row(exposure: _Exposure) -> tuple[object, ...]:
         answer.slate_id,
         query.channel,
         query.surface,
-        _texts(query.context_item_ids),
+        text_array(query.context_item_ids),
         versions.user_version,
         versions.model_version,
         versions.index_version,
@@ -131,26 +132,14 @@ def _row(exposure: _Exposure) -> tuple[object, ...]:
         read_page_token(query.page_token)[1] if query.page_token else 0,
         query.limit,
         query.filters != ItemFilter(),
-        _texts([item.item_id for item in answer.items]),
-        _values([item.position for item in answer.items]),
-        _values([item.score for item in answer.items]),
-        _values([item.card.price_micros for item in answer.items]),
-        _texts([item.card.currency for item in answer.items]),
-        _values([item.card.in_stock for item in answer.items]),
+        text_array([item.item_id for item in answer.items]),
+        number_array([item.position for item in answer.items]),
+        number_array([item.score for item in answer.items]),
+        number_array([item.card.price_micros for item in answer.items]),
+        text_array([item.card.currency for item in answer.items]),
+        number_array([item.card.in_stock for item in answer.items]),
         bool(answer.degraded_reasons),
         answer.stale,
-        _texts(answer.degraded_reasons),
+        text_array(answer.degraded_reasons),
         exposure.answered_at,
     )
-
-
-# Arrays are written out here: psycopg finds out the type of each element of each list anew, which took half the journal's time.
-def _texts(values: Sequence[str]) -> str:
-    """Returns a text[] as PostgreSQL reads it; every element is quoted, so that none is taken for NULL or two."""
-    quoted = [value.replace("\\", "\\\\").replace('"', '\\"') for value in values]
-    return '{"' + '","'.join(quoted) + '"}' if quoted else "{}"
-
-
-def _values(values: Sequence[float | None]) -> str:
-    """Returns an array of numbers or truth values as PostgreSQL reads it."""
-    return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"
