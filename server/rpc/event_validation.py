@@ -34,14 +34,14 @@ class EventValidator:
             InvalidRequestError: the batch is empty or too large, or an event has no subject.
         """
         rules.count(events, "events", most=rules.EVENTS, least=1)
-        for index, event in enumerate(events):
-            if not event.subject.user_id and not event.subject.identity.channel_user_id:
-                rule = "is required: a user_id or an identity"
-                raise InvalidRequestError(f"events[{index}].subject", rule, reason="SUBJECT_REQUIRED")
         received_at = self.now()
         return [self._event(event, index, received_at) for index, event in enumerate(events)]
 
     def _event(self, event: events_pb2.Event, index: int, received_at: datetime) -> IncomingEvent | EventOutcome:
+        subject = event.subject
+        if not subject.user_id and not subject.identity.channel_user_id:
+            rule = "is required: a user_id or an identity"
+            raise InvalidRequestError(f"events[{index}].subject", rule, reason="SUBJECT_REQUIRED")
         try:
             return self._read(event, received_at)
         except InvalidRequestError as error:

@@ -105,6 +105,7 @@ class EventServicer(events_pb2_grpc.EventServiceServicer):
 
     async def _record(self, events: Sequence[events_pb2.Event]) -> tuple[list[events_pb2.EventResult], RecordOutcome]:
         """Records the events that keep the rules, and puts what became of them in the places of all."""
+        events = list(events)  # else protobuf makes an object of each of them every time they are gone through
         read = self._validator.events(events)
         accepted = [event for event in read if isinstance(event, IncomingEvent)]
         if len(accepted) < len(read):
