@@ -12,8 +12,9 @@ from server.rpc.event_validation import EventValidator, canonical_id
 from server.rpc.interceptor import Context
 from server.rpc.ports import Recorder
 
-# Events of one stream being recorded at a time; a faster sender is slowed by flow control. As many as two commits take: with eight
-# batches of 50, a commit and the customers it concerns were too small for what each of them costs besides.
+# Events of streams being recorded at a time, shared evenly by all that are open; a faster sender is slowed by flow control. As many
+# as two commits take: with eight batches of 50, a commit and the customers it concerns were too small for what each of them costs
+# besides.
 READ_AHEAD = 4_000
 # How long a stream that has been idle for too long may take to send its last answers before it is broken off.
 _PARTING_SECONDS = 1.0
@@ -51,13 +52,13 @@ class EventServicer(events_pb2_grpc.EventServiceServicer):
     async def StreamEvents(
         self, requests: AsyncIterator[events_pb2.StreamEventsRequest], _context: Context
     ) -> AsyncIterator[events_pb2.StreamEventsResponse]:
-        """Records up to READ_AHEAD events at a time and answers their batches in the order sent.
+        """Records up to its share of READ_AHEAD events at a time and answers their batches in the order sent.
 
         What ends the reading (a malformed message, the client's end, idleness) is told only after all batches before it are
         answered. A client that does not take these answers would keep us at the `yield` for ever: then the call is broken off.
         """
         answers: asyncio.Queue[asyncio.Task[events_pb2.StreamEventsResponse] | None] = asyncio.Queue()
-        room = _Room(READ_AHEAD)
+        room = _Room(lambda: READ_AHEAD // max(1, len(self._readers)))
         reader = asyncio.create_task(self._read(requests, answers, room))
         self._readers.add(reader)
         reader.add_done_callback(lambda _: answers.put_nowait(None))
@@ -122,15 +123,15 @@ class EventServicer(events_pb2_grpc.EventServiceServicer):
 
 
 class _Room:
-    """Lets batches in while their events are no more than ``most`` together; one that is larger comes in alone."""
+    """Lets batches in while their events are no more than ``most()`` together; one that is larger comes in alone."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: Callable[[], int]) -> None:
         self._most = most
         self._inside = 0
         self._left = asyncio.Event()
 
     async def enter(self, events: int) -> None:
-        while self._inside and self._inside + events > self._most:
+        while self._inside and self._inside + events > self._most():
             self._left.clear()
             await self._left.wait()
         self._inside += events

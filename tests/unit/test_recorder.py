@@ -213,6 +213,25 @@ async def test_each_call_gets_the_outcomes_of_its_own_events() -> None:
         assert [len((await call).outcomes) for call in calls] == [1, 2, 3, 4, 5]
 
 
+async def test_while_a_group_is_made_visible_no_smaller_one_is_committed() -> None:
+    async with recording() as (recorder, writer, states):
+        states.gate.clear()
+        calls = [asyncio.create_task(recorder.record([event(k) for k in range(4)]))]
+        await asyncio.sleep(0.01)
+        calls += [asyncio.create_task(recorder.record([event(number)])) for number in (4, 5, 6)]
+        await asyncio.sleep(0.01)
+        assert writer.batches == [1]
+        calls.append(asyncio.create_task(recorder.record([event(7)])))
+        await asyncio.sleep(0.01)
+        assert writer.batches == [1, 4]
+        calls.append(asyncio.create_task(recorder.record([event(8)])))
+        await asyncio.sleep(0.01)
+        assert writer.batches == [1, 4]
+        states.gate.set()  # then whoever waits is committed at once
+        assert all(answer.online for answer in await asyncio.gather(*calls))
+    assert writer.batches == [1, 4, 1]
+
+
 async def test_whatever_the_online_store_fails_with_committed_events_are_acknowledged_and_later_ones_too() -> None:
     async with recording() as (recorder, _, online):
         online.down, online.error = True, RuntimeError("a defect")

@@ -220,6 +220,19 @@ async def test_a_stream_reads_ahead_only_so_far(events: int, batches: int, monke
         await eventually(lambda: recorder.cancelled == batches)
 
 
+async def test_streams_share_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_events, "READ_AHEAD", 8)
+    async with serving(Fakes(recorder=FakeRecorder(delay=30)), default_deadline_seconds=30) as edge:
+        calls = []
+        for most in (8, 8 + 4, 8 + 4 + 2):
+            calls.append(events_pb2_grpc.EventServiceStub(edge.channel).StreamEvents(iter([batch(n) for n in range(30)])))
+            await eventually(lambda most=most: len(edge.fakes.recorder.calls) >= most)
+            await asyncio.sleep(0.05)
+            assert len(edge.fakes.recorder.calls) == most
+        for call in calls:
+            call.cancel()
+
+
 async def test_a_stream_reads_on_as_soon_as_it_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc_events, "READ_AHEAD", 3)
     recorder = Backwards()
