@@ -97,7 +97,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         erasure = Erasure(pool, online)
         writer = EventWriter(pool, states, new_user_id=_new_user_id)
         recorder = EventRecorder(
-            writer, online, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
+            writer, states, metrics, queue_events=settings.ingest_queue_events, batch_events=settings.ingest_batch_events
         )
         loader = BundleLoader(settings, provider=settings.onnx_provider, threads=settings.onnx_threads, precision=settings.onnx_precision)
         policy = policy_of(settings)

@@ -57,9 +57,11 @@ class Stored(Enum):
     REJECTED = "rejected"
 
 
-@dataclass(frozen=True)
-class IncomingEvent:
-    """An event to be recorded, already validated; ``action`` is one of features.behaviour.ACTIONS."""
+class IncomingEvent(NamedTuple):
+    """An event to be recorded, already validated; ``action`` is one of features.behaviour.ACTIONS.
+
+    A named tuple, as is what becomes of it: of thousands a second, each is made in a third of the time of a frozen dataclass.
+    """
 
     subject: Subject
     event_id: UUID
@@ -74,8 +76,7 @@ class IncomingEvent:
     slate_id: str | None = None
 
 
-@dataclass(frozen=True)
-class EventOutcome:
+class EventOutcome(NamedTuple):
     """What became of one event; ``reason``, ``field`` and ``message`` are set when it was rejected."""
 
     status: Stored

@@ -1,4 +1,8 @@
-"""Group commit: events of concurrent calls share one transaction, then their customers become visible in Redis together."""
+"""Group commit: events of concurrent calls share one transaction, then their customers become visible in Redis together.
+
+While one group is made visible the next is committed: PostgreSQL and this process each have a core to themselves. All groups that
+were committed meanwhile are made visible together, so a customer of several of them is recomputed once.
+"""
 
 import asyncio
 from collections import deque
@@ -13,7 +17,7 @@ from server.domain import IncomingEvent, RecordOutcome
 from server.errors import OverloadedError
 from server.ingest.writer import EventWriter, Written
 from server.metrics import Metrics
-from server.online.store import OnlineStore
+from server.online.states import UserStates
 from server.tracing import Origin, on_behalf_of, origin, span
 
 _log = structlog.get_logger(__name__)
@@ -33,15 +37,18 @@ class EventRecorder:
     Batching by waiting for the previous commit needs no timer: a lone call commits at once, a busy server commits large groups.
     """
 
-    def __init__(self, writer: EventWriter, online: OnlineStore, metrics: Metrics, *, queue_events: int, batch_events: int) -> None:
+    def __init__(self, writer: EventWriter, states: UserStates, metrics: Metrics, *, queue_events: int, batch_events: int) -> None:
         self._writer = writer
-        self._online = online
+        self._states = states
         self._metrics = metrics
         self._queue: deque[_Waiting] = deque()
         self._queued_events = 0
         self._queue_events = queue_events
         self._batch_events = batch_events
         self._wake = asyncio.Event()
+        self._committed: list[tuple[_Waiting, Written]] = []
+        self._publishing_events = 0
+        self._wake_publishing = asyncio.Event()
 
     @property
     def queued_events(self) -> int:
@@ -49,7 +56,7 @@ class EventRecorder:
         return self._queued_events
 
     async def record(self, events: Sequence[IncomingEvent]) -> RecordOutcome:
-        """Stores events and makes them visible; returns after PostgreSQL committed.
+        """Stores events and makes them visible; returns after PostgreSQL committed, and Redis holds their customers or is away.
 
         Raises:
             OverloadedError: the queue is full; nothing was stored.
@@ -63,18 +70,38 @@ class EventRecorder:
         self._wake.set()
         with span("record"):
             written, online = await waiting.done
-        for outcome in written.outcomes:
-            self._metrics.events(outcome.status.value)
+        statuses = [outcome.status for outcome in written.outcomes]
+        for status in set(statuses):
+            self._metrics.events(status.value, statuses.count(status))
         return RecordOutcome(written.outcomes, written.tokens, online)
 
     async def run(self) -> None:
-        """Commits batches until cancelled."""
+        """Commits batches and makes them visible until cancelled."""
+        await asyncio.gather(self._run_commits(), self._run_publishing())
+
+    async def _run_commits(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while batch := self._take():
+            # What is committed sooner would wait for the publishing under way all the same, in a smaller group: as many events
+            # as that holds keep both halves at work, and of 4,000 under way touch 0.45 customers an event instead of 0.7.
+            while self._queue and self._queued_events >= min(self._publishing_events, self._batch_events):
+                batch = self._take()
                 with on_behalf_of([waiting.origin for waiting in batch], "group commit"):
                     await self._commit(batch)
+
+    async def _run_publishing(self) -> None:
+        while True:
+            await self._wake_publishing.wait()
+            self._wake_publishing.clear()
+            group, self._committed = self._committed, []
+            self._publishing_events = sum(len(waiting.events) for waiting, _ in group)
+            with on_behalf_of([waiting.origin for waiting, _ in group], "group publish"):
+                online = await self._publish([written for _, written in group])
+            for waiting, written in group:
+                _settle(waiting, (written, online))
+            self._publishing_events = 0
+            self._wake.set()
 
     def _take(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -101,9 +128,8 @@ class EventRecorder:
                 _settle(waiting, error)
             return
         self._metrics.observe_ingest_stage("commit", perf_counter() - started)
-        online = await self._publish(written)
-        for waiting, part in zip(batch, written, strict=True):
-            _settle(waiting, (part, online))
+        self._committed += zip(batch, written, strict=True)
+        self._wake_publishing.set()
 
     async def _commit_apart(self, batch: list[_Waiting], error: psycopg.DataError) -> None:
         """One call's bad value must not fail its neighbours: each call is committed by itself."""
@@ -114,18 +140,18 @@ class EventRecorder:
             await self._commit([waiting])
 
     async def _publish(self, written: Sequence[Written]) -> bool:
-        """Writes the recomputed customers to Redis; if that fails the outbox still names them."""
-        states = written[0].states
+        """Recomputes the customers concerned and writes them to Redis; if that fails the outbox still names them."""
+        users = sorted({token.user_id for part in written for token in part.tokens})
         started = perf_counter()
         try:
             with span("online_write"):
-                await self._online.write_users(states)
+                versions = await self._states.refresh(users)
         except Exception as error:  # noqa: BLE001 - whatever it is, the events are committed, and later calls wait for this loop
-            _log.warning("online store missed a write; the outbox holds it", error=type(error).__name__, users=len(states))
+            _log.warning("online store missed a write; the outbox holds it", error=type(error).__name__, users=len(users))
             self._writer.missed()
             return False
         self._metrics.observe_ingest_stage("online_write", perf_counter() - started)
-        self._writer.caught_up(states)
+        self._writer.caught_up(versions)
         return True
 
 

@@ -1,7 +1,7 @@
-"""One transaction for a batch of calls: identities, row locks, events, versions, outbox, and the state they add up to."""
+"""One transaction for a batch of calls: identities, row locks, events, versions and outbox."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ import structlog
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
-from features.activity import UserState
+from server.arrays import number_array, text_array
 from server.database import Pool
 from server.domain import EventOutcome, IncomingEvent, Stored, Subject, Token
 from server.ingest.personas import find_or_create, forgotten
@@ -19,15 +19,19 @@ from server.transactions import retried
 
 _log = structlog.get_logger(__name__)
 
-_ROOTS = "SELECT DISTINCT coalesce(merged_into, user_id) FROM users WHERE user_id = ANY(%s)"
-# Locking in id order keeps two batches that share customers from deadlocking.
-_LOCK = "SELECT user_id, merged_into, version FROM users WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE"
+# Personas and their customers in one go, so in one order: locking in id order keeps two batches that share customers from
+# deadlocking.
+_LOCK = """
+SELECT user_id, merged_into, version FROM users WHERE user_id = ANY(ARRAY(
+    SELECT unnest(%(ids)s::text[]) UNION SELECT merged_into FROM users WHERE user_id = ANY(%(ids)s::text[]) AND merged_into IS NOT NULL
+)) ORDER BY user_id FOR UPDATE
+"""
 _INSERT = """
 INSERT INTO events
     (user_id, origin_id, version, event_id, channel, action, item_id, text, value, quantity, session_id, slate_id, occurred_at)
 SELECT * FROM unnest(%s::text[], %s::text[], %s::bigint[], %s::uuid[], %s::text[], %s::text[], %s::text[], %s::text[],
                      %s::double precision[], %s::double precision[], %s::text[], %s::text[], %s::timestamptz[])
-ON CONFLICT DO NOTHING RETURNING user_id, event_id
+ON CONFLICT DO NOTHING RETURNING user_id, event_id::text
 """
 _COUNT = """
 WITH moved AS (
@@ -56,11 +60,10 @@ _Owners = dict[Subject, _Owner | EventOutcome]
 
 @dataclass(frozen=True)
 class Written:
-    """What one call of a batch did; ``states`` are those of the whole batch."""
+    """What one call of a batch did: one outcome for each event, one token for each customer."""
 
     outcomes: tuple[EventOutcome, ...]
     tokens: tuple[Token, ...]
-    states: tuple[UserState, ...]
 
 
 class EventWriter:
@@ -74,20 +77,20 @@ class EventWriter:
         self._wake = asyncio.Event()
 
     async def write(self, calls: Sequence[Sequence[IncomingEvent]]) -> list[Written]:
-        """Stores the events of several calls and recomputes their customers under the row locks of the same transaction.
+        """Stores the events of several calls and counts them in their customers' versions, under the row locks of one transaction.
 
         Raises:
             psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure: lost every attempt to other transactions.
         """
         events = [event for call in calls for event in call]
-        outcomes, states = await retried(lambda: self._write(events))
-        versions = {state.user_id: state.version for state in states}
+        outcomes, versions = await retried(lambda: self._write(events))
         edges = [0]
         for call in calls:
             edges.append(edges[-1] + len(call))
-        return [_written(outcomes[a:b], versions, states) for a, b in pairwise(edges)]
+        return [_written(outcomes[a:b], versions) for a, b in pairwise(edges)]
 
-    async def _write(self, events: Sequence[IncomingEvent]) -> tuple[list[EventOutcome], tuple[UserState, ...]]:
+    async def _write(self, events: Sequence[IncomingEvent]) -> tuple[list[EventOutcome], dict[str, int]]:
+        """Returns what became of each event, and the version at which every customer concerned stands now."""
         async with self._pool.connection() as connection, connection.transaction():
             owners = await self._owners(connection, {event.subject for event in events})
             fresh = await _insert(connection, events, owners)
@@ -95,10 +98,10 @@ class EventWriter:
             for user_id, _ in fresh:
                 counts[user_id] = counts.get(user_id, 0) + 1
             if counts:
-                await connection.execute(_COUNT, [list(counts), list(counts.values())])
-            touched = sorted({owner.user_id for owner in owners.values() if isinstance(owner, _Owner)})
-            states = tuple(await self._states.recompute(connection, touched))
-        return _outcomes(events, owners, set(fresh)), states
+                await connection.execute(_COUNT, [text_array(counts), number_array(counts.values())])
+        touched = {owner.user_id: owner.version for owner in owners.values() if isinstance(owner, _Owner)}
+        versions = {user_id: version - 1 + counts.get(user_id, 0) for user_id, version in touched.items()}
+        return _outcomes(events, owners, set(fresh)), versions
 
     async def _owners(self, connection: AsyncConnection[TupleRow], subjects: set[Subject]) -> _Owners:
         """Finds each subject's persona and customer, with both rows locked; creates customers of new identities.
@@ -111,10 +114,8 @@ class EventWriter:
             personas |= found
         locked: dict[str, tuple[str, int]] = {}
         missing = set(personas.values())
-        roots = await (await connection.execute(_ROOTS, [sorted(missing)])).fetchall()
-        missing |= {row[0] for row in roots}  # persona and customer in one go, so in one order; as a rule that is all
-        while missing:  # a merge may have won in between: it leads to a survivor, whose row must be locked too
-            rows = await (await connection.execute(_LOCK, [sorted(missing)])).fetchall()
+        while missing:  # as a rule once; a merge may win in between: it leads to a survivor, whose row must be locked too
+            rows = await (await connection.execute(_LOCK, {"ids": text_array(missing)})).fetchall()
             locked |= {user_id: (merged_into or user_id, version) for user_id, merged_into, version in rows}
             missing = {survivor for survivor, _ in locked.values()} - locked.keys()
         owners: _Owners = {}
@@ -128,9 +129,9 @@ class EventWriter:
             owners |= {subject: _FORGOTTEN if subject in gone else _UNKNOWN for subject in unowned}
         return owners
 
-    def caught_up(self, states: Sequence[UserState]) -> None:
-        """Notes that Redis holds these versions; their outbox rows are removed in the background."""
-        self._caught_up.update((state.user_id, state.version) for state in states)
+    def caught_up(self, versions: Mapping[str, int]) -> None:
+        """Notes that Redis holds these customers at these versions; their outbox rows are removed in the background."""
+        self._caught_up.update(versions)
         self._wake.set()
 
     def missed(self) -> None:
@@ -152,29 +153,25 @@ class EventWriter:
 
 async def _insert(connection: AsyncConnection[TupleRow], events: Sequence[IncomingEvent], owners: _Owners) -> list[tuple[str, str]]:
     """Inserts events of known customers; returns (user_id, event_id) of those that were not there before."""
-    rows = [
-        (
-            owner.user_id,
-            owner.origin_id,
-            owner.version,
-            e.event_id,
-            e.channel,
-            e.action,
-            e.item_id,
-            e.text,
-            e.value,
-            e.quantity,
-            e.session_id,
-            e.slate_id,
-            e.occurred_at,
-        )
-        for e in events
-        if isinstance(owner := owners[e.subject], _Owner)
-    ]
-    if not rows:
+    owned = [(event, owner) for event in events if isinstance(owner := owners[event.subject], _Owner)]
+    if not owned:
         return []
-    cursor = await connection.execute(_INSERT, [list(column) for column in zip(*rows, strict=True)])
-    return [(str(row[0]), str(row[1])) for row in await cursor.fetchall()]
+    columns = (
+        text_array([owner.user_id for _, owner in owned]),
+        text_array([owner.origin_id for _, owner in owned]),
+        number_array([owner.version for _, owner in owned]),
+        text_array([str(event.event_id) for event, _ in owned]),
+        text_array([event.channel for event, _ in owned]),
+        text_array([event.action for event, _ in owned]),
+        text_array([event.item_id for event, _ in owned]),
+        text_array([event.text for event, _ in owned]),
+        number_array([event.value for event, _ in owned]),
+        number_array([event.quantity for event, _ in owned]),
+        text_array([event.session_id for event, _ in owned]),
+        text_array([event.slate_id for event, _ in owned]),
+        text_array([event.occurred_at.isoformat() for event, _ in owned]),
+    )
+    return list(await (await connection.execute(_INSERT, columns)).fetchall())
 
 
 def _outcomes(events: Sequence[IncomingEvent], owners: _Owners, fresh: set[tuple[str, str]]) -> list[EventOutcome]:
@@ -193,6 +190,6 @@ def _outcomes(events: Sequence[IncomingEvent], owners: _Owners, fresh: set[tuple
     return outcomes
 
 
-def _written(outcomes: Sequence[EventOutcome], versions: dict[str, int], states: tuple[UserState, ...]) -> Written:
+def _written(outcomes: Sequence[EventOutcome], versions: Mapping[str, int]) -> Written:
     users = dict.fromkeys(outcome.user_id for outcome in outcomes if outcome.user_id)
-    return Written(tuple(outcomes), tuple(Token(user_id, versions[user_id]) for user_id in users), states)
+    return Written(tuple(outcomes), tuple(Token(user_id, versions[user_id]) for user_id in users))

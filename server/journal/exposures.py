@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from itertools import islice
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from uuid import UUID
 import psycopg
 import structlog
 
+from server.arrays import number_array, text_array
 from server.database import Pool
 from server.domain import EVERYTHING, Answer, RecommendQuery
 from server.metrics import Metrics
@@ -138,7 +139,7 @@ def _row(exposure: _Exposure) -> str:
             str(exposure.exposure_id),
             str(bool(answer.degraded_reasons)),
             str(answer.stale),
-            _texts(answer.degraded_reasons),
+            _text(text_array(answer.degraded_reasons)),
             f"{exposure.answered_at.isoformat()}\n",
         )
     )
@@ -152,7 +153,7 @@ def _shared(answer: Answer, query: RecommendQuery) -> str:
             _text(answer.slate_id),
             _text(query.channel),
             _text(query.surface),
-            _texts(query.context_item_ids),
+            _text(text_array(query.context_item_ids)),
             str(versions.user_version),
             _text(versions.model_version),
             str(versions.index_version),
@@ -161,12 +162,12 @@ def _shared(answer: Answer, query: RecommendQuery) -> str:
             str(read_page_token(query.page_token)[1] if query.page_token else 0),
             str(query.limit),
             str(query.filters != EVERYTHING),
-            _texts([item.item_id for item in answer.items]),
-            _values([item.position for item in answer.items]),
-            _values([item.score for item in answer.items]),
-            _values([item.card.price_micros for item in answer.items]),
-            _texts([item.card.currency for item in answer.items]),
-            _values([item.card.in_stock for item in answer.items]),
+            _text(text_array([item.item_id for item in answer.items])),
+            number_array([item.position for item in answer.items]),
+            number_array([item.score for item in answer.items]),
+            number_array([item.card.price_micros for item in answer.items]),
+            _text(text_array([item.card.currency for item in answer.items])),
+            number_array([item.card.in_stock for item in answer.items]),
         )
     )
 
@@ -174,14 +175,3 @@ def _shared(answer: Answer, query: RecommendQuery) -> str:
 def _text(value: str) -> str:
     """Returns a text as COPY reads it."""
     return value.translate(_ESCAPES)
-
-
-def _texts(values: Sequence[str]) -> str:
-    """Returns a text[] as COPY reads it; every element is quoted, so that none is taken for NULL or two."""
-    quoted = [value.replace("\\", "\\\\").replace('"', '\\"') for value in values]
-    return _text('{"' + '","'.join(quoted) + '"}') if quoted else "{}"
-
-
-def _values(values: Sequence[float | None]) -> str:
-    """Returns an array of numbers or truth values as COPY reads it."""
-    return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"

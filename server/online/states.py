@@ -14,6 +14,7 @@ from psycopg.rows import TupleRow, dict_row
 
 from features.activity import CAUGHT_UP, READ_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, ViewLayout
+from server.arrays import number_array, text_array
 from server.database import ONLINE_AWAY, Pool
 from server.errors import NotFoundError, StaleStateError, UnavailableError
 from server.online.shown import Shown
@@ -30,6 +31,8 @@ T = TypeVar("T")
 # server/ingest/notices.py) Redis has caught up, or all replicas have found that they cannot reach it, in a small part of that.
 _PATIENCE_SECONDS = 0.7
 _PAUSE_SECONDS = 0.015
+# Customers read and written together: every other call of the process waits while they are encoded.
+_AT_ONCE = 100
 
 # Whether what the statement's snapshot holds of a customer may be shown: Redis holds it too (or has lost the customer), or no
 # other replica answers from Redis. Parameters: the customer, this replica.
@@ -101,10 +104,25 @@ class UserStates:
 
     async def recompute(self, connection: AsyncConnection[TupleRow], user_ids: Sequence[str]) -> list[UserState]:
         """Reads the state of customers from PostgreSQL, a marker for merged personas; unknown ones are left out."""
-        async with connection.cursor(row_factory=dict_row) as cursor:
-            await cursor.execute(READ_STATE, [list(user_ids)])
+        # Arrays of 50 as text take PostgreSQL 9 us more of each customer to write, and this process 10 us more to read.
+        async with connection.cursor(row_factory=dict_row, binary=True) as cursor:
+            await cursor.execute(READ_STATE, [text_array(user_ids)])
             rows: Sequence[Mapping[str, Any]] = await cursor.fetchall()
         return [self._codec.state(row) for row in rows]
+
+    async def refresh(self, user_ids: Sequence[str]) -> dict[str, int]:
+        """Recomputes customers and writes the results; returns the version of each. Unknown ones are left out.
+
+        Raises:
+            psycopg.Error, redis.exceptions.RedisError: a store is away; some of them may be written.
+        """
+        versions: dict[str, int] = {}
+        async with self._pool.connection() as connection:
+            for start in range(0, len(user_ids), _AT_ONCE):
+                states = await self.recompute(connection, user_ids[start : start + _AT_ONCE])
+                await self._online.write_users(states)
+                versions |= {state.user_id: state.version for state in states}
+        return versions
 
     async def rebuild(self, user_id: str) -> int:
         """Recomputes one customer and writes the result; returns the version PostgreSQL holds.
@@ -139,7 +157,7 @@ class UserStates:
     async def caught_up(self, versions: Mapping[str, int]) -> None:
         """Removes the outbox rows of customers that Redis holds at these versions."""
         async with self._pool.connection() as connection:
-            await connection.execute(CAUGHT_UP, [list(versions), list(versions.values())])
+            await connection.execute(CAUGHT_UP, [text_array(versions), number_array(versions.values())])
 
     async def recorded(self, user_id: str) -> Recorded:
         """Returns where a customer stands in PostgreSQL, which is never behind any token.

@@ -43,7 +43,7 @@ class Replica:
     async def write(self, subject: Subject, *names: str) -> Written:
         """Records views, each event's id made of its name, and makes them visible."""
         (written,) = await self.writer.write([[view(subject, name) for name in names]])
-        await self.states.publish(written.states)
+        await self.states.caught_up(await self.states.refresh([token.user_id for token in written.tokens]))
         return written
 
     async def record(self, subject: Subject, *names: str) -> Token:

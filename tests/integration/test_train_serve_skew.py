@@ -122,7 +122,7 @@ async def act(reader: Replica) -> None:
         ]
         (written,) = await reader.writer.write([events])
         assert {outcome.status for outcome in written.outcomes} == {Stored.STORED}
-        await reader.states.publish(written.states)
+        await reader.states.refresh([token.user_id for token in written.tokens])
 
     items = list(ODD)
     await did(web("odd"), *(("view", item, "") for item in items))

@@ -1,6 +1,6 @@
 """Feast's Redis layout: values that come back, statuses told apart, and views that cannot be stored refused."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, cast
 
 import pytest
@@ -10,6 +10,7 @@ from feast.protos.feast.core.FeatureView_pb2 import FeatureView as FeatureViewPr
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import VALUE_TYPES_TO_FEAST_TYPES, Array, Bool, Float32, Float64, Int32, Int64, String, UnixTimestamp
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,8 +19,10 @@ from features.layout import (
     LayoutError,
     Status,
     ViewLayout,
+    decode_timestamp,
     decode_value,
     dtype_of,
+    encode_timestamp,
     encode_value,
     entity_key,
     hash_field,
@@ -82,9 +85,18 @@ def test_a_value_reads_as_protobuf_reads_it(pair: tuple[str, Any]) -> None:
     assert repr(decode_value(data)) == repr(list(value.val) if hasattr(value, "val") else value)
 
 
-@pytest.mark.parametrize("number", [127, 128, 2**14 - 1, 2**14, -1])
+@pytest.mark.parametrize("number", [0, 127, 128, 1023, 1024, 2**14 - 1, 2**14, -1])
 def test_whole_numbers_at_the_bounds_of_the_short_forms_come_back(number: int) -> None:
+    assert encode_value("Int64", number) == Value(int64_val=number).SerializeToString()
     assert decode_value(encode_value("Int64", number)) == number
+
+
+@given(st.datetimes(timezones=st.just(UTC) | st.just(timezone(timedelta(hours=-5, minutes=-30)))))
+def test_a_time_has_the_bytes_that_protobuf_gives_it(moment: datetime) -> None:
+    stamp = Timestamp()
+    stamp.FromDatetime(moment)
+    assert encode_timestamp(moment) == stamp.SerializeToString()
+    assert decode_timestamp(encode_timestamp(moment)) == moment
 
 
 @pytest.mark.parametrize("text", ["x" * length for length in (126, 127, 128, 129)] + ["é" * 64])

@@ -1,7 +1,7 @@
 """Group commit: batches form by themselves, one bad call does not fail its neighbours, a full queue says so."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -25,7 +25,7 @@ class FakeWriter:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.stored: list[IncomingEvent] = []
-        self.struck: list[Any] = []
+        self.struck: list[Mapping[str, int]] = []
         self.misses = 0
         self.error: Exception | None = None
         self.gate = asyncio.Event()
@@ -39,23 +39,31 @@ class FakeWriter:
         if any(event.text == "poison" for call in calls for event in call):
             raise psycopg.DataError("bad value")
         self.stored += [event for call in calls for event in call]
-        return [Written(tuple(EventOutcome(Stored.STORED, "u") for _ in call), (Token("u", 1),), ()) for call in calls]
+        return [Written(tuple(EventOutcome(Stored.STORED, "u") for _ in call), (Token(f"u{len(call)}", 1),)) for call in calls]
 
-    def caught_up(self, states: Any) -> None:
-        self.struck.append(states)
+    def caught_up(self, versions: Mapping[str, int]) -> None:
+        self.struck.append(versions)
 
     def missed(self) -> None:
         self.misses += 1
 
 
-class FakeOnline:
+class FakeStates:
+    """Remembers who was recomputed and written to Redis together; version 2 is what it finds of everybody."""
+
     def __init__(self) -> None:
         self.down = False
         self.error: Exception = redis.exceptions.ConnectionError()
+        self.refreshed: list[list[str]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
 
-    async def write_users(self, states: Any) -> None:
+    async def refresh(self, user_ids: Sequence[str]) -> dict[str, int]:
+        self.refreshed.append(list(user_ids))
+        await self.gate.wait()
         if self.down:
             raise self.error
+        return dict.fromkeys(user_ids, 2)
 
 
 def event(number: int, text: str = "") -> IncomingEvent:
@@ -63,8 +71,8 @@ def event(number: int, text: str = "") -> IncomingEvent:
 
 
 @asynccontextmanager
-async def recording(**limits: int) -> AsyncIterator[tuple[EventRecorder, FakeWriter, FakeOnline]]:
-    writer, online = FakeWriter(), FakeOnline()
+async def recording(**limits: int) -> AsyncIterator[tuple[EventRecorder, FakeWriter, FakeStates]]:
+    writer, online = FakeWriter(), FakeStates()
     bounds = {"queue_events": 100, "batch_events": 50} | limits
     recorder = EventRecorder(cast("Any", writer), cast("Any", online), Metrics(CollectorRegistry()), **bounds)
     task = asyncio.create_task(recorder.run())
@@ -85,7 +93,7 @@ async def test_calls_that_wait_share_the_next_commit() -> None:
         answers = await asyncio.gather(*calls)
     assert sum(writer.batches) == 20
     assert len(writer.batches) <= 2
-    assert all(answer.online and answer.tokens == (Token("u", 1),) for answer in answers)
+    assert all(answer.online and answer.tokens == (Token("u1", 1),) for answer in answers)
 
 
 async def test_a_batch_keeps_its_bound() -> None:
@@ -145,7 +153,25 @@ async def test_events_are_acknowledged_while_redis_is_away() -> None:
         assert writer.misses == 1  # and the other replicas are asked to write it
         online.down = False
         assert (await recorder.record([event(1)])).online
-        assert (len(writer.struck), writer.misses) == (1, 1)
+        assert (writer.struck, writer.misses) == ([{"u1": 2}], 1)
+
+
+async def test_the_next_group_is_committed_while_one_is_made_visible_and_those_that_wait_for_it_share_the_next_turn() -> None:
+    async with recording() as (recorder, writer, states):
+        states.gate.clear()
+        calls = [asyncio.create_task(recorder.record([event(0)]))]
+        for number in (1, 2, 3):
+            await asyncio.sleep(0.01)
+            calls.append(asyncio.create_task(recorder.record([event(10 * number + k) for k in range(1 + number % 2)])))
+        await asyncio.sleep(0.01)
+        assert (len(writer.stored), writer.batches) == (6, [1, 1, 1, 1])  # all are committed while the first is being written
+        assert states.refreshed == [["u1"]]  # Redis has not taken anything yet,
+        assert not any(call.done() for call in calls)  # so nothing is acknowledged
+        states.gate.set()
+        answers = await asyncio.gather(*calls)
+    assert states.refreshed == [["u1"], ["u1", "u2"]]
+    assert all(answer.online for answer in answers)
+    assert writer.struck == [{"u1": 2}, {"u1": 2, "u2": 2}]
 
 
 async def test_an_outage_fails_the_waiting_calls_once_and_the_next_ones_are_stored() -> None:
@@ -185,6 +211,25 @@ async def test_each_call_gets_the_outcomes_of_its_own_events() -> None:
         await asyncio.sleep(0.02)
         writer.gate.set()
         assert [len((await call).outcomes) for call in calls] == [1, 2, 3, 4, 5]
+
+
+async def test_while_a_group_is_made_visible_no_smaller_one_is_committed() -> None:
+    async with recording() as (recorder, writer, states):
+        states.gate.clear()
+        calls = [asyncio.create_task(recorder.record([event(k) for k in range(4)]))]
+        await asyncio.sleep(0.01)
+        calls += [asyncio.create_task(recorder.record([event(number)])) for number in (4, 5, 6)]
+        await asyncio.sleep(0.01)
+        assert writer.batches == [1]
+        calls.append(asyncio.create_task(recorder.record([event(7)])))
+        await asyncio.sleep(0.01)
+        assert writer.batches == [1, 4]
+        calls.append(asyncio.create_task(recorder.record([event(8)])))
+        await asyncio.sleep(0.01)
+        assert writer.batches == [1, 4]
+        states.gate.set()  # then whoever waits is committed at once
+        assert all(answer.online for answer in await asyncio.gather(*calls))
+    assert writer.batches == [1, 4, 1]
 
 
 async def test_whatever_the_online_store_fails_with_committed_events_are_acknowledged_and_later_ones_too() -> None:

@@ -15,7 +15,7 @@ from concord.v1 import common_pb2, events_pb2, events_pb2_grpc
 from server import tokens
 from server.domain import IncomingEvent, Subject, Token
 from server.errors import OverloadedError, UnavailableError
-from server.rpc.events import READ_AHEAD
+from server.rpc import events as rpc_events
 from tests.fakes import NOW, Edge, FakeRecorder, Fakes, refusal, serving
 
 ID = "00000000-0000-4000-8000-0000000000{:02}"
@@ -203,18 +203,43 @@ async def test_a_stream_answers_in_order_while_batches_run_side_by_side() -> Non
         answers = [answer async for answer in call]
     assert [answer.sequence for answer in answers] == list(range(30))
     assert all(answer.results[0].status == events_pb2.EVENT_STATUS_STORED for answer in answers)
-    assert 1 < recorder.most <= READ_AHEAD
+    assert 1 < recorder.most <= 30
 
 
-async def test_a_stream_reads_ahead_only_so_far() -> None:
+@pytest.mark.parametrize(("events", "batches"), [(1, 8), (3, 2), (20, 1)], ids=["small batches", "larger ones", "one that is too large"])
+async def test_a_stream_reads_ahead_only_so_far(events: int, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_events, "READ_AHEAD", 8)
+    requests = [events_pb2.StreamEventsRequest(sequence=n, events=[event(events * n + k) for k in range(events)]) for n in range(30)]
     async with serving(Fakes(recorder=FakeRecorder(delay=30)), default_deadline_seconds=30) as edge:
-        call = events_pb2_grpc.EventServiceStub(edge.channel).StreamEvents(iter([batch(n) for n in range(30)]))
+        call = events_pb2_grpc.EventServiceStub(edge.channel).StreamEvents(iter(requests))
         recorder = edge.fakes.recorder
-        await eventually(lambda: len(recorder.calls) >= READ_AHEAD)
+        await eventually(lambda: len(recorder.calls) >= batches)
         await asyncio.sleep(0.1)
-        assert len(recorder.calls) == READ_AHEAD
+        assert len(recorder.calls) == batches
         call.cancel()
-        await eventually(lambda: recorder.cancelled == READ_AHEAD)
+        await eventually(lambda: recorder.cancelled == batches)
+
+
+async def test_streams_share_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_events, "READ_AHEAD", 8)
+    async with serving(Fakes(recorder=FakeRecorder(delay=30)), default_deadline_seconds=30) as edge:
+        calls = []
+        for most in (8, 8 + 4, 8 + 4 + 2):
+            calls.append(events_pb2_grpc.EventServiceStub(edge.channel).StreamEvents(iter([batch(n) for n in range(30)])))
+            await eventually(lambda most=most: len(edge.fakes.recorder.calls) >= most)
+            await asyncio.sleep(0.05)
+            assert len(edge.fakes.recorder.calls) == most
+        for call in calls:
+            call.cancel()
+
+
+async def test_a_stream_reads_on_as_soon_as_it_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_events, "READ_AHEAD", 3)
+    recorder = Backwards()
+    async with serving(Fakes(recorder=recorder)) as edge:
+        call = events_pb2_grpc.EventServiceStub(edge.channel).StreamEvents(iter([batch(n) for n in range(12)]))
+        answers = [answer.sequence async for answer in call]
+    assert (answers, recorder.most) == (list(range(12)), 3)
 
 
 async def eventually(holds: Callable[[], bool]) -> None:

@@ -221,18 +221,19 @@ class Writer:
     async def write(self, calls: Any) -> list[Written]:
         self.contexts.append(dict(structlog.contextvars.get_contextvars()))
         await self.gate.wait()
-        return [Written((EventOutcome(Stored.STORED, "u"),), (Token("u", 1),), ()) for _ in calls]
+        return [Written((EventOutcome(Stored.STORED, "u"),), (Token("u", 1),)) for _ in calls]
 
-    def caught_up(self, states: Any) -> None: ...
+    def caught_up(self, versions: Any) -> None: ...
 
 
-class Online:
-    async def write_users(self, states: Any) -> None: ...
+class States:
+    async def refresh(self, user_ids: Any) -> dict[str, int]:
+        return dict.fromkeys(user_ids, 1)
 
 
 async def test_a_group_commit_is_done_in_the_name_of_all_its_calls() -> None:
     recorded, writer = Recorded(), Writer()
-    recorder = EventRecorder(writer, Online(), Metrics(CollectorRegistry()), queue_events=100, batch_events=100)  # type: ignore[arg-type]
+    recorder = EventRecorder(writer, States(), Metrics(CollectorRegistry()), queue_events=100, batch_events=100)  # type: ignore[arg-type]
     running = asyncio.create_task(recorder.run())
 
     async def call(number: int) -> str:
@@ -258,7 +259,11 @@ async def test_a_group_commit_is_done_in_the_name_of_all_its_calls() -> None:
     linked = recorded.spans["EventService/RecordEvents2"].get_span_context()
     assert linked is not None
     assert [link.context.trace_id for link in shared.links] == [linked.trace_id]
-    assert parent_of(recorded.spans["commit"]) == parent_of(recorded.spans["online_write"]) == id_of(shared)
+    assert parent_of(recorded.spans["commit"]) == id_of(shared)
+    visible = recorded.spans["group publish"]  # of both groups: nobody waited between them
+    assert (visible.attributes or {})["concord.calls"] == 3
+    assert parent_of(visible) == id_of(recorded.spans["EventService/RecordEvents0"])
+    assert parent_of(recorded.spans["online_write"]) == id_of(visible)
 
 
 async def test_work_done_for_nobody_in_particular_leaves_no_context_behind() -> None:
