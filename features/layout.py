@@ -36,9 +36,9 @@ _FLOATS = {"FLOAT": "Float32", "DOUBLE": "Float64"}
 _COLLECTIONS = {"": "{}", "LIST": "Array({})", "SET": "Set({})"}
 
 
-# How a Value begins that holds an int64, a string or a double: field number and wire type.
-_INT64_TAG, _STRING_TAG, _DOUBLE_TAG = b"\x20", b"\x12", b"\x29"
-_DOUBLE, _LENGTH = struct.Struct("<d"), struct.Struct("<I")
+# How a Value begins that holds an int64, a string, a double or a list of doubles, and how the list does: field number and wire type.
+_INT64_TAG, _STRING_TAG, _DOUBLE_TAG, _DOUBLES_TAG, _PACKED_TAG = 0x20, 0x12, 0x29, 0x7A, 0x0A
+_LENGTH = struct.Struct("<I")
 
 
 class LayoutError(Exception):
@@ -54,11 +54,19 @@ class Status(Enum):
 
 
 class FeatureValue(NamedTuple):
-    """A value read online, with its status and the event time of its view (None when MISSING)."""
+    """A value read online, with its status and the event time of its view (None when the view was never written)."""
 
     value: Any
     status: Status
     event_timestamp: datetime | None
+
+
+class FeatureColumn(NamedTuple):
+    """One feature of several entities: three sequences as long as there are entities, in their order; see FeatureValue."""
+
+    values: Sequence[Any]
+    statuses: Sequence[Status]
+    event_timestamps: Sequence[datetime | None]
 
 
 @dataclass(frozen=True)
@@ -93,21 +101,36 @@ class ViewLayout:
         return mapping
 
     def decode(self, replies: Sequence[bytes | None], now: datetime) -> dict[str, FeatureValue]:
-        """Reads the reply of HMGET over ``hash_fields``: features by name, as ``values`` lists them."""
-        return dict(zip(self.features, self.values(replies, now), strict=True))
+        """Reads the reply of HMGET over ``hash_fields``: features by name."""
+        columns = self.columns([(reply,) for reply in replies], now)
+        single = [FeatureValue(column.values[0], column.statuses[0], column.event_timestamps[0]) for column in columns]
+        return dict(zip(self.features, single, strict=True))
 
-    def values(self, replies: Sequence[bytes | None], now: datetime) -> list[FeatureValue]:
-        """Reads the reply of HMGET over ``hash_fields``, feature by feature.
+    def columns(self, replies: Sequence[Sequence[bytes | None]], now: datetime) -> list[FeatureColumn]:
+        """Reads several entities: for each of ``hash_fields`` what stands there, one reply an entity; returns one column a feature.
 
         Feast itself reports PRESENT for absent entities, stored nulls and expired values; here each is told apart.
         """
-        stamp = replies[-1]
+        *stored, stamps = replies
+        ages = {stamp: self._age(stamp, now) for stamp in set(stamps)}
+        times = [ages[stamp][0] for stamp in stamps]
+        fresh = [ages[stamp][1] for stamp in stamps]
+        if None in stamps:
+            stored = [[None if stamp is None else reply for reply, stamp in zip(column, stamps, strict=True)] for column in stored]
+        columns = []
+        for dtype, column in zip(self.dtypes, stored, strict=True):
+            values, statuses = decode_column(dtype, column), fresh
+            if None in values:
+                statuses = [Status.MISSING if value is None else status for value, status in zip(values, fresh, strict=True)]
+            columns.append(FeatureColumn(values, statuses, times))
+        return columns
+
+    def _age(self, stamp: bytes | None, now: datetime) -> tuple[datetime | None, Status]:
+        """Returns the event time, and the status of a value of it."""
         if stamp is None:
-            return [FeatureValue(None, Status.MISSING, None)] * len(self.features)
+            return None, Status.MISSING
         at = decode_timestamp(stamp)
-        fresh = Status.STALE if self.ttl and now - at > self.ttl else Status.PRESENT
-        found = [None if reply is None else decode_value(reply) for reply in replies[:-1]]
-        return [FeatureValue(value, Status.MISSING if value is None else fresh, at) for value in found]
+        return at, Status.STALE if self.ttl and now - at > self.ttl else Status.PRESENT
 
     def only(self, names: Collection[str]) -> "ViewLayout":
         """Returns the layout of some of the features, in schema order."""
@@ -206,25 +229,72 @@ def encode_value(dtype: str, value: Any) -> bytes:
 
 
 def decode_value(data: bytes) -> Any:
-    """Reads a serialized ``feast.types.Value`` as a Python scalar or list; an unset one is None.
-
-    The commonest forms are told by their first byte, without a message: a double, a short text, a whole number below 2^14.
-    """
-    size, tag = len(data), data[:1]
-    if tag == _DOUBLE_TAG and size == 9:
-        return _DOUBLE.unpack_from(data, 1)[0]
-    if tag == _STRING_TAG and 1 < size < 130 and data[1] == size - 2:
-        return data[2:].decode()
-    if tag == _INT64_TAG and size == 2:
-        return data[1]
-    if tag == _INT64_TAG and size == 3:
-        return (data[1] & 127) | (data[2] << 7)
+    """Reads a serialized ``feast.types.Value`` as a Python scalar or list; an unset one is None."""
     message = Value.FromString(data)
     kind = message.WhichOneof("val")
     if kind is None:
         return None
     value = getattr(message, kind)
     return list(value.val) if kind.endswith("_list_val") else value
+
+
+def decode_column(dtype: str, replies: Sequence[bytes | None]) -> list[Any]:
+    """Reads serialized values of one feature, None where there is none.
+
+    Returns what ``decode_value`` returns of each. The commonest forms of a type are told by their first bytes and lengths and read
+    without a message, which costs 0.02 (doubles) to 0.3 µs (lists of them) a value instead of 0.6 to 1.4.
+    """
+    stored = [reply for reply in replies if reply is not None]
+    values = _DECODERS.get(dtype, _values)(stored)
+    if len(stored) == len(replies):
+        return values
+    rest = iter(values)
+    return [None if reply is None else next(rest) for reply in replies]
+
+
+def _values(stored: Sequence[bytes]) -> list[Any]:
+    return [decode_value(data) for data in stored]
+
+
+def _doubles(stored: Sequence[bytes]) -> list[Any]:
+    """All at once where all are there."""
+    joined = b"".join(stored)
+    if set(map(len, stored)) != {9} or joined[::9] != bytes([_DOUBLE_TAG]) * len(stored):
+        return _values(stored)
+    return list(struct.unpack("<" + "xd" * len(stored), joined))
+
+
+def _whole_numbers(stored: Sequence[bytes]) -> list[Any]:
+    """Below 2^14 they have one byte or two."""
+    return [
+        data[1]
+        if (size := len(data)) == 2 and data[0] == _INT64_TAG
+        else data[1] & 127 | data[2] << 7
+        if size == 3 and data[0] == _INT64_TAG
+        else decode_value(data)
+        for data in stored
+    ]
+
+
+def _texts(stored: Sequence[bytes]) -> list[Any]:
+    """Below 128 bytes their length has one."""
+    return [
+        data[2:].decode() if 1 < (size := len(data)) < 130 and data[0] == _STRING_TAG and data[1] == size - 2 else decode_value(data)
+        for data in stored
+    ]
+
+
+def _double_lists(stored: Sequence[bytes]) -> list[Any]:
+    """Below 126 bytes the lengths of the list and of its packed numbers have one each."""
+    return [
+        list(struct.unpack_from(f"<{data[3] // 8}d", data, 4))
+        if 4 < (size := len(data)) < 128 and data[0] == _DOUBLES_TAG and data[2] == _PACKED_TAG and data[3] == size - 4
+        else decode_value(data)
+        for data in stored
+    ]
+
+
+_DECODERS = {"Float64": _doubles, "Int64": _whole_numbers, "String": _texts, "Array(Float64)": _double_lists}
 
 
 @lru_cache(maxsize=4096)

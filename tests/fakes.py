@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from features.behaviour import Activity, Behaviour
 from features.candidates import Source
 from features.catalogue import Item, Relation, UpsertResult
-from features.layout import FeatureValue, Status
+from features.layout import FeatureColumn, FeatureValue, Status
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.domain import (
@@ -227,18 +227,15 @@ class FakeCatalog(Script):
         return [item for key, item in sorted(self.items.items()) if key > after and category in ("", item.category)][:page_size]
 
 
-@dataclass(frozen=True)
-class FakeRow:
-    values: dict[str, FeatureValue]
-
-
 @dataclass
 class FakeFeatures(Script):
-    values: dict[str, FeatureValue] = field(default_factory=dict)
+    """Knows one value a name, the same of every entity."""
 
-    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> Sequence[FakeRow]:
+    values: dict[str, FeatureValue] = field(default_factory=lambda: {"v:f": FeatureValue(1, Status.PRESENT, NOW)})
+
+    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> dict[str, FeatureColumn]:
         await self.play((service, tuple(refs), tuple(entities)))
-        return [FakeRow(self.values) for _ in entities]
+        return {name: FeatureColumn(*([part] * len(entities) for part in value)) for name, value in self.values.items()}
 
 
 @dataclass

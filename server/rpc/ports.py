@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from features.catalogue import Item, Relation, UpsertResult
-from features.layout import FeatureValue
+from features.layout import FeatureColumn
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.domain import (
@@ -120,20 +120,11 @@ class Catalog(Protocol):
         ...
 
 
-class FeatureRow(Protocol):
-    """The features of one entity."""
-
-    @property
-    def values(self) -> Mapping[str, FeatureValue]:
-        """``view:feature`` to its value, in the order asked for."""
-        ...
-
-
 class FeatureReader(Protocol):
     """Reads the online store; see server.online.features."""
 
-    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> Sequence[FeatureRow]:
-        """Returns the features of each entity, for a feature service or else for ``view:feature`` names."""
+    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> Mapping[str, FeatureColumn]:
+        """Returns features of one or more entities by name in the order asked for, of a service or else of ``view:feature`` names."""
         ...
 
 
