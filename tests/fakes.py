@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from features.behaviour import Activity, Behaviour
 from features.candidates import Source
 from features.catalogue import Item, Relation, UpsertResult
-from features.layout import FeatureColumn, FeatureValue, Status
+from features.layout import Ages, FeatureValue, Status
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.domain import (
@@ -27,6 +27,7 @@ from server.domain import (
     EmbedQuery,
     EntityKey,
     EventOutcome,
+    FeatureTable,
     Graph,
     IncomingEvent,
     ItemCard,
@@ -229,13 +230,14 @@ class FakeCatalog(Script):
 
 @dataclass
 class FakeFeatures(Script):
-    """Knows one value a name, the same of every entity."""
+    """Knows one value of one view, the same of every entity."""
 
-    values: dict[str, FeatureValue] = field(default_factory=lambda: {"v:f": FeatureValue(1, Status.PRESENT, NOW)})
+    value: FeatureValue = field(default=FeatureValue(1, Status.PRESENT, NOW))
 
-    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> dict[str, FeatureColumn]:
+    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> FeatureTable:
         await self.play((service, tuple(refs), tuple(entities)))
-        return {name: FeatureColumn(*([part] * len(entities) for part in value)) for name, value in self.values.items()}
+        values, *ages = ([part] * len(entities) for part in self.value)
+        return FeatureTable({"v:f": values}, {"v": Ages(*ages)})
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Online features of any Feast feature service or list, read straight from Feast's Redis layout."""
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -12,10 +12,10 @@ import psycopg
 import structlog
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
-from features.layout import FeatureColumn, FeatureValue, LayoutError, Status, ViewLayout, decode_column, entity_key
+from features.layout import Ages, FeatureValue, LayoutError, Status, ViewLayout, column_decoder, entity_key
 from features.registry import Registry
 from server.database import ONLINE_AWAY, OnlineClient
-from server.domain import EntityKey, Subject
+from server.domain import EntityKey, FeatureTable, Subject
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
 from server.ingest.identities import Identities, Known
 from server.online.breaker import CircuitBreaker
@@ -30,15 +30,16 @@ _MOST_PLANS = 1_000
 # A hash is read as a whole when at least this share of the fields the registry knows of is asked for. Redis looks for each field of
 # HMGET from the start of a packed hash: 23 of 35 fields take it 8.0 µs, all of them by HGETALL 3.5.
 _WHOLE_SHARE = 0.5
+_versions = column_decoder("Int64")
 USER = "user_id"
 # Versions: that of a customer whom nobody knows, for whom MISSING is the answer; and one that no state has.
 _NOBODY, _SOMEBODY_ELSE = -1, 2**63
+_NOTHING = FeatureValue(None, Status.MISSING, None)
 
-FeatureTable = Mapping[str, FeatureColumn]
-"""Features of several entities: ``view:feature`` to its values, in the order asked for."""
+# What Redis holds: for each field of a lookup, one value an entity.
+_Stored = Sequence[Sequence[bytes | None]]
 
 
-@dataclass(frozen=True)
 class _Lookup:
     """What to ask Redis for of each entity of one join key.
 
@@ -49,29 +50,32 @@ class _Lookup:
         whole: whether to read the whole hash instead of its fields one by one.
     """
 
-    join_key: str
-    views: tuple[ViewLayout, ...]
-    fields: tuple[bytes, ...]
-    whole: bool
+    def __init__(self, join_key: str, views: tuple[ViewLayout, ...], fields: tuple[bytes, ...], *, whole: bool) -> None:
+        self.join_key = join_key
+        self.views = views
+        self.fields = fields
+        self.whole = whole
+        self._names: list[bytes] = []
+        self._pick = self._picker([])
 
     def command(self, key: bytes) -> Command:
         """Returns what reads one hash; a single command, so no answer mixes two writes."""
         return ("HGETALL", key) if self.whole else ("HMGET", key, *self.fields)
 
-    def columns(self, replies: Sequence[list[Any]]) -> list[tuple[bytes | None, ...]]:
+    def columns(self, replies: Sequence[list[Any]]) -> _Stored:
         """Returns for each of ``fields`` what stands there, one value an entity."""
-        return list(zip(*(self._picked(replies) if self.whole else replies), strict=True))
+        return list(zip(*(map(self._picked, replies) if self.whole else replies), strict=True))
 
-    def _picked(self, replies: Sequence[list[Any]]) -> Iterator[tuple[bytes | None, ...]]:
-        """Picks the fields out of whole hashes: where they stand is found anew only where a hash has other fields than the one before."""
-        known: list[bytes] | None = None
-        for reply in replies:
-            names = reply[::2]
-            if names != known:
-                known, places = names, {name: 2 * k + 1 for k, name in enumerate(names)}
-                pick = itemgetter(*(places.get(field, -1) for field in self.fields))
-            reply.append(None)  # what is picked for a field that is not there
-            yield pick(reply)
+    def _picked(self, reply: list[Any]) -> tuple[bytes | None, ...]:
+        """Picks the fields out of a whole hash: where they stand is found anew only where it has other fields than the one before."""
+        if (names := reply[::2]) != self._names:
+            self._names, self._pick = names, self._picker(names)
+        reply.append(None)  # what is picked for a field that is not there
+        return self._pick(reply)
+
+    def _picker(self, names: Sequence[bytes]) -> Callable[[list[Any]], tuple[bytes | None, ...]]:
+        places = {name: 2 * k + 1 for k, name in enumerate(names)}
+        return itemgetter(*(places.get(field, -1) for field in self.fields))
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class _Plan:
 
     Attributes:
         refs: the names in the order asked for.
-        lookups: one for each join key.
+        lookups: one for each join key, the customers' first.
         places: where each name stands among the features of all views, one after the other.
     """
 
@@ -89,29 +93,26 @@ class _Plan:
     places: tuple[int, ...]
 
     @cached_property
-    def customers(self) -> bool:
+    def of_customers(self) -> bool:
         """Whether values of customers are asked for."""
-        return any(lookup.join_key == USER for lookup in self.lookups)
+        return self.lookups[0].join_key == USER
 
-    def versions(self, found: "_Found") -> list[int]:
+    def versions(self, found: Sequence[_Stored]) -> list[int]:
         """Returns the version of each customer's state, -1 without one."""
-        (stored,) = (columns[0] for lookup, columns in zip(self.lookups, found, strict=True) if lookup.join_key == USER)
-        return [-1 if version is None else version for version in decode_column("Int64", stored)]
+        return [-1 if version is None else version for version in _versions(found[0][0])]
 
-    def table(self, found: "_Found", now: datetime) -> FeatureTable:
+    def table(self, found: Sequence[_Stored], now: datetime) -> FeatureTable:
         """Decodes what was found."""
-        columns: list[FeatureColumn] = []
+        columns: list[list[Any]] = []
+        ages: dict[str, Ages] = {}
         for lookup, stored in zip(self.lookups, found, strict=True):
             start = 1 if lookup.join_key == USER else 0
             for view in lookup.views:
                 end = start + len(view.hash_fields)
-                columns += view.columns(stored[start:end], now)
+                values, ages[view.name] = view.columns(stored[start:end], now)
+                columns += values
                 start = end
-        return dict(zip(self.refs, map(columns.__getitem__, self.places), strict=True))
-
-
-# What Redis holds: for each lookup, each of its fields and each entity.
-_Found = Sequence[Sequence[Sequence[bytes | None]]]
+        return FeatureTable(dict(zip(self.refs, map(columns.__getitem__, self.places), strict=True)), ages)
 
 
 class FeatureReader:
@@ -158,15 +159,14 @@ class FeatureReader:
         try:
             table = await self._online(plan, entities)
         except ONLINE_AWAY:
-            rows = [await self._recorded(plan, entity) for entity in entities]
-            return {ref: FeatureColumn(*zip(*(row[ref] for row in rows), strict=True)) for ref in plan.refs}
+            return _tabled(plan, [await self._recorded(plan, entity) for entity in entities])
         return table if certain and self._states.certain else _doubted(plan, table)
 
     async def _online(self, plan: _Plan, entities: Sequence[EntityKey]) -> FeatureTable:
         """Reads all entities in one round trip; customers found too old, lost, merged or unknown are seen to, and all read again."""
         users = [entity.user_id for entity in entities]
         items = [entity.item_id for entity in entities]
-        if not plan.customers:
+        if not plan.of_customers:
             return plan.table(await self._look(plan, users, items), self._now())
         least = [await self._minimum(entity) for entity in entities]
         for _ in range(_LOOKS):
@@ -186,7 +186,7 @@ class FeatureReader:
             return _SOMEBODY_ELSE
         return max(minimum, self._states.shown.of(entity.user_id))
 
-    async def _look(self, plan: _Plan, users: Sequence[str], items: Sequence[str]) -> _Found:
+    async def _look(self, plan: _Plan, users: Sequence[str], items: Sequence[str]) -> list[_Stored]:
         """Reads all lookups of all entities in one round trip."""
         commands = [
             lookup.command(entity_key(lookup.join_key, value, self._project))
@@ -209,7 +209,7 @@ class FeatureReader:
         except MergedError as merged:
             return await self._recorded(plan, replace(entity, user_id=merged.survivor))
         except NotFoundError:
-            return dict.fromkeys(plan.refs, FeatureValue(None, Status.MISSING, None))
+            return dict.fromkeys(plan.refs, _NOTHING)
         parts = [ref.partition(":") for ref in plan.refs]
         return {ref: features[view][name] for ref, (view, _, name) in zip(plan.refs, parts, strict=True)}
 
@@ -240,7 +240,7 @@ class FeatureReader:
             if layout is None or feature not in layout.features:
                 raise NotFoundError(f"no online feature {ref!r}", reason="FEATURE_UNKNOWN", field="features")
             views.setdefault(layout.join_key, {}).setdefault(name, []).append(feature)
-        lookups = tuple(self._lookup(join_key, asked) for join_key, asked in views.items())
+        lookups = tuple(self._lookup(join_key, views[join_key]) for join_key in sorted(views, key=lambda name: name != USER))
         order = [f"{view.name}:{feature}" for lookup in lookups for view in lookup.views for feature in view.features]
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
@@ -275,11 +275,21 @@ def _require_ids(plan: _Plan, entities: Sequence[EntityKey]) -> None:
                 raise InvalidRequestError(f"entities[{position}].{lookup.join_key}", "is required by the features asked for")
 
 
+def _tabled(plan: _Plan, rows: Sequence[Mapping[str, FeatureValue]]) -> FeatureTable:
+    """Puts rows of customers together; a view is as old as any value it has."""
+    ages = {}
+    for view in plan.lookups[0].views:
+        refs = [f"{view.name}:{feature}" for feature in view.features]
+        known = [next((row[ref] for ref in refs if row[ref].value is not None), _NOTHING) for row in rows]
+        ages[view.name] = Ages([value.status for value in known], [value.event_timestamp for value in known])
+    return FeatureTable({ref: [row[ref].value for row in rows] for ref in plan.refs}, ages)
+
+
 def _doubted(plan: _Plan, table: FeatureTable) -> FeatureTable:
     """Says of customers' values that they are stale: Redis may lag behind what other replicas have shown."""
     views = {view.name for lookup in plan.lookups if lookup.join_key == USER for view in lookup.views}
-    return {ref: _stale(column) if ref.partition(":")[0] in views else column for ref, column in table.items()}
+    return replace(table, ages={view: _stale(ages) if view in views else ages for view, ages in table.ages.items()})
 
 
-def _stale(column: FeatureColumn) -> FeatureColumn:
-    return column._replace(statuses=[Status.STALE if status is Status.PRESENT else status for status in column.statuses])
+def _stale(ages: Ages) -> Ages:
+    return ages._replace(statuses=[Status.STALE if status is Status.PRESENT else status for status in ages.statuses])

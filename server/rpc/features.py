@@ -1,12 +1,11 @@
 """FeatureService: reading the online feature store."""
 
-from collections.abc import Mapping
 from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
 from concord.v1 import features_pb2, features_pb2_grpc
-from features.layout import FeatureColumn, Status
+from features.layout import Status
+from server.domain import FeatureTable
 from server.rpc.interceptor import Context
 from server.rpc.ports import FeatureReader
 from server.rpc.translate import FEATURE_STATUS, timestamp_of
@@ -14,6 +13,7 @@ from server.rpc.validation import Validator
 
 _SCALARS = {bool: "bool_value", int: "int64_value", float: "double_value", str: "string_value", bytes: "bytes_value"}
 _LISTS = {bool: "bool_list_value", int: "int64_list_value", float: "double_list_value", str: "string_list_value"}
+_MISSING = features_pb2.FeatureResult(status=FEATURE_STATUS[Status.MISSING])  # without value and time
 
 
 class FeatureServicer(features_pb2_grpc.FeatureServiceServicer):
@@ -31,28 +31,24 @@ class FeatureServicer(features_pb2_grpc.FeatureServiceServicer):
         return _response(await self._features.read(service=service, refs=refs, entities=entities))
 
 
-def _response(table: Mapping[str, FeatureColumn]) -> features_pb2.GetOnlineFeaturesResponse:
+def _response(table: FeatureTable) -> features_pb2.GetOnlineFeaturesResponse:
     """Copies results that lack only their values, then sets these: 0.7 µs a value; making each from nothing takes 2.5."""
-    columns = table.values()
-    bare: dict[tuple[int, int], list[features_pb2.FeatureResult]] = {}  # columns of one view share their statuses and times
-    for column in columns:
-        if (same := (id(column.statuses), id(column.event_timestamps))) not in bare:
-            bare[same] = list(map(_without_value, column.statuses, column.event_timestamps))
-    rows = zip(*(bare[id(column.statuses), id(column.event_timestamps)] for column in columns), strict=True)
-    response = features_pb2.GetOnlineFeaturesResponse(feature_names=list(table))
-    for row, values in zip(rows, zip(*(column.values for column in columns), strict=True), strict=True):
+    bare = {view: list(map(_without_value, ages.statuses, ages.event_timestamps)) for view, ages in table.ages.items()}
+    columns = [bare[ref.partition(":")[0]] for ref in table.values]
+    response = features_pb2.GetOnlineFeaturesResponse(feature_names=list(table.values))
+    for row, values in zip(zip(*columns, strict=True), zip(*table.values.values(), strict=True), strict=True):
         results = response.rows.add().results
         results.extend(row)
         for result, value in zip(results, values, strict=True):
-            if value is not None:
+            if value is None:
+                result.CopyFrom(_MISSING)
+            else:
                 _set(result.value, value)
     return response
 
 
-@lru_cache(maxsize=4096)
 def _without_value(status: Status, at: datetime | None) -> features_pb2.FeatureResult:
-    """A missing value has no time either."""
-    return features_pb2.FeatureResult(status=FEATURE_STATUS[status], event_timestamp=None if status is Status.MISSING else timestamp_of(at))
+    return features_pb2.FeatureResult(status=FEATURE_STATUS[status], event_timestamp=timestamp_of(at))
 
 
 def _set(target: features_pb2.FeatureValue, value: Any) -> None:

@@ -23,10 +23,10 @@ def layout(name: str, join_key: str, **schema: str) -> ViewLayout:
     return ViewLayout(name, join_key, tuple(schema), tuple(schema.values()), fields, f"_ts:{name}".encode(), timedelta(0))
 
 
-SALES = layout("sales", "item_id", week="Int64", month="Int64", share="Float64")
+SALES = layout("sales", "item_id", week="Int64", month="Int64", share="Float64", rank="Int64")
 WORDS = layout("words", "item_id", title="String", tags="Array(String)", weights="Array(Float64)")
 ACTIVITY = layout(ACTIVITY_VIEW, "user_id", version="Int64", recent_items="Array(String)")
-SALES_VALUES = {"week": 1, "month": 300, "share": 0.5}
+SALES_VALUES = {"week": 1, "month": 300, "share": 0.5, "rank": 7}
 WORDS_VALUES = {"title": "a", "tags": ["x"], "weights": [0.25]}
 
 
@@ -59,9 +59,9 @@ def hashes() -> Hashes:
 @pytest.fixture
 def reader(hashes: Hashes) -> FeatureReader:
     async def no_minimum(_user_id: str, _token: object) -> int:
-        return 0
+        return -1  # none at all will do
 
-    states: Any = SimpleNamespace(certain=True, shown=SimpleNamespace(of=lambda _user_id: 0))
+    states: Any = SimpleNamespace(certain=True, shown=SimpleNamespace(of=lambda _user_id: -1))
     return FeatureReader(
         SimpleNamespace(wire=hashes),  # type: ignore[arg-type]
         SimpleNamespace(call=nullcontext),  # type: ignore[arg-type]
@@ -98,21 +98,23 @@ async def test_values_are_found_whatever_else_a_hash_holds_and_in_whatever_order
     hashes.write("item_id", "part", {SALES.timestamp_field: sales[SALES.timestamp_field], SALES.fields[0]: sales[SALES.fields[0]]})
     names = ["both", "both", "turned", "none", "words", "part", "both"]
     table = await reader.read(service="", refs=WHOLE, entities=items(*names))
-    assert list(table) == WHOLE
+    assert list(table.values) == WHOLE
     written = {f"{view.name}:{name}": value for view, of in ((SALES, SALES_VALUES), (WORDS, WORDS_VALUES)) for name, value in of.items()}
     holds = {"both": {*written}, "turned": {*written}, "none": set(), "words": {r for r in written if r[0] == "w"}, "part": {"sales:week"}}
-    for ref, column in table.items():
-        assert column.values == [written[ref] if ref in holds[name] else None for name in names]
-        assert column.statuses == [PRESENT if ref in holds[name] else MISSING for name in names]
+    for ref, values in table.values.items():
+        assert values == [written[ref] if ref in holds[name] else None for name in names]
+    for view, ages in table.ages.items():
+        written_at = [NOW if any(ref.startswith(view) for ref in holds[name]) else None for name in names]
+        assert ages == ([PRESENT if at else MISSING for at in written_at], written_at)
 
 
 async def test_both_ways_of_reading_give_the_same(reader: FeatureReader, hashes: Hashes) -> None:
     hashes.write("item_id", "a", WORDS.encode(WORDS_VALUES, NOW))
     hashes.write("item_id", "b", SALES.encode(SALES_VALUES, NOW))
-    whole = await reader.read(service="", refs=WHOLE, entities=items("a", "b", "c"))
-    few = await reader.read(service="", refs=FEW, entities=items("a", "b", "c"))
-    single = {ref: (await reader.read(service="", refs=[ref], entities=items("a", "b", "c")))[ref] for ref in FEW}
-    assert {ref: whole[ref] for ref in FEW} == few == single
+    whole, few = [await reader.read(service="", refs=refs, entities=items("a", "b", "c")) for refs in (WHOLE, FEW)]
+    assert hashes.asked == ["HGETALL"] * 3 + ["HMGET"] * 3
+    assert few.values == {ref: whole.values[ref] for ref in FEW} == {"sales:week": [None, 1, None], "words:title": ["a", None, None]}
+    assert few.ages == whole.ages
 
 
 async def test_customers_and_items_of_one_call_keep_their_rows(reader: FeatureReader, hashes: Hashes) -> None:
@@ -121,16 +123,13 @@ async def test_customers_and_items_of_one_call_keep_their_rows(reader: FeatureRe
         hashes.write("item_id", f"i{number}", SALES.encode({**SALES_VALUES, "week": 10 * number}, NOW))
     asked = [EntityKey(user_id="u1", item_id="i2"), EntityKey(user_id="u2", item_id="i1")]
     table = await reader.read(service="", refs=["sales:week", "user_activity:recent_items"], entities=asked)
-    assert {ref: column.values for ref, column in table.items()} == {
-        "sales:week": [20, 10],
-        "user_activity:recent_items": [["u1"], ["u2"]],
-    }
+    assert table.values == {"sales:week": [20, 10], "user_activity:recent_items": [["u1"], ["u2"]]}
 
 
 async def test_only_customers_values_are_doubted(reader: FeatureReader, hashes: Hashes) -> None:
     hashes.write("user_id", "u", ACTIVITY.encode({"version": 1, "recent_items": None}, NOW))
     hashes.write("item_id", "i", SALES.encode(SALES_VALUES, NOW))
     reader._states.certain = False  # type: ignore[misc]
-    refs = ["user_activity:version", "user_activity:recent_items", "sales:week"]
-    table = await reader.read(service="", refs=refs, entities=[EntityKey(user_id="u", item_id="i")])
-    assert [column.statuses for column in table.values()] == [[STALE], [MISSING], [PRESENT]]
+    asked = [EntityKey(user_id="u", item_id="i"), EntityKey(user_id="v", item_id="i")]
+    table = await reader.read(service="", refs=["user_activity:version", "sales:week"], entities=asked)
+    assert {view: ages.statuses for view, ages in table.ages.items()} == {ACTIVITY_VIEW: [STALE, MISSING], "sales": [PRESENT, PRESENT]}

@@ -121,7 +121,7 @@ async def test_a_profile_is_translated_field_by_field() -> None:
     ],
 )
 async def test_feature_values_keep_their_kind(value: Any, kind: str) -> None:
-    fakes = Fakes(features=FakeFeatures(values={"v:f": FeatureValue(value, Status.STALE, NOW)}))
+    fakes = Fakes(features=FakeFeatures(value=FeatureValue(value, Status.STALE, NOW)))
     async with serving(fakes) as edge:
         answer = await features_pb2_grpc.FeatureServiceStub(edge.channel).GetOnlineFeatures(
             features_pb2.GetOnlineFeaturesRequest(feature_service="s", entities=[features_pb2.EntityRow(user_id="u")])
@@ -135,7 +135,7 @@ async def test_feature_values_keep_their_kind(value: Any, kind: str) -> None:
 
 
 async def test_a_missing_feature_has_neither_value_nor_time() -> None:
-    fakes = Fakes(features=FakeFeatures(values={"v:f": FeatureValue(None, Status.MISSING, NOW)}))
+    fakes = Fakes(features=FakeFeatures(value=FeatureValue(None, Status.STALE, NOW)))
     async with serving(fakes) as edge:
         answer = await features_pb2_grpc.FeatureServiceStub(edge.channel).GetOnlineFeatures(
             features_pb2.GetOnlineFeaturesRequest(
