@@ -36,8 +36,8 @@ _FLOATS = {"FLOAT": "Float32", "DOUBLE": "Float64"}
 _COLLECTIONS = {"": "{}", "LIST": "Array({})", "SET": "Set({})"}
 
 
-# How a Value begins that holds an int64, a string, a double or a list of doubles, and how the list does: field number and wire type.
-_INT64_TAG, _STRING_TAG, _DOUBLE_TAG, _DOUBLES_TAG, _PACKED_TAG = 0x20, 0x12, 0x29, 0x7A, 0x0A
+# How a Value begins that holds an int64, a string or a double: field number and wire type; and the wire type of a string or list.
+_INT64_TAG, _STRING_TAG, _DOUBLE_TAG, _LENGTH_DELIMITED = 0x20, 0x12, 0x29, 2
 _DOUBLE, _LENGTH = struct.Struct("<d"), struct.Struct("<I")
 
 Decoder = Callable[[Sequence[bytes | None]], list[Any]]
@@ -244,8 +244,8 @@ def decode_value(data: bytes) -> Any:
 def column_decoder(dtype: str) -> Decoder:
     """Returns what reads serialized values of one feature, None where there is none: as ``decode_value`` reads each of them.
 
-    The commonest forms of a type are told by their first bytes and lengths and read without a message, which costs 0.1 to 0.3 µs a
-    value instead of 0.6 to 1.4.
+    The commonest forms of single values are told by their first bytes and lengths and read without a message, which costs 0.1 µs a
+    value instead of 0.6.
     """
     return _DECODERS.get(dtype, _values)
 
@@ -287,19 +287,25 @@ def _texts(stored: Sequence[bytes | None]) -> list[Any]:
     ]
 
 
-def _double_lists(stored: Sequence[bytes | None]) -> list[Any]:
-    """Below 126 bytes the lengths of the list and of its packed numbers have one each."""
-    return [
-        None
-        if data is None
-        else list(struct.unpack_from(f"<{data[3] // 8}d", data, 4))
-        if 4 < (size := len(data)) < 128 and data[0] == _DOUBLES_TAG and data[2] == _PACKED_TAG and data[3] == size - 4
-        else decode_value(data)
-        for data in stored
-    ]
+def _lists(kind: str) -> Decoder:
+    """Asked for by name a list needs not be looked for, which is a quarter of a short one's time."""
+    tag = Value.DESCRIPTOR.fields_by_name[kind].number << 3 | _LENGTH_DELIMITED  # one byte: all numbers are below 16
+
+    def decode(stored: Sequence[bytes | None]) -> list[Any]:
+        return [
+            None if data is None else getattr(Value.FromString(data), kind).val[:] if data and data[0] == tag else decode_value(data)
+            for data in stored
+        ]
+
+    return decode
 
 
-_DECODERS: dict[str, Decoder] = {"Float64": _doubles, "Int64": _whole_numbers, "String": _texts, "Array(Float64)": _double_lists}
+_DECODERS: dict[str, Decoder] = {
+    "Float64": _doubles,
+    "Int64": _whole_numbers,
+    "String": _texts,
+    **{dtype: _lists(kind) for dtype, (kind, is_list) in KINDS.items() if is_list},
+}
 
 
 @lru_cache(maxsize=4096)

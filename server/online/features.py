@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import itemgetter
 from typing import Any
 
@@ -56,7 +56,7 @@ class _Lookup:
         self.fields = fields
         self.whole = whole
         self._names: list[bytes] = []
-        self._pick = self._picker([])
+        self._pick = _picker(fields, ())
 
     def command(self, key: bytes) -> Command:
         """Returns what reads one hash; a single command, so no answer mixes two writes."""
@@ -67,15 +67,18 @@ class _Lookup:
         return list(zip(*(map(self._picked, replies) if self.whole else replies), strict=True))
 
     def _picked(self, reply: list[Any]) -> tuple[bytes | None, ...]:
-        """Picks the fields out of a whole hash: where they stand is found anew only where it has other fields than the one before."""
+        """Picks the fields out of a whole hash: most hashes have the same fields in the same order as the one before."""
         if (names := reply[::2]) != self._names:
-            self._names, self._pick = names, self._picker(names)
+            self._names, self._pick = names, _picker(self.fields, tuple(names))
         reply.append(None)  # what is picked for a field that is not there
         return self._pick(reply)
 
-    def _picker(self, names: Sequence[bytes]) -> Callable[[list[Any]], tuple[bytes | None, ...]]:
-        places = {name: 2 * k + 1 for k, name in enumerate(names)}
-        return itemgetter(*(places.get(field, -1) for field in self.fields))
+
+@lru_cache(maxsize=1024)
+def _picker(fields: tuple[bytes, ...], names: tuple[bytes, ...]) -> Callable[[list[Any]], tuple[bytes | None, ...]]:
+    """Returns what picks fields out of names and values in turn, the last of which stands for a field that is not there."""
+    places = {name: 2 * k + 1 for k, name in enumerate(names)}
+    return itemgetter(*(places.get(field, -1) for field in fields))
 
 
 @dataclass(frozen=True)
