@@ -230,14 +230,11 @@ class FakeCatalog(Script):
 
 @dataclass
 class FakeFeatures(Script):
-    """Knows one value of one view, the same of every entity."""
-
-    value: FeatureValue = field(default=FeatureValue(1, Status.PRESENT, NOW))
+    table: FeatureTable = field(default_factory=lambda: FeatureTable({"v:f": [1]}, {"v": Ages([Status.PRESENT], [NOW])}))
 
     async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> FeatureTable:
         await self.play((service, tuple(refs), tuple(entities)))
-        values, *ages = ([part] * len(entities) for part in self.value)
-        return FeatureTable({"v:f": values}, {"v": Ages(*ages)})
+        return self.table
 
 
 @dataclass
