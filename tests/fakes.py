@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from features.behaviour import Activity, Behaviour
 from features.candidates import Source
 from features.catalogue import Item, Relation, UpsertResult
-from features.layout import FeatureValue, Status
+from features.layout import Ages, FeatureValue, Status
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.domain import (
@@ -27,6 +27,7 @@ from server.domain import (
     EmbedQuery,
     EntityKey,
     EventOutcome,
+    FeatureTable,
     Graph,
     IncomingEvent,
     ItemCard,
@@ -227,18 +228,13 @@ class FakeCatalog(Script):
         return [item for key, item in sorted(self.items.items()) if key > after and category in ("", item.category)][:page_size]
 
 
-@dataclass(frozen=True)
-class FakeRow:
-    values: dict[str, FeatureValue]
-
-
 @dataclass
 class FakeFeatures(Script):
-    values: dict[str, FeatureValue] = field(default_factory=dict)
+    table: FeatureTable = field(default_factory=lambda: FeatureTable({"v:f": [1]}, {"v": Ages([Status.PRESENT], [NOW])}))
 
-    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> Sequence[FakeRow]:
+    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> FeatureTable:
         await self.play((service, tuple(refs), tuple(entities)))
-        return [FakeRow(self.values) for _ in entities]
+        return self.table
 
 
 @dataclass

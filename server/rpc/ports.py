@@ -1,11 +1,10 @@
 """What the edge needs of the rooms behind it: one protocol per domain service, so that tests pass small fakes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from features.catalogue import Item, Relation, UpsertResult
-from features.layout import FeatureValue
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.domain import (
@@ -14,6 +13,7 @@ from server.domain import (
     Embedded,
     EmbedQuery,
     EntityKey,
+    FeatureTable,
     Graph,
     IncomingEvent,
     ItemFilter,
@@ -120,20 +120,11 @@ class Catalog(Protocol):
         ...
 
 
-class FeatureRow(Protocol):
-    """The features of one entity."""
-
-    @property
-    def values(self) -> Mapping[str, FeatureValue]:
-        """``view:feature`` to its value, in the order asked for."""
-        ...
-
-
 class FeatureReader(Protocol):
     """Reads the online store; see server.online.features."""
 
-    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> Sequence[FeatureRow]:
-        """Returns the features of each entity, for a feature service or else for ``view:feature`` names."""
+    async def read(self, *, service: str, refs: Sequence[str], entities: Sequence[EntityKey]) -> FeatureTable:
+        """Returns features of one or more entities, of a service or else of ``view:feature`` names."""
         ...
 
 

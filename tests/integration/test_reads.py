@@ -74,8 +74,8 @@ async def test_a_state_lost_between_the_look_and_the_read_is_not_answered_as_mis
     wiped = redis.Redis.from_url(settings.redis_url)
     wiped.flushdb()
     async with reading(settings, two[0], Wiped(two[0], settings, times=1)) as (reader, _):
-        rows = await reader.read(service="", refs=[VERSION], entities=asked)
-    assert [(row.values[VERSION].value, row.values[VERSION].status) for row in rows] == [(None, Status.MISSING), (2, Status.PRESENT)]
+        table = await reader.read(service="", refs=[VERSION], entities=asked)
+    assert (table.values[VERSION], table.ages[ACTIVITY_VIEW].statuses) == ([None, 2], [Status.MISSING, Status.PRESENT])
     wiped.flushdb()
     async with reading(settings, two[0], Wiped(two[0], settings, times=9)) as (reader, _):
         with pytest.raises(UnavailableError):
@@ -109,7 +109,7 @@ async def test_what_was_read_around_redis_is_the_least_that_is_read_from_it_afte
         around = await reader.read(service="", refs=[VERSION], entities=[EntityKey(user_id=token.user_id)])
         breaker.is_open = False
         after = await reader.read(service="", refs=[VERSION], entities=[EntityKey(user_id=token.user_id)])
-    assert [rows[0].values[VERSION].value for rows in (around, after)] == [2, 2]
+    assert [table.values[VERSION] for table in (around, after)] == [[2], [2]]
     assert (await profiles.read(web(names("ann")), token=None)).user_version == 2
 
 

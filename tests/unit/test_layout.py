@@ -19,6 +19,7 @@ from features.layout import (
     LayoutError,
     Status,
     ViewLayout,
+    column_decoder,
     decode_timestamp,
     decode_value,
     dtype_of,
@@ -77,18 +78,11 @@ def test_an_entity_has_the_key_that_feast_gives_it(value: str, join_key: str, pr
 
 @given(VALUES)
 def test_a_value_reads_as_protobuf_reads_it(pair: tuple[str, Any]) -> None:
-    """Short forms are read without a message; they must be just the forms they are taken for."""
     data = encode_value(*pair)
     message = Value.FromString(data)
     kind = message.WhichOneof("val")
     value = None if kind is None else getattr(message, kind)
     assert repr(decode_value(data)) == repr(list(value.val) if hasattr(value, "val") else value)
-
-
-@pytest.mark.parametrize("number", [0, 127, 128, 1023, 1024, 2**14 - 1, 2**14, -1])
-def test_whole_numbers_at_the_bounds_of_the_short_forms_come_back(number: int) -> None:
-    assert encode_value("Int64", number) == Value(int64_val=number).SerializeToString()
-    assert decode_value(encode_value("Int64", number)) == number
 
 
 @given(st.datetimes(timezones=st.just(UTC) | st.just(timezone(timedelta(hours=-5, minutes=-30)))))
@@ -99,9 +93,63 @@ def test_a_time_has_the_bytes_that_protobuf_gives_it(moment: datetime) -> None:
     assert decode_timestamp(encode_timestamp(moment)) == moment
 
 
-@pytest.mark.parametrize("text", ["x" * length for length in (126, 127, 128, 129)] + ["é" * 64])
+@given(
+    st.sampled_from(sorted(TYPES)), st.sampled_from(sorted(TYPES)).flatmap(lambda dtype: st.tuples(st.just(dtype), st.lists(TYPES[dtype])))
+)
+def test_a_column_reads_as_its_values_do_one_by_one(declared: str, stored: tuple[str, list[Any]]) -> None:
+    """Short forms are read without a message, whatever type the column was written with before."""
+    column = [encode_value(stored[0], value) for value in stored[1]]
+    assert repr(column_decoder(declared)(column)) == repr([decode_value(data) for data in column])
+
+
+@given(st.sampled_from(sorted(TYPES)).flatmap(lambda dtype: st.tuples(st.just(dtype), st.lists(st.none() | TYPES[dtype]))))
+def test_a_column_keeps_its_gaps(stored: tuple[str, list[Any]]) -> None:
+    """One that is not there, or is there and null."""
+    dtype, values = stored
+    unset = [encode_value(dtype, value) for value in values]
+    absent = [None if value is None else data for value, data in zip(values, unset, strict=True)]
+    assert repr(column_decoder(dtype)(absent)) == repr(column_decoder(dtype)(unset)) == repr([decode_value(data) for data in unset])
+
+
+@pytest.mark.parametrize("number", [0, 1, 127, 128, 1023, 1024, 2**14 - 1, 2**14, -1])
+def test_whole_numbers_at_the_bounds_of_the_short_forms_come_back(number: int) -> None:
+    assert encode_value("Int64", number) == Value(int64_val=number).SerializeToString()
+    assert column_decoder("Int64")([encode_value("Int64", number)]) == [number]
+
+
+@pytest.mark.parametrize("text", ["x" * length for length in (0, 1, 126, 127, 128, 129)] + ["é" * 63, "é" * 64])
 def test_texts_at_the_bounds_of_the_short_form_come_back(text: str) -> None:
-    assert decode_value(encode_value("String", text)) == text
+    assert column_decoder("String")([encode_value("String", text)]) == [text]
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17])
+def test_lists_of_doubles_at_the_bounds_of_the_short_form_come_back(count: int) -> None:
+    numbers = [k / 7 for k in range(count)]
+    assert column_decoder("Array(Float64)")([encode_value("Array(Float64)", numbers)]) == [numbers]
+
+
+def test_a_list_that_was_read_belongs_to_its_reader() -> None:
+    data = encode_value("Array(Float64)", [0.5])
+    first, second = column_decoder("Array(Float64)")([data, data])
+    first.append(1.0)
+    assert second == column_decoder("Array(Float64)")([data])[0] == [0.5]
+
+
+def test_entities_of_one_view_are_told_apart() -> None:
+    """Never written, one value lacking, stale: each by its own fields."""
+    hourly = layout(timedelta(hours=1))
+    rows = [
+        hourly.encode({"count": 5, "names": ["a"]}, NOW),
+        {},
+        hourly.encode({"count": None, "names": []}, NOW),
+        hourly.encode({"count": 7, "names": ["b"]}, NOW - timedelta(hours=2)),
+        {hash_field("v:count"): encode_value("Int64", 9)},
+    ]
+    (count, names), ages = hourly.columns([[row.get(name) for row in rows] for name in hourly.hash_fields], NOW)
+    assert count == [5, None, None, 7, None]
+    assert names == [["a"], None, [], ["b"], None]
+    assert ages.statuses == [Status.PRESENT, Status.MISSING, Status.PRESENT, Status.STALE, Status.MISSING]
+    assert ages.event_timestamps == [NOW, None, NOW, NOW - timedelta(hours=2), None]
 
 
 def test_a_part_of_a_view_has_the_fields_of_the_whole() -> None:

@@ -26,9 +26,9 @@ from concord.v1 import (
     understanding_pb2_grpc,
 )
 from features.catalogue import Item
-from features.layout import FeatureValue, Status
+from features.layout import Ages, Status
 from features.models import OnUnready
-from server.domain import EmbedQuery, Purpose
+from server.domain import EmbedQuery, FeatureTable, Purpose
 from server.rpc import rules
 from server.rpc.translate import datetime_of, micros_of, money_of, set_duration, timestamp_of, timestamp_of_micros
 from tests.fakes import NOW, FakeCatalog, FakeFeatures, Fakes, serving
@@ -106,6 +106,10 @@ async def test_a_profile_is_translated_field_by_field() -> None:
     assert profile.features.price_band == profile_pb2.PriceBand(low=10.5, mean=10.5, high=10.5)
 
 
+def one_value(value: Any) -> FeatureTable:
+    return FeatureTable({"v:f": [value]}, {"v": Ages([Status.STALE], [NOW])})
+
+
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
@@ -122,7 +126,7 @@ async def test_a_profile_is_translated_field_by_field() -> None:
     ],
 )
 async def test_feature_values_keep_their_kind(value: Any, kind: str) -> None:
-    fakes = Fakes(features=FakeFeatures(values={"v:f": FeatureValue(value, Status.STALE, NOW)}))
+    fakes = Fakes(features=FakeFeatures(table=one_value(value)))
     async with serving(fakes) as edge:
         answer = await features_pb2_grpc.FeatureServiceStub(edge.channel).GetOnlineFeatures(
             features_pb2.GetOnlineFeaturesRequest(feature_service="s", entities=[features_pb2.EntityRow(user_id="u")])
@@ -136,7 +140,7 @@ async def test_feature_values_keep_their_kind(value: Any, kind: str) -> None:
 
 
 async def test_a_missing_feature_has_neither_value_nor_time() -> None:
-    fakes = Fakes(features=FakeFeatures(values={"v:f": FeatureValue(None, Status.MISSING, NOW)}))
+    fakes = Fakes(features=FakeFeatures(table=one_value(None)))
     async with serving(fakes) as edge:
         answer = await features_pb2_grpc.FeatureServiceStub(edge.channel).GetOnlineFeatures(
             features_pb2.GetOnlineFeaturesRequest(
@@ -145,6 +149,40 @@ async def test_a_missing_feature_has_neither_value_nor_time() -> None:
         )
     assert answer.rows[0].results[0] == features_pb2.FeatureResult(status=common_pb2.FEATURE_STATUS_MISSING)
     assert fakes.features.calls[0][1] == ("v:f",)
+
+
+async def test_features_of_several_entities_and_views_keep_their_places() -> None:
+    """Rows of equal age are copies of one; asked twice, what was set in a copy must not have stayed in it."""
+    late = NOW + timedelta(days=1)
+    table = FeatureTable(
+        {"b:x": [1, None, 3], "a:y": [None, "text", [0.5]], "b:z": [0.5, True, None]},
+        {
+            "a": Ages([Status.MISSING, Status.PRESENT, Status.PRESENT], [None, NOW, NOW]),
+            "b": Ages([Status.PRESENT, Status.STALE, Status.PRESENT], [NOW, late, NOW]),
+        },
+    )
+    fakes = Fakes(features=FakeFeatures(table=table))
+    request = features_pb2.GetOnlineFeaturesRequest(feature_service="s", entities=[features_pb2.EntityRow(user_id="u")] * 3)
+    async with serving(fakes) as edge:
+        answers = [await features_pb2_grpc.FeatureServiceStub(edge.channel).GetOnlineFeatures(request) for _ in range(2)]
+    present, stale = common_pb2.FEATURE_STATUS_PRESENT, common_pb2.FEATURE_STATUS_STALE
+    missing = features_pb2.FeatureResult(status=common_pb2.FEATURE_STATUS_MISSING)
+
+    def result(status: common_pb2.FeatureStatus.ValueType, at: datetime, **kind: Any) -> features_pb2.FeatureResult:
+        return features_pb2.FeatureResult(value=features_pb2.FeatureValue(**kind), status=status, event_timestamp=timestamp_of(at))
+
+    expected = [
+        [result(present, NOW, int64_value=1), missing, result(present, NOW, double_value=0.5)],
+        [missing, result(present, NOW, string_value="text"), result(stale, late, bool_value=True)],
+        [
+            result(present, NOW, int64_value=3),
+            result(present, NOW, double_list_value=features_pb2.DoubleList(values=[0.5])),
+            missing,
+        ],
+    ]
+    for answer in answers:
+        assert list(answer.feature_names) == ["b:x", "a:y", "b:z"]
+        assert [list(row.results) for row in answer.rows] == expected
 
 
 async def test_items_come_back_as_they_were_stored() -> None:
