@@ -27,7 +27,7 @@ def layout(name: str, join_key: str, **schema: str) -> ViewLayout:
 
 SALES = layout("sales", "item_id", week="Int64", month="Int64", share="Float64", rank="Int64")
 WORDS = layout("words", "item_id", title="String", tags="Array(String)", weights="Array(Float64)")
-ACTIVITY = layout(ACTIVITY_VIEW, "user_id", version="Int64", recent_items="Array(String)")
+ACTIVITY = layout(ACTIVITY_VIEW, "user_id", recent_items="Array(String)", version="Int64")
 SALES_VALUES = {"week": 1, "month": 300, "share": 0.5, "rank": 7}
 WORDS_VALUES = {"title": "a", "tags": ["x"], "weights": [0.25]}
 
@@ -126,6 +126,20 @@ async def test_customers_and_items_of_one_call_keep_their_rows(reader: FeatureRe
     asked = [EntityKey(user_id="u1", item_id="i2"), EntityKey(user_id="u2", item_id="i1")]
     table = await reader.read(service="", refs=["sales:week", "user_activity:recent_items"], entities=asked)
     assert table.values == {"sales:week": [20, 10], "user_activity:recent_items": [["u1"], ["u2"]]}
+
+
+async def test_a_customer_older_than_was_shown_is_seen_to_wherever_their_values_stand(reader: FeatureReader, hashes: Hashes) -> None:
+    hashes.write("item_id", "i", SALES.encode(SALES_VALUES, NOW))
+    hashes.write("user_id", "u", ACTIVITY.encode({"version": 1, "recent_items": []}, NOW))
+
+    async def following(_subject: object, _known: object, _act: object) -> tuple[str, int]:
+        hashes.write("user_id", "u", ACTIVITY.encode({"version": 2, "recent_items": ["new"]}, NOW))
+        return "u", 2
+
+    reader._states.shown.of = lambda _user_id: 2  # type: ignore[method-assign]
+    reader._identities.following = following  # type: ignore[method-assign, assignment]
+    table = await reader.read(service="", refs=["sales:week", "user_activity:recent_items"], entities=[EntityKey(user_id="u", item_id="i")])
+    assert table.values == {"sales:week": [1], "user_activity:recent_items": [["new"]]}
 
 
 async def test_only_customers_values_are_doubted(reader: FeatureReader, hashes: Hashes) -> None:
