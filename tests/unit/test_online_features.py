@@ -7,11 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import redis
 
 from features.activity import ACTIVITY_VIEW
-from features.layout import Status, ViewLayout, entity_key, hash_field
+from features.layout import FeatureValue, Status, ViewLayout, entity_key, hash_field
 from features.registry import Registry
 from server.domain import EntityKey
+from server.errors import NotFoundError
 from server.online.features import FeatureReader
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -25,7 +27,7 @@ def layout(name: str, join_key: str, **schema: str) -> ViewLayout:
 
 SALES = layout("sales", "item_id", week="Int64", month="Int64", share="Float64", rank="Int64")
 WORDS = layout("words", "item_id", title="String", tags="Array(String)", weights="Array(Float64)")
-ACTIVITY = layout(ACTIVITY_VIEW, "user_id", version="Int64", recent_items="Array(String)")
+ACTIVITY = layout(ACTIVITY_VIEW, "user_id", recent_items="Array(String)", version="Int64")
 SALES_VALUES = {"week": 1, "month": 300, "share": 0.5, "rank": 7}
 WORDS_VALUES = {"title": "a", "tags": ["x"], "weights": [0.25]}
 
@@ -126,6 +128,20 @@ async def test_customers_and_items_of_one_call_keep_their_rows(reader: FeatureRe
     assert table.values == {"sales:week": [20, 10], "user_activity:recent_items": [["u1"], ["u2"]]}
 
 
+async def test_a_customer_older_than_was_shown_is_seen_to_wherever_their_values_stand(reader: FeatureReader, hashes: Hashes) -> None:
+    hashes.write("item_id", "i", SALES.encode(SALES_VALUES, NOW))
+    hashes.write("user_id", "u", ACTIVITY.encode({"version": 1, "recent_items": []}, NOW))
+
+    async def following(_subject: object, _known: object, _act: object) -> tuple[str, int]:
+        hashes.write("user_id", "u", ACTIVITY.encode({"version": 2, "recent_items": ["new"]}, NOW))
+        return "u", 2
+
+    reader._states.shown.of = lambda _user_id: 2  # type: ignore[method-assign]
+    reader._identities.following = following  # type: ignore[method-assign, assignment]
+    table = await reader.read(service="", refs=["sales:week", "user_activity:recent_items"], entities=[EntityKey(user_id="u", item_id="i")])
+    assert table.values == {"sales:week": [1], "user_activity:recent_items": [["new"]]}
+
+
 async def test_only_customers_values_are_doubted(reader: FeatureReader, hashes: Hashes) -> None:
     hashes.write("user_id", "u", ACTIVITY.encode({"version": 1, "recent_items": None}, NOW))
     hashes.write("item_id", "i", SALES.encode(SALES_VALUES, NOW))
@@ -133,3 +149,24 @@ async def test_only_customers_values_are_doubted(reader: FeatureReader, hashes: 
     asked = [EntityKey(user_id="u", item_id="i"), EntityKey(user_id="v", item_id="i")]
     table = await reader.read(service="", refs=["user_activity:version", "sales:week"], entities=asked)
     assert {view: ages.statuses for view, ages in table.ages.items()} == {ACTIVITY_VIEW: [STALE, MISSING], "sales": [PRESENT, PRESENT]}
+
+
+async def test_without_redis_rows_are_put_together_from_what_is_recorded(reader: FeatureReader, hashes: Hashes) -> None:
+    """A customer with a list that is null, and one whom nobody knows."""
+    late = NOW - timedelta(days=1)
+    recorded = {"version": FeatureValue(3, STALE, late), "recent_items": FeatureValue(None, MISSING, late)}
+
+    async def recorded_at_least(user_id: str, _minimum: int, *, now: datetime) -> dict[str, dict[str, FeatureValue]]:
+        if user_id != "u":
+            raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
+        return {ACTIVITY_VIEW: recorded}
+
+    async def away(_commands: object) -> list[Any]:
+        raise redis.exceptions.ConnectionError
+
+    reader._states.recorded_at_least = recorded_at_least  # type: ignore[method-assign, assignment]
+    hashes.ask = away  # type: ignore[method-assign]
+    refs = ["user_activity:recent_items", "user_activity:version"]
+    table = await reader.read(service="", refs=refs, entities=[EntityKey(user_id="nobody"), EntityKey(user_id="u")])
+    assert list(table.values.items()) == [(refs[0], [None, None]), (refs[1], [None, 3])]
+    assert table.ages == {ACTIVITY_VIEW: ([MISSING, STALE], [None, late])}
