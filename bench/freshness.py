@@ -29,7 +29,7 @@ from features.item_table import load_item_table
 from features.models import list_models
 from features.registry import load_registry
 from features.settings import Settings
-from harness import WORK, Verdict, console, percentile, prepared_shop
+from harness import WORK, Verdict, console, percentile, prepared_shop, returning_customers
 from server.settings import ServerSettings
 
 
@@ -80,8 +80,7 @@ def main() -> None:
     with prepared_shop() as settings, running_server(WORK) as ports, contextlib.ExitStack() as stack:
         encoder = BareEncoder(settings)
         connection = stack.enter_context(psycopg.connect(settings.postgres_dsn, row_factory=psycopg.rows.dict_row, autocommit=True))
-        query = "SELECT user_id FROM users WHERE version > 5 AND merged_into IS NULL ORDER BY user_id LIMIT 200"
-        customers = [str(row["user_id"]) for row in connection.execute(query)]
+        customers = returning_customers(settings, 200)
         items = [str(row["item_id"]) for row in connection.execute("SELECT item_id FROM items WHERE NOT removed ORDER BY item_id")]
         channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{ports['port']}"))
         events, recommendations = events_pb2_grpc.EventServiceStub(channel), recommendation_pb2_grpc.RecommendationServiceStub(channel)

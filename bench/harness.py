@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+import psycopg
 from rich.console import Console
 
 from cli.stack import running_stack
@@ -118,6 +119,20 @@ def peer_python(name: str, *requirements: str) -> Path:
         subprocess.run([str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *requirements], check=True)
         installed.write_text(wanted)
     return python
+
+
+def returning_customers(settings: Settings, count: int, *, offset: int = 0) -> list[str]:
+    """Returns customers of the sample shop who were there at its last materialization, in the order of their ids.
+
+    Those that other benchmarks have left have no profile: every answer about one of them asks PostgreSQL for it.
+    """
+    query = """
+    SELECT user_id FROM users u WHERE version > 5 AND merged_into IS NULL
+        AND EXISTS (SELECT FROM user_profile p WHERE p.user_id = u.user_id)
+    ORDER BY user_id LIMIT %s OFFSET %s
+    """
+    with psycopg.connect(settings.postgres_dsn) as connection:
+        return [row[0] for row in connection.execute(query, [count, offset])]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from cli.stack import running_server
 from concord import Concord, user
 from concord.v1 import common_pb2, recommendation_pb2
 from features.settings import Settings
-from harness import WORK, Verdict, console, loaded, prepared_shop
+from harness import WORK, Verdict, console, loaded, prepared_shop, returning_customers
 
 _PATH = "/concord.v1.RecommendationService/RankItems"
 _CUSTOMERS, _ITEMS, _BAR = 200, 100, 10.0
@@ -30,9 +30,8 @@ _CUSTOMERS, _ITEMS, _BAR = 200, 100, 10.0
 def requests(settings: Settings, *, offset: int) -> list[bytes]:
     """Returns a request of 100 random items for each of 200 customers with a history."""
     rng = np.random.default_rng(0)
-    query = "SELECT user_id FROM users WHERE version > 5 AND merged_into IS NULL ORDER BY user_id LIMIT %s OFFSET %s"
+    customers = returning_customers(settings, _CUSTOMERS, offset=offset)
     with psycopg.connect(settings.postgres_dsn) as connection:
-        customers = [row[0] for row in connection.execute(query, [_CUSTOMERS, offset])]
         items = [row[0] for row in connection.execute("SELECT item_id FROM items WHERE NOT removed ORDER BY item_id")]
     return [
         recommendation_pb2.RankItemsRequest(

@@ -7,7 +7,7 @@ versions have equal bytes.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from features.behaviour import Activity, Behaviour
 from features.layout import FeatureValue, ViewLayout, entity_key
@@ -89,6 +89,9 @@ return current
 """
 
 
+_HEAD = 5  # arguments before the pairs
+
+
 @dataclass(frozen=True)
 class UserState:
     """A customer's state as recomputed from PostgreSQL, ready to be written: key and arguments of WRITE_STATE.
@@ -130,6 +133,15 @@ class UserStateCodec:
             profile = [len(encoded), *_flatten({name: encoded[name] for name in names})]
         head = (version, self.version_field, row["membership"], merged_into, len(pairs) // 2)
         return UserState(user_id, version, self.key(user_id), (*head, *pairs, *profile), merged_into)
+
+    def activity_of(self, state: UserState, now: datetime) -> Activity | None:
+        """Returns the activity that a state writes, as whoever reads it from Redis would; None of a merged persona."""
+        count = state.arguments[_HEAD - 1]
+        assert isinstance(count, int)
+        pairs = state.arguments[_HEAD : _HEAD + 2 * count]
+        written = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        replies = cast("list[bytes | None]", [written.get(name) for name in self.activity.hash_fields])
+        return activity_of(self.activity.decode(replies, now))
 
     def decode(self, replies: Sequence[bytes | None], now: datetime) -> dict[str, dict[str, FeatureValue]]:
         """Reads the reply of HMGET over ``hash_fields``: features by view and name."""

@@ -36,6 +36,7 @@ from server.models import BundleLoader, Models
 from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.online.store import OnlineStore
+from server.recommend.ahead import Ahead
 from server.recommend.compute import policy_fingerprint, rehearse
 from server.recommend.computing import Computing
 from server.recommend.known import KnownSlates
@@ -130,6 +131,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         standings = Standings(states, online, fleet, now=_now)
         computing = Computing(threads=settings.compute_threads, waiting=settings.compute_waiting)
         embedder = Embedder(standings, computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
+        ahead = Ahead(computing, codec, current=lambda: fleet.current)
+        states.recomputed = ahead.committed
         recommender = recommender_of(
             settings,
             known=known_slates,
@@ -137,6 +140,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             states=states,
             standings=standings,
             computing=computing,
+            ahead=ahead,
             online=online,
             fleet=fleet,
             offers=Offers(pool),

@@ -19,6 +19,7 @@ class Gate:
 
     def __init__(self, *, slots: int, waiting: int, reason: str) -> None:
         self._slots = asyncio.Semaphore(slots)
+        self._inside = 0
         self._waiting = waiting
         self._reason = reason
         self.waiting_count = 0
@@ -31,6 +32,7 @@ class Gate:
         """
         if not self._slots.locked():
             await self._slots.acquire()
+            self._inside += 1
             return
         if self.waiting_count >= self._waiting:
             raise OverloadedError("too many calls wait to be computed; try again", reason=self._reason)
@@ -39,10 +41,17 @@ class Gate:
             await self._slots.acquire()
         finally:
             self.waiting_count -= 1
+        self._inside += 1
 
     def leave(self) -> None:
         """Gives a slot back."""
+        self._inside -= 1
         self._slots.release()
+
+    @property
+    def empty(self) -> bool:
+        """True while nobody holds a slot or waits for one."""
+        return not self._inside and not self.waiting_count
 
     @asynccontextmanager
     async def passing(self) -> AsyncIterator[None]:
@@ -61,6 +70,11 @@ class Computing:
         self._gate = Gate(slots=threads, waiting=waiting, reason="COMPUTE_QUEUE_FULL")
         # Its own threads: what else runs in threads (loading models, building snapshots) must not hold up slates.
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="slate")
+
+    @property
+    def idle(self) -> bool:
+        """True while nothing is computed and nothing waits for it."""
+        return self._gate.empty
 
     async def run(self, function: Callable[..., T], *arguments: object, starting: Callable[[], None] = lambda: None) -> T:
         """Returns ``function(*arguments)``, computed in a thread; ``starting`` is called when its turn comes.

@@ -10,6 +10,7 @@ from server.journal.exposures import Journal
 from server.metrics import Metrics
 from server.online.states import UserStates
 from server.online.store import OnlineStore
+from server.recommend.ahead import Ahead
 from server.recommend.compute import Policy
 from server.recommend.computing import Computing, Gate
 from server.recommend.customers import Customers
@@ -33,6 +34,7 @@ def recommender_of(
     states: UserStates,
     standings: Standings,
     computing: Computing,
+    ahead: Ahead,
     online: OnlineStore,
     fleet: FleetWatch,
     offers: Offers,
@@ -48,6 +50,7 @@ def recommender_of(
         fleet=fleet,
         metrics=metrics,
         computing=computing,
+        ahead=ahead,
         apart=Gate(slots=settings.degraded_reads, waiting=settings.degraded_waiting, reason="DEGRADED_QUEUE_FULL"),
         known=known,
         policy=policy_of(settings),

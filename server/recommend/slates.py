@@ -11,6 +11,7 @@ from server.fleet import FleetWatch
 from server.metrics import Metrics
 from server.online.states import AheadOfOnlineError, patiently
 from server.online.store import OnlineStore
+from server.recommend.ahead import Ahead
 from server.recommend.clock import StageClock
 from server.recommend.compute import Policy, Ranked, compute_slate
 from server.recommend.computing import Computing, Flights, Gate
@@ -67,6 +68,7 @@ class Slates:
         fleet: FleetWatch,
         metrics: Metrics,
         computing: Computing,
+        ahead: Ahead,
         apart: Gate,
         known: KnownSlates,
         policy: Policy,
@@ -78,6 +80,7 @@ class Slates:
         self._fleet = fleet
         self._metrics = metrics
         self._computing = computing
+        self._ahead = ahead
         self._apart = apart
         self._known = known
         self._policy = policy
@@ -127,6 +130,8 @@ class Slates:
             stand = await self._standings.online(user_id, place, minimum, clock)
             with clock("features"):
                 customer = await self._customers.online(user_id, stand.snapshot, as_of=stand.as_of)
+            with clock("user_vector"):
+                await self._ahead.asked(user_id)
             again = partial(self._standings.online, user_id, place, minimum, clock)
             membership = await _membership(stand, customer.activity.version, again)
             lagging = lagging or self._lagging
@@ -210,7 +215,7 @@ class Slates:
     async def _compute_and_commit(self, user_id: str, place: Place, stand: Stand, clock: StageClock, start: Callable[[], None]) -> bytes:
         with clock("features"):
             customer = await self._customers.online(user_id, stand.snapshot, as_of=stand.as_of)
-        ranked = await self._computed(customer, place, stand.snapshot, clock, start)
+        ranked = await self._computed(user_id, customer, place, stand.snapshot, clock, start)
         with clock("commit"):
             return await self._online.commit(
                 user_id,
@@ -223,14 +228,19 @@ class Slates:
     async def _compute_apart(self, user_id: str, place: Place, stand: Stand, clock: StageClock, start: Callable[[], None]) -> bytes:
         with clock("features"):
             customer = await self._customers.recorded(user_id, stand.snapshot, as_of=stand.as_of)
-        ranked = await self._computed(customer, place, stand.snapshot, clock, start)
+        ranked = await self._computed(user_id, customer, place, stand.snapshot, clock, start)
         return standing_of(_payload(ranked, customer, stand.as_of), customer.activity.version, stand.as_of, ttl_seconds=self._ttl)
 
-    async def _computed(self, customer: Customer, place: Place, snapshot: Snapshot, clock: StageClock, start: Callable[[], None]) -> Ranked:
+    async def _computed(
+        self, user_id: str, customer: Customer, place: Place, snapshot: Snapshot, clock: StageClock, start: Callable[[], None]
+    ) -> Ranked:
+        with clock("user_vector"):
+            await self._ahead.asked(user_id)
         # Context items are part of the sequence, as if just viewed; the channel is not: it must not change the answer.
         seen = customer.activity.with_context(place.context_item_ids, "")
         ranked = await self._computing.run(compute_slate, snapshot, seen, customer.profile, self._policy, starting=start)
-        clock.stages.update(ranked.stages)
+        for stage, seconds in ranked.stages.items():
+            clock.stages[stage] = clock.stages.get(stage, 0.0) + seconds
         return ranked
 
     def _remember(self, user_id: str, place: Place, snapshot: Snapshot, version: int, standing: bytes) -> None:

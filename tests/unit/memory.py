@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.online.shown import Shown
 from server.online.states import MergedError, Recorded
 from server.online.store import Fleet, Standing
+from server.recommend.ahead import Ahead
 from server.recommend.computing import Computing
 from server.recommend.known import KnownSlates
 from server.recommend.recommender import Recommender
@@ -340,13 +341,15 @@ class Shop:
         identities = MemoryIdentities(self.truth, dict(known))
         offers, journal = MemoryOffers(self.truth), MemoryJournal()
         configured = ServerSettings(slate_size=40, slate_ttl_seconds=ttl_seconds, **settings)
+        computing = Computing(threads=configured.compute_threads, waiting=configured.compute_waiting)
         recommender = recommender_of(
             configured,
             known=KnownSlates(configured.known_slates),
             identities=identities,
             states=cast("Any", states),
             standings=Standings(cast("Any", states), cast("Any", self.online), cast("Any", fleet), now=lambda: self.online.now),
-            computing=Computing(threads=configured.compute_threads, waiting=configured.compute_waiting),
+            computing=computing,
+            ahead=Ahead(computing, cast("Any", None), current=lambda: None),
             online=cast("Any", self.online),
             fleet=cast("Any", fleet),
             offers=cast("Any", offers),

@@ -285,6 +285,7 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
         ("a", "view", "web", 2, ""),
         ("", "search", "app", 1, "red mug"),
     ]
+    assert codec.activity_of(state, NOW) == seen
     assert str(profile_of(features[PROFILE_VIEW])) == "Profile(purchase_count=0.0, price_mean=nan, price_low=nan, price_high=nan)"
     assert activity_of(codec.decode([None] * len(codec.hash_fields), NOW)[ACTIVITY_VIEW]) is None
     bought = codec.state(
@@ -292,6 +293,7 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
     )
     assert bought.arguments[5 + cut : 7 + cut] == (len(codec.profile.hash_fields), codec.profile.timestamp_field)
     marker = codec.state(row | {"merged_into": "anna"})
+    assert codec.activity_of(marker, NOW) is None
     assert (marker.merged_into, marker.arguments[:6]) == ("anna", (9, codec.version_field, 2, "anna", 0, 0))
 
 
