@@ -103,7 +103,8 @@ def concord(settings: Settings, texts: Sequence[str], threads: int) -> Iterator[
 def peer(name: str, words: Sequence[str], port: int, path: str, bodies: Sequence[bytes], **more: str) -> Iterator[Load]:
     """Runs a peer's server until its first answer is whole, and then offers it the load."""
     with (WORK / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | more, process_group=0)
+        # In the folder that git ignores: MLServer leaves its metrics where it is started.
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | more, cwd=WORK, process_group=0)
         try:
             _wait_for_answer(name, process, f"http://127.0.0.1:{port}{path}", bodies[0])
             yield run_load("http1_load.py", f"127.0.0.1:{port}", path, bodies, "--connections", str(CALLERS))

@@ -26,10 +26,8 @@ def open_session(path: Path, *, provider: str, threads: int) -> ort.InferenceSes
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
-    # A thread that waits for work polls for 50 µs, until the next operator of its run, and then sleeps. Asleep between operators it
-    # woke on the core of the thread that called it: a run on two idle cores took 14 to 18 ms instead of 10 to 14. Polling longer, it
-    # takes more from everybody else on a full machine, where 50 µs cost 2 to 4 ms of processor time a run (docs/LOG.md).
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
+    # Idle spinning of one session's threads would take the cores from the next one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = [CUDA, CPU] if provider != "cpu" and _cuda_offered() else [CPU]
     session = ort.InferenceSession(str(path), options, providers=wanted)
     if provider == "cuda" and CUDA not in session.get_providers():
