@@ -6,8 +6,9 @@ In turn, round by round, on the same PostgreSQL and Redis: ours over gRPC (eight
 one stream), the limit (psycopg's ``executemany`` of as many rows into the same table, split over as many commits as the stream
 made), and Feast's ``push`` to the online store, which makes nothing durable and is given the states ready-made. The peer is a push of
 one row: a channel's backend pushes an event when it happens. What 50 rows a call give, which a backend that holds events back could
-push, stands beside it. Every event is a new one, of one of 1,000 customers. Then 1,000 events a second, 50 a call: the time until the
-call is acknowledged, at which Redis is asked for every customer's version and must hold it. Bars: 0.3 of the limit and 20 times the
+push, stands beside it. Every event is a new one, of one of 1,000 customers, who begin with 46 events each as the sample shop's have.
+Before the rounds, 1,000 events a second, 50 a call: the time until the call is acknowledged, at which Redis is asked for every
+customer's version and must hold it. Bars: 0.3 of the limit and 20 times the
 peer (the better of calls and stream), 25 ms at the 99th percentile.
 """
 
@@ -40,7 +41,8 @@ from features.store import feature_store
 from harness import WORK, Verdict, console, percentile, prepared_shop
 
 _RECORD, _STREAM = "/concord.v1.EventService/RecordEvents", "/concord.v1.EventService/StreamEvents"
-_BATCH, _CALLERS, _CUSTOMERS = 50, 8, 1_000
+_BATCH, _CALLERS, _CUSTOMERS, _HISTORY = 50, 8, 1_000, 46
+_SETTLE_SECONDS = 5.0  # until PostgreSQL has looked through what was written at once
 _PUSH, _PUSH_MANY = "Feast's push, 1 row a call", "Feast's push, 50 rows a call"
 _INSERT = """
 INSERT INTO events (user_id, version, event_id, channel, action, item_id, occurred_at) VALUES (%s, %s, %s, %s, %s, %s, %s)
@@ -191,7 +193,11 @@ async def run(settings: Settings, ports: dict[str, int], store: FeatureStore, op
     rates: dict[str, list[float]] = {name: [] for name in ("calls of 50", "one stream", "rows inserted", _PUSH, _PUSH_MANY)}
     async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['port']}") as channel:
         with psycopg.connect(settings.postgres_dsn, autocommit=True) as connection:
-            await by_calls(channel, batches(customers, items, 20, rng))  # every customer has a state, every path was taken once
+            await by_calls(channel, batches(customers, items, 20, rng))  # every path was taken once
+            await by_stream(channel, batches(customers, items, _HISTORY * _CUSTOMERS // _BATCH, rng))
+            await asyncio.sleep(_SETTLE_SECONDS)
+            made = batches(customers, items, int(options.seconds * 1_000 / _BATCH), rng)
+            milliseconds = await visible(channel, made, Online(settings), 1_000)
             for _ in range(options.rounds):
                 for name, way in (("calls of 50", by_calls), ("one stream", by_stream)):
                     before = commits_of(ports["metrics_port"])
@@ -201,9 +207,7 @@ async def run(settings: Settings, ports: dict[str, int], store: FeatureStore, op
                 few = batches(customers, items, 4, rng)
                 rates[_PUSH].append(_BATCH / pushed(store, frame, [[event] for event in few[0]]))
                 rates[_PUSH_MANY].append(4 * _BATCH / pushed(store, frame, few))
-        made = batches(customers, items, int(options.seconds * 1_000 / _BATCH), rng)
-        rates["milliseconds"] = await visible(channel, made, Online(settings), 1_000)
-    return rates
+    return {**rates, "milliseconds": milliseconds}
 
 
 def known(settings: Settings) -> list[str]:

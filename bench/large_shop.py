@@ -43,6 +43,8 @@ def large_shop(sample: Settings, item_count: int, *, redis_database: int, name: 
         folder.mkdir(parents=True, exist_ok=True)
         empty_shop(sample)
         with psycopg.connect(sample.postgres_dsn, autocommit=True) as connection:
+            # Feast keeps a connection to whatever it was applied to, and no database in use can be copied.
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [_EMPTY])
             connection.execute(sql.SQL("DROP DATABASE IF EXISTS {}").format(sql.Identifier(name)))
             connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(_EMPTY)))
         _prepare(sample, settings, item_count)

@@ -33,6 +33,8 @@ _PATIENCE_SECONDS = 0.7
 _PAUSE_SECONDS = 0.015
 # Customers read and written together: every other call of the process waits while they are encoded.
 _AT_ONCE = 100
+# Connections that read a large group: while PostgreSQL reads one share, the other is encoded and sent to Redis.
+_SHARES = 2
 
 # Whether what the statement's snapshot holds of a customer may be shown: Redis holds it too (or has lost the customer), or no
 # other replica answers from Redis. Parameters: the customer, this replica.
@@ -118,6 +120,17 @@ class UserStates:
         Raises:
             psycopg.Error, redis.exceptions.RedisError: a store is away; some of them may be written.
         """
+        shares = min(_SHARES, max(1, len(user_ids) // _AT_ONCE))
+        # Each comes to its end, whatever the others do.
+        done = await asyncio.gather(*(self._refresh(user_ids[k::shares]) for k in range(shares)), return_exceptions=True)
+        versions: dict[str, int] = {}
+        for part in done:
+            if isinstance(part, BaseException):
+                raise part
+            versions |= part
+        return versions
+
+    async def _refresh(self, user_ids: Sequence[str]) -> dict[str, int]:
         versions: dict[str, int] = {}
         async with self._pool.connection() as connection:
             for start in range(0, len(user_ids), _AT_ONCE):

@@ -44,3 +44,16 @@ async def test_a_state_is_told_before_it_is_written() -> None:
     with pytest.raises(psycopg.OperationalError):
         await states.refresh(["away"])
     assert len(stores.seen) == 2
+
+
+async def test_a_large_group_is_read_in_shares_and_each_comes_to_its_end() -> None:
+    stores = Stores()
+    states = Read(cast("Any", stores), cast("Any", stores), cast("Any", None))
+    crowd = [f"u{k}" for k in range(450)]
+    assert await states.refresh(crowd) == dict.fromkeys(crowd, 3)
+    written = [user_id for what, user_ids in stores.seen if what == "written" for user_id in user_ids]
+    assert sorted(written) == sorted(crowd)
+    stores.seen.clear()
+    with pytest.raises(psycopg.OperationalError):
+        await states.refresh(["away", *crowd])
+    assert sorted(user_id for _, user_ids in stores.seen for user_id in user_ids) == sorted(crowd[::2])
