@@ -6,7 +6,7 @@ All cases are up at once and take turns, call by call, so that whatever else the
 
 Timed are Recommend of a committed slate (hit) and Recommend just after the customer did something (miss), one call at a time, from
 a client that only sends bytes. Bars: two workers within 20 % of one, and 2 KB of Redis for a customer. Prints tables and a last
-line of JSON; plots go to build/bench/.
+line of JSON; the plot goes to build/bench/scaling.svg.
 """
 
 import argparse
@@ -16,9 +16,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, cycle, islice
+from pathlib import Path
 from statistics import mean
 
 import grpc
+import matplotlib as mpl
 import psycopg
 import redis
 from matplotlib.figure import Figure
@@ -203,21 +205,26 @@ def measure(cases: Sequence[Case], rounds: int) -> dict[str, dict[str, list[floa
             caller.close()
 
 
-def plot(cases: Sequence[Case], seconds: Mapping[str, Mapping[str, list[float]]], curve: str) -> None:
-    """Draws one curve: milliseconds against size."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    points = [case for case in cases if case.curve == curve]
-    for kind, found in seconds.items():
-        for share, style in ((0.5, "o-"), (0.99, "o:")):
-            heights = [1e3 * percentile(found[case.name], share) for case in points]
-            axes.plot([case.size for case in points], heights, style, label=f"{kind}, p{share * 100:.0f}")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel(curve)
-    axes.set_ylabel("ms")
-    axes.legend(fontsize="small")
-    figure.savefig(WORK / f"scaling_{curve}.svg")
+def plot(cases: Sequence[Case], seconds: Mapping[str, Mapping[str, list[float]]]) -> Path:
+    """Draws a panel for every curve, milliseconds against size; returns the file."""
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scaling", "font.family": "sans-serif"})
+    curves = list(dict.fromkeys(case.curve for case in cases))
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    panels = figure.subplots(2, 2, sharey=True)
+    for axes, curve in zip(panels.flat, curves, strict=True):
+        points = [case for case in cases if case.curve == curve]
+        for kind, found in seconds.items():
+            for share, style in ((0.5, "o-"), (0.99, "o:")):
+                heights = [1e3 * percentile(found[case.name], share) for case in points]
+                axes.plot([case.size for case in points], heights, style, label=f"{kind}, p{share * 100:.0f}")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(curve)
+        axes.set_ylabel("ms")
+    panels[0, 0].legend(fontsize="small")
+    file = WORK / "scaling.svg"
+    figure.savefig(file, metadata={"Date": None})
+    return file
 
 
 def main() -> None:
@@ -236,8 +243,7 @@ def main() -> None:
         table.add_row(case.name, *(f"{figure:.2f}" for figure in figures))
     console.print(table)
     console.print(f"Redis keeps {state:.0f} bytes of a customer's state, and {slates:.0f} of slates until they expire")
-    for curve in dict.fromkeys(case.curve for case in cases):
-        plot(cases, seconds, curve)
+    console.print(f"plotted in {plot(cases, seconds)}")
     medians = {kind: {name: percentile(values, 0.5) for name, values in found.items()} for kind, found in seconds.items()}
     ratios = {kind: found["workers 2"] / found["workers 1"] for kind, found in medians.items()}
     growth = {
