@@ -7,7 +7,8 @@ the catalogue's size: each further item is a title's vector moved by the differe
 that families of like items and the spectrum of real titles remain. Customers: MiniLM vectors of four titles written as a behaviour
 text. Exact is what scans fp32 vectors; an item counts as found if its exact score is at least that of the hundredth. usearch takes
 minutes to build for 1 M items and is asked up to ``--peer-items``. Below 20,000 items the server scans, as "einsum" does here. All
-are asked one query at a time, on one thread, in turn. The peer in the line of JSON is the exact scan by BLAS at the largest size,
+are asked one query at a time, on one thread, in turn; ours then four times as often again, for of 200 queries the 99th percentile is
+the second worst. The peer in the line of JSON is the exact scan by BLAS at the largest size,
 the limit what reading its fp32 vectors once would take.
 """
 
@@ -33,7 +34,7 @@ from harness import WORK, Verdict, console, in_turn, peer_python, percentile
 from training.encode import pretrained_vectors
 
 _DEEP = 100
-_TITLES, _QUERIES = 4_000, 200
+_TITLES, _QUERIES, _MORE = 4_000, 200, 4
 _LIMIT_MS, _LIMIT_BYTES, _LIMIT_RECALL = 5.0, 1_024, 0.95
 _USEARCH = """
 import sys, time, numpy as np
@@ -184,8 +185,10 @@ def compare(vectors: FloatArray, queries: FloatArray, peer_items: int) -> dict[s
                 in_turn(questions, rounds=rounds, warm_up=len(questions))
         else:
             in_turn(questions, rounds=rounds, warm_up=len(questions))
-    for one in contenders.values():
-        one.seconds = one.seconds[-rounds:]
+        for one in contenders.values():
+            one.seconds = one.seconds[-rounds:]
+        for _ in range(_MORE * rounds):
+            questions["index"]()
     return contenders
 
 

@@ -228,8 +228,8 @@ def main() -> None:
     """Runs the benchmark and prints its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=1_000_000)
-    parser.add_argument("--sample", type=int, default=20_000, help="users that Feast is measured on")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of Feast and ours on the sample")
+    parser.add_argument("--sample", type=int, default=200_000, help="users that Feast is measured on")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of Feast and ours on the sample")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
