@@ -7,7 +7,7 @@ from concord.v1 import catalog_pb2, catalog_pb2_grpc
 from features.catalogue import Item
 from server.errors import InvalidRequestError
 from server.rpc import rules
-from server.rpc.edge import Context
+from server.rpc.interceptor import Context
 from server.rpc.ports import Catalog
 from server.rpc.translate import money_of, timestamp_of
 from server.rpc.validation import Validator

@@ -8,8 +8,8 @@ from server import tokens
 from server.domain import EventOutcome, IncomingEvent, RecordOutcome, Stored
 from server.errors import UnavailableError
 from server.metrics import Metrics
-from server.rpc.edge import Context
 from server.rpc.event_validation import EventValidator, canonical_id
+from server.rpc.interceptor import Context
 from server.rpc.ports import Recorder
 
 # Events of streams being recorded at a time, shared evenly by all that are open; a faster sender is slowed by flow control. As many

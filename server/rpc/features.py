@@ -7,7 +7,7 @@ from typing import Any
 from concord.v1 import features_pb2, features_pb2_grpc
 from features.layout import Status
 from server.domain import FeatureTable
-from server.rpc.edge import Context
+from server.rpc.interceptor import Context
 from server.rpc.ports import FeatureReader
 from server.rpc.translate import FEATURE_STATUS, timestamp_of
 from server.rpc.validation import Validator

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from grpc_health.v1 import health, health_pb2
 
 from server.health import DEPENDENCIES, Health
-from server.rpc.edge import Context
+from server.rpc.interceptor import Context
 
 DEPENDENCY_PREFIX = "concord.dependency."
 """Health names of dependencies, so that degraded states can be told apart: ``concord.dependency.redis`` and so on."""

@@ -4,7 +4,7 @@ from concord.v1 import common_pb2, identity_pb2, identity_pb2_grpc
 from server import tokens
 from server.domain import Token
 from server.errors import NotFoundError
-from server.rpc.edge import Context
+from server.rpc.interceptor import Context
 from server.rpc.ports import Erasure, Identities, IdentityGraph
 from server.rpc.translate import timestamp_of
 from server.rpc.validation import Validator

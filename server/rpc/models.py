@@ -7,7 +7,7 @@ from features.models import ModelVersion, OnUnready
 from features.replicas import Replica
 from server.errors import InvalidRequestError, NotFoundError
 from server.rpc import rules
-from server.rpc.edge import Context
+from server.rpc.interceptor import Context
 from server.rpc.ports import Models
 from server.rpc.translate import timestamp_of
 

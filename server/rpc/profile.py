@@ -8,7 +8,7 @@ from features.behaviour import Behaviour
 from features.layout import FeatureValue, Status
 from server import tokens
 from server.domain import CustomerProfile, Token
-from server.rpc.edge import Context
+from server.rpc.interceptor import Context
 from server.rpc.ports import Profiles
 from server.rpc.translate import FEATURE_STATUS, timestamp_of, timestamp_of_micros
 from server.rpc.validation import Validator

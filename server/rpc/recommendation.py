@@ -7,7 +7,7 @@ from concord.v1 import recommendation_pb2, recommendation_pb2_grpc
 from features.candidates import Source
 from server.domain import Answer, ItemCard, ShownItem
 from server.rpc import rules
-from server.rpc.edge import Context
+from server.rpc.interceptor import Context
 from server.rpc.ports import Recommender
 from server.rpc.translate import money_of, set_duration, timestamp_of, token_text, versions_message
 from server.rpc.validation import Validator

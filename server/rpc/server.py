@@ -1,4 +1,4 @@
-"""The gRPC server of a process: services, edge, health and reflection, and a stop that loses no call."""
+"""The gRPC server of a process: services, interceptor, health and reflection, and a stop that loses no call."""
 
 import asyncio
 import math
@@ -38,12 +38,12 @@ from server.metrics import Metrics
 from server.rpc.accept import patient_server
 from server.rpc.access import Access
 from server.rpc.catalog import CatalogServicer
-from server.rpc.edge import Edge
 from server.rpc.event_validation import EventValidator
 from server.rpc.events import EventServicer
 from server.rpc.features import FeatureServicer
 from server.rpc.health import DrainingHealth
 from server.rpc.identity import IdentityServicer
+from server.rpc.interceptor import EdgeInterceptor
 from server.rpc.models import ModelServicer
 from server.rpc.ports import Services
 from server.rpc.profile import ProfileServicer
@@ -111,10 +111,10 @@ class GrpcServer:
 
 @dataclass(frozen=True)
 class _Port:
-    """One listening server and its edge."""
+    """One listening server and its interceptor."""
 
     server: grpc.aio.Server
-    edge: Edge
+    edge: EdgeInterceptor
     number: int
 
 
@@ -154,7 +154,7 @@ def build_server(
 
     def open_port(host: str, port: int, *, admin: bool | None) -> _Port:
         access = Access(services.gate, services.audit, limits, channels=settings.channels, admin_port=admin, clock=perf_counter)
-        edge = Edge(
+        edge = EdgeInterceptor(
             access,
             metrics,
             logger,
@@ -164,7 +164,7 @@ def build_server(
             new_id=new_identifier,
             tracing=tracing or Tracing(),
         )
-        server = patient_server(edge, most_waiting=_MOST_WAITING, options=_options(settings, share_ports=share_ports))
+        server = patient_server(edge, most_waiting=_MOST_WAITING, interceptors=[edge], options=_options(settings, share_ports=share_ports))
         _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if is_loopback(host) if settings.reflection is None else settings.reflection:

@@ -2,7 +2,7 @@
 
 from concord.v1 import understanding_pb2, understanding_pb2_grpc
 from server.domain import Embedding
-from server.rpc.edge import Context
+from server.rpc.interceptor import Context
 from server.rpc.ports import Embedder
 from server.rpc.validation import Validator
 

@@ -1,9 +1,9 @@
-"""The edge: every call of ours passes it for load shedding, parsing, deadline, request id, metrics and errors."""
+"""The outermost interceptor: every call of ours passes it for load shedding, parsing, deadline, request id, metrics and errors."""
 
 import asyncio
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -15,7 +15,6 @@ from google.protobuf.message import DecodeError
 
 from server.errors import ConcordError, OverloadedError, UnavailableError
 from server.metrics import Metrics
-from server.rpc.accept import Lane
 from server.rpc.access import Access, Context, Rule, rule_of
 from server.rpc.status import REQUEST_ID_KEY, failure_of, trailing_metadata
 from server.security.principals import Principal, calling
@@ -25,12 +24,13 @@ _OURS = "/concord."
 # Streams wait for their clients most of the time; what they send is bounded by the queue of events. Operators are few.
 _MAX_STREAMS = 1024
 _MAX_OPERATIONS = 32
-_OVERLOADED = failure_of(OverloadedError("too many calls in flight", reason="SERVER_OVERLOADED"), new_id=str)
+_OVERLOAD = OverloadedError("too many calls in flight", reason="SERVER_OVERLOADED")
+_OVERLOADED = failure_of(_OVERLOAD, new_id=str)
 _SHED_METADATA = trailing_metadata(_OVERLOADED, "")  # made once: refusing must cost next to nothing
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 
 
-__all__ = ["Context", "Edge"]
+__all__ = ["Context", "EdgeInterceptor"]
 
 
 @dataclass
@@ -50,7 +50,35 @@ class _Call:
         return {"trace_id": self.trace_id} if self.trace_id else {}
 
 
-class Edge:
+class _Lane:
+    """Calls in flight of one kind, and how many there may be."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._in_flight = 0
+        self.room = asyncio.Event()
+        self.room.set()
+
+    @property
+    def full(self) -> bool:
+        return self._in_flight >= self._most
+
+    @property
+    def overfull(self) -> bool:
+        return self._in_flight > self._most
+
+    def enter(self) -> None:
+        self._in_flight += 1
+        if self.full:
+            self.room.clear()
+
+    def leave(self) -> None:
+        self._in_flight -= 1
+        if not self.full:
+            self.room.set()
+
+
+class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the unary and bidirectional methods of this service; health and reflection pass untouched.
 
     Each service has a lane of its own, so that a store that hangs under one does not stop the others; so have operators' calls,
@@ -78,58 +106,72 @@ class Edge:
         self._new_id = new_id
         self._tracing = tracing
         self._draining = False
-        self._services: defaultdict[str, Lane] = defaultdict(lambda: Lane(max_in_flight))
-        self._streams, self._operations = Lane(_MAX_STREAMS), Lane(_MAX_OPERATIONS)
-        self._streaming: set[str] = set()
+        self._services: defaultdict[str, _Lane] = defaultdict(lambda: _Lane(max_in_flight))
+        self._streams, self._operations = _Lane(_MAX_STREAMS), _Lane(_MAX_OPERATIONS)
+        self._wrapped: dict[str, tuple[_Lane, Any]] = {}
+        self._shed = grpc.stream_stream_rpc_method_handler(self._refuse, request_deserializer=None, response_serializer=None)
 
-    def lane_of(self, method: str) -> Lane | None:
-        """Returns where calls of a method are counted; None for those of health and reflection, which are always answered."""
-        if not method.startswith(_OURS):
-            return None
-        rule = _rule(method)
-        return self._streams if method in self._streaming else self._operations if rule.operational else self._services[rule.service]
+    def for_method(self, method: str) -> asyncio.Event | None:
+        """Returns what is set while one more call of a method can be taken on; see server.rpc.accept."""
+        known = self._wrapped.get(method)
+        return known[0].room if known is not None else None
 
     async def refuse(self, context: Context) -> None:
         """Ends a call for which there is no room: its message is not read, it gets no request id, and nothing is logged."""
         self._metrics.call_shed()
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _OVERLOADED.message, _SHED_METADATA)
 
-    def wrapped(self, method: str, handler: Any) -> Any:
-        """Returns the handler of one of our methods inside this edge, and others as they are.
-
-        Our contract has unary and bidirectional methods only; another kind would have to be wrapped here too.
-        """
-        if not method.startswith(_OURS):
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Returns the wrapped handler of the method called; unknown methods stay unknown."""
+        method = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is not None and known[0].full:
+            return self._shed
+        handler = await continuation(handler_call_details)
+        if handler is None or not method.startswith(_OURS):
             return handler
-        if handler.unary_unary is not None:
-            unary = self._unary(handler, _rule(method))
-            return grpc.unary_unary_rpc_method_handler(unary, request_deserializer=None, response_serializer=handler.response_serializer)
-        if handler.stream_stream is not None:
-            self._streaming.add(method)
-            stream = self._stream(handler, _rule(method))
-            return grpc.stream_stream_rpc_method_handler(stream, request_deserializer=None, response_serializer=handler.response_serializer)
-        raise TypeError(f"{method} is neither unary nor bidirectional")
+        if known is None:
+            known = self._wrapped[method] = self._wrap(handler, rule_of(method.removeprefix(_OURS).partition(".")[2]))
+        return known[1]
 
-    def _unary(self, handler: Any, rule: Rule) -> Callable[[bytes, Any], Awaitable[Any]]:
+    def _wrap(self, handler: Any, rule: Rule) -> tuple[_Lane, Any]:
+        """Our contract has unary and bidirectional methods only; another kind would have to be wrapped here too."""
+        lane = self._operations if rule.operational else self._services[rule.service]
+        if handler.unary_unary is not None:
+            return lane, grpc.unary_unary_rpc_method_handler(
+                self._unary(handler, rule, lane), request_deserializer=None, response_serializer=handler.response_serializer
+            )
+        if handler.stream_stream is not None:
+            return self._streams, grpc.stream_stream_rpc_method_handler(
+                self._stream(handler, rule), request_deserializer=None, response_serializer=handler.response_serializer
+            )
+        raise TypeError(f"{rule.method} is neither unary nor bidirectional")
+
+    async def _refuse(self, _requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        await self.refuse(context)
+        yield b""  # makes this a generator; refuse has raised
+
+    def _unary(self, handler: Any, rule: Rule, lane: _Lane) -> Callable[[bytes, Any], Awaitable[Any]]:
         parse: Any = handler.request_deserializer
         behaviour: Any = handler.unary_unary
         access = self._access
 
         async def handle(raw: bytes, context: Context) -> Any:
-            with self._call(rule, context) as call:
+            with self._call(rule, lane, context) as call:
                 try:
-                    self._admit()
+                    self._admit(lane)
                     call.caller = await access.authenticate(context)
                     access.permit(rule, call.caller)
                     calling.set(call.caller)
                     request = parse(raw)
                     call.channel = self._channel_of(request)
                     with access.entered(rule, call.caller, request):
-                        answer = access.audited(rule, call.caller, call.request_id, request, lambda: behaviour(request, context))
-                        if context.time_remaining() is not None:
-                            return await answer
-                        async with asyncio.timeout(self._default_deadline):
-                            return await answer
+                        async with asyncio.timeout(self._default_deadline if context.time_remaining() is None else None):
+                            return await access.audited(rule, call.caller, call.request_id, request, lambda: behaviour(request, context))
                 except Exception as error:  # noqa: BLE001 - the outermost boundary: every exception becomes a status
                     await self._abort(error, call, context)
 
@@ -146,9 +188,9 @@ class Edge:
                 yield parse(raw)
 
         async def handle(raw_messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-            with self._call(rule, context) as call:
+            with self._call(rule, self._streams, context) as call:
                 try:
-                    self._admit()
+                    self._admit(self._streams)
                     call.caller = await access.authenticate(context)
                     access.permit(rule, call.caller)
                     requests = access.checked_stream(rule, context, parsed(raw_messages))
@@ -161,14 +203,14 @@ class Edge:
         return handle
 
     @contextmanager
-    def _call(self, rule: Rule, context: Context) -> Iterator[_Call]:
+    def _call(self, rule: Rule, lane: _Lane, context: Context) -> Iterator[_Call]:
         """Everything that holds from a call's first moment to its last, however it ends."""
-        metadata = context.invocation_metadata() or ()
-        traced = self._tracing.call(rule.method, metadata)
-        call = _Call(rule, _request_id(metadata) or self._new_id(), trace_id=traced.trace_id)
+        traced = self._tracing.call(rule.method, context.invocation_metadata() or ())
+        call = _Call(rule, _request_id(context) or self._new_id(), trace_id=traced.trace_id)
         structlog.contextvars.bind_contextvars(request_id=call.request_id, method=rule.method, **call.trace)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         started = perf_counter()
+        lane.enter()
         self._metrics.call_started()
         try:
             yield call
@@ -176,6 +218,7 @@ class Edge:
             call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             raise
         finally:
+            lane.leave()
             self._metrics.call_finished()
             self._metrics.observe_rpc(rule.method, call.code, channel=call.channel, seconds=perf_counter() - started)
             traced.end(call.code, call.channel)
@@ -184,9 +227,12 @@ class Edge:
         """Refuses new calls from now on with UNAVAILABLE, which clients retry elsewhere; gRPC's own stop would say CANCELLED."""
         self._draining = True
 
-    def _admit(self) -> None:
+    def _admit(self, lane: _Lane) -> None:
         if self._draining:
             raise UnavailableError("this server is stopping", reason="SERVER_STOPPING")
+        if lane.overfull:  # let in beside others before any of them was counted
+            self._metrics.call_shed()
+            raise _OVERLOAD
 
     def _channel_of(self, request: Any) -> str:
         """Names the request's channel for metrics; callers' inventions would make the number of labels unbounded."""
@@ -207,13 +253,9 @@ class Edge:
         await context.abort(failure.code, failure.message, trailing_metadata(failure, call.request_id, **call.trace))
 
 
-def _rule(method: str) -> Rule:
-    return rule_of(method.removeprefix(_OURS).partition(".")[2])
-
-
-def _request_id(metadata: Iterable[tuple[str, Any]]) -> str:
+def _request_id(context: Context) -> str:
     """Returns the caller's request id if it is printable and short, so that it can stand in a log line."""
-    for key, value in metadata:
+    for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.match(value):
             return value
     return ""
