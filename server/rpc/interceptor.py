@@ -78,7 +78,7 @@ class _Lane:
             self.room.set()
 
 
-class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+class EdgeInterceptor:
     """Wraps the unary and bidirectional methods of this service; health and reflection pass untouched.
 
     Each service has a lane of its own, so that a store that hangs under one does not stop the others; so have operators' calls,
@@ -109,7 +109,6 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._services: defaultdict[str, _Lane] = defaultdict(lambda: _Lane(max_in_flight))
         self._streams, self._operations = _Lane(_MAX_STREAMS), _Lane(_MAX_OPERATIONS)
         self._wrapped: dict[str, tuple[_Lane, Any]] = {}
-        self._shed = grpc.stream_stream_rpc_method_handler(self._refuse, request_deserializer=None, response_serializer=None)
 
     def for_method(self, method: str) -> asyncio.Event | None:
         """Returns what is set while one more call of a method can be taken on; see server.rpc.accept."""
@@ -121,21 +120,11 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._metrics.call_shed()
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _OVERLOADED.message, _SHED_METADATA)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Returns the wrapped handler of the method called; unknown methods stay unknown."""
-        method = handler_call_details.method
-        known = self._wrapped.get(method)
-        if known is not None and known[0].full:
-            return self._shed
-        handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith(_OURS):
+    def wrapped(self, method: str, handler: Any) -> Any:
+        """Returns the handler of one of our methods inside this edge, and others as they are."""
+        if not method.startswith(_OURS):
             return handler
-        if known is None:
-            known = self._wrapped[method] = self._wrap(handler, rule_of(method.removeprefix(_OURS).partition(".")[2]))
+        known = self._wrapped[method] = self._wrap(handler, rule_of(method.removeprefix(_OURS).partition(".")[2]))
         return known[1]
 
     def _wrap(self, handler: Any, rule: Rule) -> tuple[_Lane, Any]:
@@ -150,10 +139,6 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 self._stream(handler, rule), request_deserializer=None, response_serializer=handler.response_serializer
             )
         raise TypeError(f"{rule.method} is neither unary nor bidirectional")
-
-    async def _refuse(self, _requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        await self.refuse(context)
-        yield b""  # makes this a generator; refuse has raised
 
     def _unary(self, handler: Any, rule: Rule, lane: _Lane) -> Callable[[bytes, Any], Awaitable[Any]]:
         parse: Any = handler.request_deserializer

@@ -164,7 +164,7 @@ def build_server(
             new_id=new_identifier,
             tracing=tracing or Tracing(),
         )
-        server = patient_server(edge, most_waiting=_MOST_WAITING, interceptors=[edge], options=_options(settings, share_ports=share_ports))
+        server = patient_server(edge, most_waiting=_MOST_WAITING, options=_options(settings, share_ports=share_ports))
         _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if is_loopback(host) if settings.reflection is None else settings.reflection:
