@@ -1,6 +1,7 @@
 """Every call proves who it is, has the scope, speaks for its own channel; admin calls are noted; no channel starves another."""
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -331,12 +332,15 @@ async def test_operators_calls_are_not_counted_against_the_rate_of_calls_without
 async def test_a_full_service_accepts_late() -> None:
     """What keeps overload out of Python: while two calls are worked on, most of the others wait unaccepted."""
     async with serving(Fakes(recommender=FakeRecommender(delay=0.3)), max_in_flight=2, max_streams_per_connection=500) as edge:
+        began = time.monotonic()
         held = [asyncio.create_task(edge.raw(RECOMMEND, ask())) for _ in range(400)]
         await edge.fakes.recommender.called.wait()
         await asyncio.sleep(0.2)
         shed = edge.registry.get_sample_value("concord_rpc_shed_total") or 0
+        seconds = time.monotonic() - began
         await asyncio.gather(*held, return_exceptions=True)
-    assert shed <= 70  # six of the eight asked for at once, then one in 4 ms; without waiting, all of them at once
+    # Of the eight asked for at once six, then one in 4 ms; without waiting, all 398 at once.
+    assert shed <= min(300, 8 + seconds / REFUSAL_PAUSE)
 
 
 async def wave(edge: Edge, count: int) -> list[Refusal]:
