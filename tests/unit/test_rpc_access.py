@@ -10,6 +10,7 @@ import pytest
 
 from concord.v1 import catalog_pb2, common_pb2, events_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2
 from server.errors import UnauthenticatedError, UnavailableError
+from server.rpc.accept import REFUSAL_PAUSE
 from server.security.gate import Gate
 from server.security.principals import Principal, principal
 from server.security.scopes import ALL_SCOPES, CHANNEL_SCOPES, Scope
