@@ -1,7 +1,6 @@
 """Every call proves who it is, has the scope, speaks for its own channel; admin calls are noted; no channel starves another."""
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 
 from concord.v1 import catalog_pb2, common_pb2, events_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2
 from server.errors import UnauthenticatedError, UnavailableError
-from server.rpc.accept import REFUSAL_PAUSE
 from server.security.gate import Gate
 from server.security.principals import Principal, principal
 from server.security.scopes import ALL_SCOPES, CHANNEL_SCOPES, Scope
@@ -333,15 +331,13 @@ async def test_operators_calls_are_not_counted_against_the_rate_of_calls_without
 async def test_a_full_service_accepts_late() -> None:
     """What keeps overload out of Python: while two calls are worked on, most of the others wait unaccepted."""
     async with serving(Fakes(recommender=FakeRecommender(delay=0.3)), max_in_flight=2, max_streams_per_connection=500) as edge:
-        began = time.monotonic()
         held = [asyncio.create_task(edge.raw(RECOMMEND, ask())) for _ in range(400)]
         await edge.fakes.recommender.called.wait()
         await asyncio.sleep(0.2)
         shed = edge.registry.get_sample_value("concord_rpc_shed_total") or 0
-        seconds = time.monotonic() - began
         await asyncio.gather(*held, return_exceptions=True)
-    # Three times eight are asked for before any of them is counted, then one in 4 ms is refused; without waiting, all 398 at once.
-    assert shed <= min(300, 24 + seconds / REFUSAL_PAUSE)
+    # A few times eight are let in before any of them is counted, then one in 4 ms is refused; without waiting, all 398 at once.
+    assert shed <= 200
 
 
 async def wave(edge: Edge, count: int) -> list[Refusal]:
