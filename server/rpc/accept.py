@@ -28,7 +28,7 @@ REFUSAL_PAUSE = 0.004
 _LET_IN = 6
 # Calls of a method asked of the core ahead of their turn: under load another thread brings them only every few milliseconds.
 _AHEAD = 8
-# Calls of a method asked for at a time while there is room; as many may come at once where there is room for one.
+# Calls of a method asked for at a time while there is room for several times as many: a few turns of them come before any is counted.
 _AT_A_TIME = 8
 # The core's count of calls is looked at 10 times a second, which costs 0.1 ms; it turned calls away in the last second if more
 # arrived than were taken and can be waiting.
@@ -44,11 +44,25 @@ _HANDLE = {
 }
 
 
+class Lane(Protocol):
+    """Calls in flight of one kind, and how many there may be."""
+
+    @property
+    def room(self) -> asyncio.Event:
+        """Set while there is room for one more."""
+        ...
+
+    @property
+    def roomy(self) -> bool:
+        """True while calls asked for ahead cannot be too many."""
+        ...
+
+
 class Edge(Protocol):
     """Says whether one more call of a method can be taken on, and refuses one that cannot."""
 
-    def for_method(self, method: str) -> asyncio.Event | None:
-        """Returns what is set while there is room for the method, None where there always is."""
+    def for_method(self, method: str) -> Lane | None:
+        """Returns the lane of a method, None where there is always room."""
         ...
 
     def wrapped(self, method: str, handler: Any) -> Any:
@@ -105,6 +119,7 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
         self._taken = self._let_in = 0
         self._turns_away = False
         self._stopping = False
+        self._closing = asyncio.Event()
         self._event_loop = arguments[0]
         self._handlers: dict[bytes, Any] = {}
 
@@ -121,6 +136,7 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
         """Refuses the calls that wait to be let in: dropped, they would stay open and hold up the end."""
         self._stopping = True
         await asyncio.gather(*(self._refuse(call) for line in self._lines.values() for call in line.leave()))
+        self._closing.set()
         await super().shutdown(grace)
         for task in self._tasks:
             task.cancel()
@@ -137,19 +153,22 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
             self._spawn(cygrpc._schedule_rpc_coro(handle(handler, call, loop), call, loop, name))
 
     async def _next(self, method: bytes) -> Any:
-        room = self._edge.for_method(method.decode())
-        if room is None:
+        lane = self._edge.for_method(method.decode())
+        if lane is None:
             return await self._take(method)
         line = self._line(method)
-        if not line.fetchers and not len(line) and not self._short_of(room):
+        if lane.roomy and not line.fetchers and not len(line) and not self._turns_away:
             self._let_in += 1
             return await self._take(method)
         async with line.turn:
-            return await self._patiently(method, line, room)
+            return await self._patiently(method, line, lane.room)
 
     async def _patiently(self, method: bytes, line: _Line, room: asyncio.Event) -> Any:
+        if not line.fetchers and not len(line) and not self._short_of(room):
+            self._let_in += 1
+            return await self._take(method)
         while not room.is_set():
-            self._fetch(method, line, _AHEAD)
+            self._fetch(method, line, room, _AHEAD)
             try:
                 async with asyncio.timeout(REFUSAL_PAUSE):
                     await room.wait()
@@ -159,11 +178,11 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
         self._let_in += 1
         if self._turns_away and self._let_in % _LET_IN == 0 and len(line):
             self._spawn(self._refuse(await line.next()))
-        self._fetch(method, line, _AHEAD if self._turns_away else not len(line))
+        self._fetch(method, line, room, _AHEAD if self._turns_away else not len(line))
         return await line.next()
 
-    def _short_of(self, room: asyncio.Event | None) -> bool:
-        return self._turns_away or (room is not None and not room.is_set())
+    def _short_of(self, room: asyncio.Event) -> bool:
+        return self._turns_away or not room.is_set()
 
     async def _request_call(self) -> Any:
         call = await super()._request_call()
@@ -171,6 +190,9 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
         return call
 
     async def _take(self, method: bytes) -> Any:
+        if self._stopping:  # to ask a core that has shut down ends the process
+            await self._closing.wait()
+            raise cygrpc._RequestCallError("the server stops")
         call = await super()._request_registered_call(method)
         self._taken += 1
         return call
@@ -180,13 +202,13 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
             self._spawn(self._watch())
         return self._lines.setdefault(method, _Line())
 
-    def _fetch(self, method: bytes, line: _Line, fetchers: int) -> None:
+    def _fetch(self, method: bytes, line: _Line, room: asyncio.Event, fetchers: int) -> None:
         """Sees to it that so many calls are asked of the core ahead of their turn."""
         for _ in range(fetchers - line.fetchers):
             line.fetchers += 1
-            self._spawn(self._fill(method, line))
+            self._spawn(self._fill(method, line, room))
 
-    async def _fill(self, method: bytes, line: _Line) -> None:
+    async def _fill(self, method: bytes, line: _Line, room: asyncio.Event) -> None:
         """Brings calls until there is room again; what it has asked of the core cannot be taken back, so one more comes."""
         try:
             with contextlib.suppress(cygrpc._RequestCallError):  # the server stops
@@ -197,7 +219,7 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
                         await self._refuse(call)
                         return
                     line.join(call)
-                    if not self._short_of(self._edge.for_method(method.decode())):
+                    if not self._short_of(room):
                         return
         finally:
             line.fetchers -= 1

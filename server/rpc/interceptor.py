@@ -24,6 +24,8 @@ _OURS = "/concord."
 # Streams wait for their clients most of the time; what they send is bounded by the queue of events. Operators are few.
 _MAX_STREAMS = 1024
 _MAX_OPERATIONS = 32
+# Four turns of the eight calls that are asked for at a time.
+_ROOMY = 32
 _OVERLOAD = OverloadedError("too many calls in flight", reason="SERVER_OVERLOADED")
 _OVERLOADED = failure_of(_OVERLOAD, new_id=str)
 _SHED_METADATA = trailing_metadata(_OVERLOADED, "")  # made once: refusing must cost next to nothing
@@ -62,6 +64,11 @@ class _Lane:
     @property
     def full(self) -> bool:
         return self._in_flight >= self._most
+
+    @property
+    def roomy(self) -> bool:
+        """True while calls asked for ahead cannot be too many, though they are counted only when their handlers begin."""
+        return self._most - self._in_flight >= _ROOMY
 
     @property
     def overfull(self) -> bool:
@@ -110,10 +117,10 @@ class EdgeInterceptor:
         self._streams, self._operations = _Lane(_MAX_STREAMS), _Lane(_MAX_OPERATIONS)
         self._wrapped: dict[str, tuple[_Lane, Any]] = {}
 
-    def for_method(self, method: str) -> asyncio.Event | None:
-        """Returns what is set while one more call of a method can be taken on; see server.rpc.accept."""
+    def for_method(self, method: str) -> _Lane | None:
+        """Returns the lane of a method, None for those that are always answered; see server.rpc.accept."""
         known = self._wrapped.get(method)
-        return known[0].room if known is not None else None
+        return known[0] if known is not None else None
 
     async def refuse(self, context: Context) -> None:
         """Ends a call for which there is no room: its message is not read, it gets no request id, and nothing is logged."""

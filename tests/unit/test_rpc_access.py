@@ -336,8 +336,7 @@ async def test_a_full_service_accepts_late() -> None:
         await asyncio.sleep(0.2)
         shed = edge.registry.get_sample_value("concord_rpc_shed_total") or 0
         await asyncio.gather(*held, return_exceptions=True)
-    # A few times eight are let in before any of them is counted, then one in 4 ms is refused; without waiting, all 398 at once.
-    assert shed <= 200
+    assert shed <= 60  # one in 4 ms; without waiting, all of them at once
 
 
 async def wave(edge: Edge, count: int) -> list[Refusal]:
