@@ -49,4 +49,5 @@ def test_sums_are_those_of_float64_in_the_order_given() -> None:
     amounts = np.array([1e8, 0.25, 3, 1, 0.25], np.float32)
     summed = Scores.summed(9, np.array([4, 4, 2, 4, 4], np.int32), amounts)
     assert (summed.rows.tolist(), summed.values.tolist()) == ([2, 4], [3, float(np.float32(1e8 + 1.5))])
+    assert Scores.summed(10_000, np.array([4, 4, 2, 4, 4], np.int32), amounts).values.tolist() == summed.values.tolist()
     assert Scores.summed(3, np.zeros(0, np.int32), np.zeros(0, np.float32)).everywhere().tolist() == [0, 0, 0]
