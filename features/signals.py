@@ -85,8 +85,8 @@ def history(activity: Activity, table: ItemTable, config: SignalConfig) -> Histo
     ]
     # The day of a purchase is known, not its hour: count from the start of the newest behaviour's day, never below zero.
     today = newest // MICROS_PER_DAY
-    purchases = zip(map(known.get, activity.purchased_items), activity.purchased_days, strict=True)
-    touches += [(row, 1.0, max(today - day, 0)) for row, day in purchases]
+    purchases = [known.get(item_id) for item_id in activity.purchased_items]
+    touches += [(row, 1.0, max(today - day, 0)) for row, day in zip(purchases, activity.purchased_days, strict=True)]
     weight: dict[int, float] = {}
     age: dict[int, float] = {}
     for row, strength, age_days in touches:
@@ -97,7 +97,7 @@ def history(activity: Activity, table: ItemTable, config: SignalConfig) -> Histo
             weight[row] = faded
         if age_days < age.get(row, inf):
             age[row] = age_days
-    bought = {known.get(item_id) for item_id in activity.purchased_items}
+    bought = set(purchases)
     rows = sorted(weight, key=lambda row: (age[row], row))
     return History(
         np.array(rows, np.int32),
