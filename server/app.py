@@ -131,8 +131,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         standings = Standings(states, online, fleet, now=_now)
         computing = Computing(threads=settings.compute_threads, waiting=settings.compute_waiting)
         embedder = Embedder(standings, computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
-        ahead = Ahead(computing, codec, current=lambda: fleet.current)
-        states.recomputed = ahead.committed
+        ahead = Ahead(computing, identities, online, current=lambda: fleet.current)
+        recorder.arriving = ahead.arriving
         recommender = recommender_of(
             settings,
             known=known_slates,

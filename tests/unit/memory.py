@@ -349,7 +349,7 @@ class Shop:
             states=cast("Any", states),
             standings=Standings(cast("Any", states), cast("Any", self.online), cast("Any", fleet), now=lambda: self.online.now),
             computing=computing,
-            ahead=Ahead(computing, cast("Any", None), current=lambda: None),
+            ahead=Ahead(computing, identities, cast("Any", self.online), current=lambda: None),
             online=cast("Any", self.online),
             fleet=cast("Any", fleet),
             offers=cast("Any", offers),
