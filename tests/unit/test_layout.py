@@ -248,8 +248,8 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
     activity = view(
         ACTIVITY_VIEW,
         version=Int64,
-        **dict.fromkeys(("recent_items", "recent_actions", "recent_channels", "recent_texts", "purchased_items"), Array(String)),
-        **dict.fromkeys(("recent_times", "purchased_days"), Array(Int64)),
+        **dict.fromkeys(("recent_items", "recent_channels", "recent_texts", "purchased_items"), Array(String)),
+        **dict.fromkeys(("recent_action_codes", "recent_times", "purchased_days"), Array(Int64)),
     )
     profile = view(PROFILE_VIEW, purchase_count=Int64, price_mean=Float64, price_low=Float64, price_high=Float64)
     codec = UserStateCodec(loaded(activity, profile), "shop")
@@ -261,7 +261,7 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
         "version": 9,
         "event_timestamp": NOW,
         "recent_items": ["a", ""],
-        "recent_actions": ["view", "search"],
+        "recent_action_codes": [1, 3],
         "recent_channels": ["web", "app"],
         "recent_texts": ["", "red mug"],
         "recent_times": [2, 1],
