@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from features.behaviour import ACTION_WEIGHT, MICROS_PER_DAY, Activity
+from features.behaviour import MICROS_PER_DAY, Activity
 from features.item_table import FloatArray, IntArray, ItemTable
 from features.scores import Scores
 
@@ -90,7 +90,7 @@ def history(activity: Activity, table: ItemTable, config: SignalConfig) -> Histo
         age[row] = min(age.get(row, age_days), age_days)
 
     for behaviour in activity.behaviours:
-        add(behaviour.item_id, ACTION_WEIGHT.get(behaviour.action, 0.0), (newest - behaviour.occurred_at) / MICROS_PER_DAY)
+        add(behaviour.item_id, behaviour.interest, (newest - behaviour.occurred_at) / MICROS_PER_DAY)
     for item_id, day in zip(activity.purchased_items, activity.purchased_days, strict=True):
         # The day of a purchase is known, not its hour: count from the start of the newest behaviour's day, never below zero.
         add(item_id, 1.0, max(newest // MICROS_PER_DAY - day, 0))
