@@ -104,10 +104,9 @@ class _Plan:
 
     def versions(self, found: Sequence[_Stored]) -> list[int]:
         """Returns the version of each customer's state, -1 without one, or with one whose activity is of another release's form."""
-        versions = [-1 if version is None else version for version in _versions(found[0][0])]
-        if self.lookups[0].start > 1:
-            return [-1 if form is None else version for version, form in zip(versions, found[0][1], strict=True)]
-        return versions
+        versions = _versions(found[0][0])
+        forms = found[0][1] if self.lookups[0].start > 1 else versions
+        return [-1 if version is None or form is None else version for version, form in zip(versions, forms, strict=True)]
 
     def table(self, found: Sequence[_Stored], now: datetime) -> FeatureTable:
         """Decodes what was found."""

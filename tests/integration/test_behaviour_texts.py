@@ -8,8 +8,13 @@ import pytest
 
 from concord.v1 import common_pb2
 from features.behaviour import ACTIONS, BEHAVIOUR_COLUMNS, Behaviour, behaviours_of
+from features.catalogue import Item, upsert_items
 from features.settings import Settings
+from features.snapshots import take_snapshot
+from tests.integration.fixtures import NewShop
 from tests.integration.times import START
+from training.dataset import newest_table
+from training.events import read_events
 
 ODD = {
     "nothing": None,
@@ -76,3 +81,24 @@ def test_other_texts_are_as_they_were(shop: Settings, action: str) -> None:
     assert [one.text for one in seen] == [(text or "")[:160] for text in ODD.values()]
     assert {one.rating for one in seen} == {None}
     assert [one.words for one in seen] == [one.text for one in seen]
+
+
+def test_a_low_rating_is_no_interest_in_training_nor_in_the_profile(new_shop: NewShop) -> None:
+    """Of three items that somebody rated the one rated 2 counts as if it had not been touched, and one without a rating as ever."""
+    shop = new_shop()
+    items = ("pot", "pan", "cup")
+    with psycopg.connect(shop.postgres_dsn) as connection:
+        upsert_items(connection, [Item(item, item, category=f"{item}s", listed_at=START) for item in items])
+        connection.execute("INSERT INTO users (user_id, version) VALUES ('ann', 3)")
+        for k, (item, action, value) in enumerate(zip(items, ("rate", "review", "review"), (2.9, 3.0, None), strict=True)):
+            connection.execute(
+                "INSERT INTO events (user_id, event_id, channel, action, item_id, value, occurred_at) "
+                "VALUES ('ann', %s, 'web', %s, %s, %s, %s)",
+                [uuid.uuid4(), action, item, value, START + timedelta(minutes=k)],
+            )
+        take_snapshot(connection, START + timedelta(days=1))
+        table = newest_table(connection)
+        log = read_events(connection, table)
+        (categories,) = connection.execute("SELECT top_categories FROM user_profile WHERE user_id = 'ann'").fetchone() or ((),)
+    assert [None if row < 0 else table.ids[row] for row in log.item] == [None, "pan", "cup"]
+    assert sorted(categories) == ["cups", "pans"]
