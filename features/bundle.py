@@ -1,11 +1,12 @@
 """The model bundle: the one thing that passes from training/ to server/. A folder with a manifest and checksummed files."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +25,8 @@ CARD_HTML = "model_card.html"  # the cards are for people: no server reads them
 CARD_MARKDOWN = "model_card.md"
 TRAINING = "training.safetensors"  # optional: what an update starts from; no server reads it
 TOWER = "tower.onnx"
+FORMAT: Final = 3
+"""Of what a bundle holds and of what it reads. 1 and 2 read customers' states in which actions were names and ratings were not said."""
 REQUIRED_FILES = (ENCODER, RANKER, TOKENIZER, ITEMS, COLLABORATIVE, GOLDEN)
 
 
@@ -64,7 +67,7 @@ class Manifest(BaseModel):
     """What a bundle says of itself.
 
     Attributes:
-        format: layout of the folder: 1 of a bundle with a text tower, 2 of one with a sequence tower, which earlier releases refuse.
+        format: ``FORMAT``; a bundle of another one is refused, here and by the releases that wrote it.
         model_version: name of the version, unique in the registry.
         created_at: when it was exported (UTC).
         base_model: the pretrained BERT it was fine-tuned from.
@@ -87,7 +90,7 @@ class Manifest(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-    format: Literal[1, 2] = 1
+    format: Literal[3] = FORMAT
     model_version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     created_at: datetime
     base_model: str
@@ -111,10 +114,9 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _tower_is_whole(self) -> Self:
-        """A sequence tower comes with how it reads behaviours, in a format that releases without such towers refuse."""
-        expected = (2, True) if self.tower == "sequence" else (1, False)
-        if (self.format, self.sequence is not None) != expected:
-            raise ValueError(f"format {self.format} does not go with a {self.tower} tower")
+        """A sequence tower comes with how it reads behaviours, a text tower without."""
+        if (self.sequence is not None) != (self.tower == "sequence"):
+            raise ValueError(f"a {self.tower} tower {'lacks' if self.sequence is None else 'has no use for'} 'sequence'")
         return self
 
     @property
@@ -135,19 +137,32 @@ def checksums(folder: Path) -> Mapping[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes ``manifest.json``: the last step of an export. That of a text tower names nothing that format 1 does not know."""
-    unknown = {"sequence"} if manifest.sequence is None else set()
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude=unknown) + "\n")
+    """Writes ``manifest.json``: the last step of an export."""
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def require_format(manifest: object, name: str) -> None:
+    """Refuses a manifest, as JSON has it, of a release whose models read customers' states otherwise.
+
+    Raises:
+        BundleError: it is of an earlier format; the message says to train again.
+    """
+    if isinstance(manifest, dict) and manifest.get("format") in (1, 2):
+        model = f"{manifest.get('model_version', name)}: format {manifest['format']}"
+        remedy = "train again and publish the new model (concord train, concord export, concord publish)"
+        raise BundleError(f"{model} reads customers as an earlier release kept them; {remedy}")
 
 
 def read_bundle(folder: Path) -> Manifest:
     """Reads and verifies a bundle folder: the manifest, every file it names and every file the format requires.
 
     Raises:
-        BundleError: naming the file that is missing, unreadable or whose checksum differs.
+        BundleError: naming the file that is missing, unreadable or whose checksum differs; or it is of an earlier format.
     """
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        written = json.loads((folder / MANIFEST).read_bytes())
+        require_format(written, folder.name)
+        manifest = Manifest.model_validate(written)
     except FileNotFoundError:
         raise BundleError(f"{folder.name}: {MANIFEST} is missing") from None
     except (OSError, ValidationError, ValueError) as error:

@@ -10,7 +10,7 @@ from math import inf
 import numpy as np
 import numpy.typing as npt
 
-from features.behaviour import ACTION_WEIGHT, MICROS_PER_DAY, Activity
+from features.behaviour import MICROS_PER_DAY, Activity
 from features.item_table import FloatArray, IntArray, ItemTable
 from features.scores import Scores
 
@@ -80,7 +80,7 @@ def history(activity: Activity, table: ItemTable, config: SignalConfig) -> Histo
     """
     newest, known = activity.newest, table.rows
     touches = [
-        (known.get(behaviour.item_id), ACTION_WEIGHT.get(behaviour.action, 0.0), (newest - behaviour.occurred_at) / MICROS_PER_DAY)
+        (known.get(behaviour.item_id), behaviour.interest, (newest - behaviour.occurred_at) / MICROS_PER_DAY)
         for behaviour in activity.behaviours
     ]
     # The day of a purchase is known, not its hour: count from the start of the newest behaviour's day, never below zero.

@@ -283,7 +283,6 @@ def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, flo
         created_at=context.created_at,
         base_model=base_name(config.base_model),
         tower="text" if spec is None else "sequence",
-        format=1 if spec is None else 2,
         sequence=spec,
         vector_size=trained.tower.vector_size,
         item_tokens=config.item_tokens,

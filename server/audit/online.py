@@ -36,7 +36,7 @@ class OnlineAudit:
             customer = (await self._store.customers([user_id])).get(user_id)
             if customer is None or customer.merged_into:
                 continue
-            if seen[self._codec.version_field] is None:
+            if seen[self._codec.version_field] is None or seen[self._codec.form_field] is None:
                 report.states["absent"] += 1
                 continue
             version = decode_value(seen[self._codec.version_field])

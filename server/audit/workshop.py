@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from features.behaviour import Activity, Behaviour
+from features.behaviour import BEHAVIOUR_COLUMNS, Activity, behaviours_of
 from features.bundle import BundleError
 from features.ranking import Profile
 from server.audit.report import Answered
@@ -129,10 +129,9 @@ def shows(slate: Slate, snapshot: Snapshot, answer: Answered) -> bool:
 
 def activity_of_row(row: Mapping[str, Any]) -> Activity:
     """Builds the activity from a row of ``user_activity_at``."""
-    columns = [row[f"recent_{name}"] for name in ("items", "actions", "channels", "times", "texts")]
     return Activity(
         version=row["version"],
-        behaviours=tuple(Behaviour(*values) for values in zip(*columns, strict=True)),
+        behaviours=behaviours_of(*(row[name] for name in BEHAVIOUR_COLUMNS)),
         purchased_items=tuple(row["purchased_items"]),
         purchased_days=tuple(row["purchased_days"]),
     )

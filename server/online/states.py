@@ -12,7 +12,7 @@ import structlog
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, dict_row
 
-from features.activity import CAUGHT_UP, READ_STATE, UserState, UserStateCodec
+from features.activity import CAUGHT_UP, READ_STATE, UserState, UserStateCodec, is_whole
 from features.layout import FeatureValue, ViewLayout
 from server.arrays import number_array, text_array
 from server.database import ONLINE_AWAY, Pool
@@ -246,7 +246,7 @@ class UserStates:
         return _as_online(layout, row, at, now)
 
     async def features(self, user_id: str, *, now: datetime) -> Features:
-        """Reads all views of a customer, rebuilding them when Redis has none.
+        """Reads all views of a customer, rebuilding them when Redis has none, or none of this release's form.
 
         Raises:
             NotFoundError, MergedError: as ``rebuild``.
@@ -254,7 +254,7 @@ class UserStates:
         """
         for _ in range(3):
             features = await self._online.user_features(user_id, now)
-            if features[self._codec.activity.name]["version"].value is not None:
+            if is_whole(features[self._codec.activity.name]):
                 return features
             await self.rebuild(user_id)
         raise UnavailableError("the online store does not keep what is written", reason="ONLINE_STORE_UNAVAILABLE")

@@ -10,7 +10,7 @@ from typing import Protocol
 import structlog
 
 from features.activity import ACTIVITY_VIEW, activity_of
-from features.behaviour import ACTIVITY_LENGTH, Activity, Behaviour
+from features.behaviour import ACTIVITY_LENGTH, OPINIONS, Activity, Behaviour
 from server.domain import IncomingEvent, Subject
 from server.ingest.identities import Known
 from server.online.states import Features
@@ -131,7 +131,9 @@ class Ahead:
 def _after(activity: Activity, event: IncomingEvent) -> Activity:
     """Returns the activity that an event will lead to, as far as vectors depend on it."""
     at = (event.occurred_at - _EPOCH) // timedelta(microseconds=1)
-    new = Behaviour(event.item_id or "", event.action, event.channel, at, (event.text or "")[:160])
+    rated = f"{round(event.value, 1):g} of 5" if event.action in OPINIONS and event.value is not None else ""
+    words = ": ".join(filter(None, (rated, event.text)))  # as user_activity_at writes them
+    new = Behaviour(event.item_id or "", event.action, event.channel, at, words[:160])
     behaviours = sorted((new, *activity.behaviours), key=lambda behaviour: -behaviour.occurred_at)
     return replace(activity, behaviours=tuple(behaviours[:ACTIVITY_LENGTH]))
 

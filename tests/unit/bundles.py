@@ -62,7 +62,6 @@ def write_bundle(
 def _manifest(folder: Path, model_version: str, sequence: SequenceSpec | None) -> Manifest:
     day = datetime(2026, 1, 1, tzinfo=UTC)
     return Manifest(
-        format=1 if sequence is None else 2,
         model_version=model_version,
         created_at=day,
         base_model="none",

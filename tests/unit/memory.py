@@ -14,7 +14,7 @@ import redis.exceptions
 from prometheus_client import CollectorRegistry
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
-from features.behaviour import Activity, Behaviour
+from features.behaviour import ACTIONS, Activity, Behaviour
 from features.layout import FeatureValue, Status
 from features.signals import CollaborativeWeights, SignalConfig
 from server.catalog.offers import Offer, OfferTable
@@ -177,7 +177,7 @@ class MemoryStates:
         columns = {
             "version": known.version,
             "recent_items": [b.item_id for b in known.behaviours],
-            "recent_actions": [b.action for b in known.behaviours],
+            "recent_action_codes": [1 + ACTIONS.index(b.action) for b in known.behaviours],
             "recent_channels": [b.channel for b in known.behaviours],
             "recent_times": [b.occurred_at for b in known.behaviours],
             "recent_texts": [b.text for b in known.behaviours],

@@ -21,9 +21,11 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 MICROS = int(START.timestamp()) * 10**6
 
 
-def event(item_id: str, user_id: str = "u", *, seconds: int = 0, text: str = "", action: str = "view") -> IncomingEvent:
+def event(
+    item_id: str, user_id: str = "u", *, seconds: int = 0, text: str = "", action: str = "view", value: float | None = None
+) -> IncomingEvent:
     at = START + timedelta(seconds=seconds)
-    return IncomingEvent(Subject(user_id=user_id), uuid.uuid4(), "web", action, at, item_id or None, text or None)
+    return IncomingEvent(Subject(user_id=user_id), uuid.uuid4(), "web", action, at, item_id or None, text or None, value)
 
 
 class Online:
@@ -97,6 +99,10 @@ async def test_the_tower_reads_what_the_event_will_lead_to() -> None:
     await room.settled()
     searched = Behaviour("", "search", "web", MICROS + 1_000_000, "x" * 160)
     assert room.ran == [(before[0], searched, before[1])]
+    for text, said in (("", "4.5 of 5"), ("soft", "4.5 of 5: soft")):
+        room.ahead.arriving([event("it", seconds=9, text=text, action="review", value=4.5)])
+        await room.settled()
+        assert room.ran.pop()[0].text == said
     room.online.known["u"] = Activity(60, tuple(Behaviour(str(k), "view", "web", MICROS - k) for k in range(ACTIVITY_LENGTH)))
     await room.acts("new")
     assert [behaviour.item_id for behaviour in room.ran[1]] == ["new", *map(str, range(ACTIVITY_LENGTH - 1))]
