@@ -1,5 +1,6 @@
 """How a text that somebody is typing may go on: phrases of titles, categories and brands, each with the items that have it."""
 
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -50,7 +51,7 @@ class Completions:
         """Collects phrases of up to three words that two titles have, and every category and brand."""
         found = [*_names(table.category_names, CompletionKind.CATEGORY), *_names(table.brand_names, CompletionKind.BRAND)]
         named = {entry.key for entry in found}
-        found += [entry for entry in _phrases([words(title, overlapping=False) for title in table.titles]) if entry.key not in named]
+        found += [entry for entry in _phrases(table.titles) if entry.key not in named]
         found.sort(key=lambda entry: (entry.key, entry.completion.kind.value, entry.completion.text))
         self._keys = [entry.key for entry in found]
         self._completions = [entry.completion for entry in found]
@@ -147,14 +148,19 @@ def _names(names: Sequence[str], kind: CompletionKind) -> list[_Found]:
     return [_Found(key, Completion(name, kind), np.array(rows[name], np.int32)) for key, name in keyed if key]
 
 
-def _phrases(titles: Sequence[Sequence[str]]) -> list[_Found]:
+def _phrases(titles: Sequence[str]) -> list[_Found]:
     """Counts runs of words as whole numbers: of 100,000 titles as tuples of texts they would take 500 MB."""
-    vocabulary = sorted({word for title in titles for word in title})
-    number = {word: k for k, word in enumerate(vocabulary, start=1)}
+    number: dict[str, int] = {}
+    said, lengths = array("q"), array("q")
+    for title in titles:
+        here = words(title, overlapping=False)
+        said.extend(number.setdefault(word, len(number) + 1) for word in here)
+        said.append(0)  # stands between titles, and at the end as often as a phrase may look ahead: no phrase crosses it
+        lengths.append(len(here) + 1)
+    said.extend([0] * _PHRASE_WORDS)
+    vocabulary = list(number)
     base = len(vocabulary) + 1
-    # 0 stands between titles, and at the end as often as a phrase may look ahead: no phrase crosses it.
-    flat = np.array([n for title in titles for n in (*(number[word] for word in title), 0)] + [0] * _PHRASE_WORDS, np.int64)
-    owner = np.repeat(np.arange(len(titles)), [len(title) + 1 for title in titles])
+    flat, owner = np.array(said, np.int64), np.repeat(np.arange(len(titles)), np.array(lengths, np.int64))
     code, whole = np.zeros(len(owner), np.int64), np.ones(len(owner), np.bool_)
     found: list[_Found] = []
     for length in range(1, _PHRASE_WORDS + 1):
@@ -177,7 +183,9 @@ def _frequent(code: npt.NDArray[np.int64], owner: npt.NDArray[np.int64], vocabul
         phrase = [vocabulary[digit - 1] for digit in _digits(int(codes[k]), len(vocabulary) + 1, length)]
         if _is_worth_it(phrase):
             rows = owner[starts[k] : starts[k] + counts[k]].astype(np.int32)
-            found.append(_Found(" ".join(phrase), Completion(_joined(phrase), CompletionKind.PHRASE), rows))
+            key = " ".join(phrase)
+            text = _joined(phrase)
+            found.append(_Found(key, Completion(key if text == key else text, CompletionKind.PHRASE), rows))
     return found
 
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-import bm25s
 import numpy as np
 import Stemmer
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
 from tokenizers import Regex, pre_tokenizers
 
+from features.bm25_import import bm25s
 from features.item_table import FloatArray
 
 # Of scripts that put no space between words: Han, which a dictionary cuts, and those of which pairs of characters are indexed.

@@ -119,7 +119,7 @@ async def test_a_search_in_one_channel_changes_recommendations_in_another(fleet:
     customer, word = fleet.customers[6], word_of(fleet)
     before = await fleet["app"].recommend(user(customer), surface="home", limit=50)
     found = await fleet["web"].search(user(customer), word)
-    assert found.versions.user_version == before.versions.user_version
+    assert before.versions.user_version <= found.versions.user_version <= found.recorded_version
     assert found.recorded_version == before.versions.user_version + 1
     after = await fleet["app"].recommend(user(customer), surface="home", limit=50, consistency_token=found.consistency_token)
     assert after.versions.user_version == found.recorded_version
@@ -294,10 +294,11 @@ async def test_searches_are_logged_and_replayed_to_the_bit(fleet: Fleet) -> None
         while len({row[0] for row in fleet.execute("SELECT slate_id FROM exposures WHERE slate_id = ANY(%s)", slates)}) < len(set(slates)):
             await asyncio.sleep(0.05)
     assert fleet.execute("SELECT DISTINCT surface, query FROM exposures WHERE slate_id = ANY(%s)", slates) == [("search", word)]
-    scope = Scope(datetime.now(UTC) - timedelta(hours=1), 2_000, "", 0, ("home",))
+    scope = Scope(datetime.now(UTC) - timedelta(hours=1), 2_000, "", 3, ("home",))
     report = await run_audit(fleet.settings, scope, servers=[], canary="", progress=lambda _s, _d, _t: None)
     assert report.violations == []
-    assert report.outcomes["equal"] >= len(answers)
+    assert report.replays["journal"]["equal"] >= len(answers)
+    assert report.replays["redis"]["equal"] >= 1  # the committed slate, whose slot names no query, is found by the logged one
 
 
 async def test_with_redis_empty_the_same_is_found(fleet: Fleet) -> None:
@@ -339,7 +340,7 @@ async def test_an_empty_shop_without_a_model_says_what_is_missing(new_shop: NewS
         assert (elsewhere.outcome, list(elsewhere.items)) == (SEARCH_OUTCOME_NOTHING_ELIGIBLE, [])
         assert not (await web.suggest("lin")).suggestions
         assert [s.text for s in (await web.suggest("enam")).suggestions] == ["enamel", "enamel mug"]
-        assert [s.text for s in (await web.suggest("enme")).suggestions] == ["enamel", "enamel mug"]
+        assert [s.text for s in (await web.suggest("enma")).suggestions] == ["enamel", "enamel mug"]
 
 
 async def test_a_subject_named_by_an_identity_of_another_channel_is_the_same_customer(fleet: Fleet) -> None:
