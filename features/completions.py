@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
 
+from features.bm25_import import bm25s
 from features.item_table import IntArray, ItemTable
 from features.lexical import words
 
@@ -19,6 +20,7 @@ _PHRASE_WORDS = 3  # phrases of titles have up to three words
 _LEAST_ITEMS = 2  # and stand in at least two of them: what is in one alone is found by its first words
 _LEAST_TYPED = 4  # letters of a word, from which on one of them may be wrong
 _LAST = "\U0010ffff"
+_FILLERS = frozenset(bm25s.stopwords.STOPWORDS_EN)
 
 
 class CompletionKind(Enum):
@@ -198,5 +200,6 @@ def _digits(code: int, base: int, length: int) -> list[int]:
 
 
 def _is_worth_it(phrase: Sequence[str]) -> bool:
-    """A phrase begins and ends with more than a letter or a number: not "of 12"."""
-    return all(len(word) > 1 + word.isascii() and not word.isdigit() for word in (phrase[0], phrase[-1]))
+    """A phrase begins and ends with more than a letter, a number or a filler: not "of 12", not "shampoo for"."""
+    ends = (phrase[0], phrase[-1])
+    return all(len(word) > 1 + word.isascii() and not word.isdigit() and word not in _FILLERS for word in ends)

@@ -7,6 +7,7 @@ import re
 import threading
 import unicodedata
 import weakref
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -106,14 +107,14 @@ class LexicalIndex:
         """
         numbers: dict[str, int] = {}
         seen: Counter[str] = Counter()
-        documents: list[list[int]] = []
+        documents: list[array[int]] = []
         for parts in zip(*(field.texts for field in fields), strict=True):
-            document: list[int] = []
+            document = array("i")
             for part, field in zip(parts, fields, strict=True):
                 here = words(part)
                 seen.update(here)
                 # A word that counts three times is one that stands there three times: so BM25 takes fields by weight.
-                document += [numbers.setdefault(_term(word), len(numbers)) for word in here] * field.weight
+                document.extend([numbers.setdefault(_term(word), len(numbers)) for word in here] * field.weight)
             documents.append(document)
         self._count = len(documents)
         self._numbers = numbers
