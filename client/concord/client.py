@@ -10,6 +10,7 @@ import grpc
 
 from concord.customers import Customer, TokenMemory, subject_of, user
 from concord.errors import error_details
+from concord.search import SearchCalls
 from concord.transport import OPTIONS
 from concord.v1 import (
     catalog_pb2_grpc,
@@ -17,6 +18,7 @@ from concord.v1 import (
     identity_pb2_grpc,
     profile_pb2_grpc,
     recommendation_pb2_grpc,
+    search_pb2_grpc,
     understanding_pb2_grpc,
 )
 from concord.v1.catalog_pb2 import GetItemsRequest, GetItemsResponse
@@ -51,7 +53,7 @@ from concord.v1.understanding_pb2 import EmbedTextRequest, EmbedTextResponse
 _OUTLIVED = {"TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"}
 
 
-class Concord:
+class Concord(SearchCalls):
     """One channel's connection to Concord.
 
     Customers are named by the id the channel knows them by (a plain string), or by a ``Subject``: ``user("u-1")`` for Concord's
@@ -111,6 +113,7 @@ class Concord:
         self._profiles = _stub(profile_pb2_grpc.ProfileServiceStub, self._connection)
         self._catalog = _stub(catalog_pb2_grpc.CatalogServiceStub, self._connection)
         self._recommendations = _stub(recommendation_pb2_grpc.RecommendationServiceStub, self._connection)
+        self._search = _stub(search_pb2_grpc.SearchServiceStub, self._connection)
         self._understanding = _stub(understanding_pb2_grpc.UnderstandingServiceStub, self._connection)
         return self
 

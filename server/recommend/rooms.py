@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import datetime
 
+from features.search import SearchWeights
 from server.catalog.offers import Offers
 from server.fleet import FleetWatch
 from server.ingest.identities import Identities
@@ -23,7 +24,8 @@ from server.settings import ServerSettings
 
 def policy_of(settings: ServerSettings) -> Policy:
     """Returns the shop's rules for slates."""
-    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
+    weights = SearchWeights(personal=settings.search_personal_weight, least_similarity=settings.search_least_similarity)
+    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category, weights)
 
 
 def recommender_of(

@@ -28,6 +28,8 @@ from concord.v1 import (
     profile_pb2_grpc,
     recommendation_pb2,
     recommendation_pb2_grpc,
+    search_pb2,
+    search_pb2_grpc,
     understanding_pb2,
     understanding_pb2_grpc,
 )
@@ -48,6 +50,7 @@ from server.rpc.models import ModelServicer
 from server.rpc.ports import Services
 from server.rpc.profile import ProfileServicer
 from server.rpc.recommendation import RecommendationServicer
+from server.rpc.search import SearchServicer
 from server.rpc.understanding import UnderstandingServicer
 from server.rpc.validation import Validator
 from server.security.certificates import server_credentials
@@ -63,7 +66,17 @@ _DRAIN_PAUSE = 0.3
 
 SERVICE_NAMES = tuple(
     service.full_name
-    for module in (catalog_pb2, events_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2, understanding_pb2)
+    for module in (
+        catalog_pb2,
+        events_pb2,
+        features_pb2,
+        identity_pb2,
+        models_pb2,
+        profile_pb2,
+        recommendation_pb2,
+        search_pb2,
+        understanding_pb2,
+    )
     for service in module.DESCRIPTOR.services_by_name.values()
 )
 
@@ -137,9 +150,10 @@ def build_server(
         SettingsError: an address cannot be bound, or certificates cannot be used.
     """
     validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
+    read_events = EventValidator(validator, now, new_uuid)
     events = EventServicer(
         services.recorder,
-        EventValidator(validator, now, new_uuid),
+        read_events,
         metrics,
         deadline_seconds=settings.default_deadline_seconds,
         idle_seconds=settings.stream_idle_seconds,
@@ -165,7 +179,14 @@ def build_server(
             tracing=tracing or Tracing(),
         )
         server = patient_server(edge, most_waiting=_MOST_WAITING, options=_options(settings, share_ports=share_ports))
-        _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
+        _register(
+            server,
+            services,
+            events,
+            validator,
+            SearchServicer(services.searcher, services.suggester, read_events),
+            deadline_seconds=settings.default_deadline_seconds,
+        )
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if is_loopback(host) if settings.reflection is None else settings.reflection:
             reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -182,7 +203,15 @@ def build_server(
     return GrpcServer(main, None if one_port else open_port(settings.admin_host, settings.admin_port, admin=True), health_servicer, events)
 
 
-def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator, *, deadline_seconds: float) -> None:
+def _register(
+    server: grpc.aio.Server,
+    services: Services,
+    events: EventServicer,
+    validator: Validator,
+    search: SearchServicer,
+    *,
+    deadline_seconds: float,
+) -> None:
     events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
     identity = IdentityServicer(services.identities, services.graph, services.erasure, validator)
     identity_pb2_grpc.add_IdentityServiceServicer_to_server(identity, server)
@@ -190,6 +219,7 @@ def _register(server: grpc.aio.Server, services: Services, events: EventServicer
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
+    search_pb2_grpc.add_SearchServiceServicer_to_server(search, server)
     understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(UnderstandingServicer(services.embedder, validator), server)
     models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 

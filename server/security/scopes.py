@@ -52,6 +52,8 @@ SCOPE_OF = {
     "RecommendationService/Recommend": Scope.RECOMMENDATIONS_READ,
     "RecommendationService/RankItems": Scope.RECOMMENDATIONS_READ,
     "RecommendationService/SimilarItems": Scope.RECOMMENDATIONS_READ,
+    "SearchService/Search": Scope.RECOMMENDATIONS_READ,
+    "SearchService/Suggest": Scope.CATALOG_READ,
     "UnderstandingService/EmbedText": Scope.TEXTS_READ,
     "ModelService/ListModels": Scope.MODELS_READ,
     "ModelService/GetActiveModel": Scope.MODELS_READ,
@@ -59,8 +61,11 @@ SCOPE_OF = {
     "ModelService/ActivateModel": Scope.ADMIN,
 }
 
-# Reads that write when a flag of the request is set: the scope that the flag needs on top.
-SCOPE_OF_FLAG = {"IdentityService/ResolveIdentity": ("create_if_missing", Scope.IDENTITY_WRITE)}
+# Reads that write when a flag of the request has a value: flag, value, and the scope needed on top.
+SCOPE_OF_FLAG = {
+    "IdentityService/ResolveIdentity": ("create_if_missing", True, Scope.IDENTITY_WRITE),
+    "SearchService/Search": ("skip_recording", False, Scope.EVENTS_WRITE),
+}
 
 # Served on the admin port; the first of them there alone. An operator looks at models where they are moved.
 ADMIN_PORT_SCOPES = frozenset({Scope.ADMIN, Scope.MODELS_READ})

@@ -79,6 +79,13 @@ class Truth:
         self.customers[user_id] = known
         return known.version
 
+    def add_search(self, user_id: str, text: str) -> int:
+        """The customer searches; returns the new version."""
+        known = self.customers.get(user_id, Activity(0))
+        seen = Behaviour("", "search", "web", 20_000 * DAY + known.version, text)
+        self.customers[user_id] = Activity(known.version + 1, (seen, *known.behaviours))
+        return known.version + 1
+
 
 @dataclass
 class MemoryOnline:
@@ -261,7 +268,8 @@ class MemoryFleet:
         model = SimpleNamespace(
             model_version=model_version,
             signals=SignalConfig(),
-            user_vector=lambda seen, items, _: vectors[items.rows[seen.behaviours[0].item_id]] if seen.behaviours else None,
+            user_vector=lambda seen, items, _: next((vectors[items.rows[b.item_id]] for b in seen.behaviours if b.item_id), None),
+            text_vector=lambda _text: vectors[0],
             rank=rank,
         )
         return Snapshot(cast("Any", model), items, vectors, CollaborativeWeights.empty(COUNT))

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from concord.v1 import catalog_pb2, common_pb2, events_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2
+from concord.v1 import catalog_pb2, common_pb2, events_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2, search_pb2
 from server.errors import UnauthenticatedError, UnavailableError
 from server.security.gate import Gate
 from server.security.principals import Principal, principal
@@ -19,6 +19,7 @@ RECORD = "/concord.v1.EventService/RecordEvents"
 ACTIVATE = "/concord.v1.ModelService/ActivateModel"
 LINK = "/concord.v1.IdentityService/LinkIdentities"
 RESOLVE = "/concord.v1.IdentityService/ResolveIdentity"
+SEARCH = "/concord.v1.SearchService/Search"
 Code = grpc.StatusCode
 
 
@@ -128,6 +129,18 @@ async def test_a_read_that_may_create_needs_the_right_to_write() -> None:
         assert (await refused(edge, RESOLVE, create, **bearer("read-key"))).reason == "SCOPE_MISSING"
         assert (await refused(edge, RESOLVE, find, **bearer("read-key"))).reason == "IDENTITY_UNKNOWN"
         await edge.raw(RESOLVE, create, **bearer("web-key"))
+
+
+async def test_a_search_that_is_recorded_needs_the_right_to_write_events() -> None:
+    subject = common_pb2.Subject(identity=common_pb2.ChannelIdentity(channel="web", channel_user_id="a"))
+    recorded = search_pb2.SearchRequest(subject=subject, channel="web", query="mug")
+    looked = search_pb2.SearchRequest(subject=subject, channel="web", query="mug", skip_recording=True)
+    async with serving(guarded()) as edge:
+        assert (await refused(edge, SEARCH, recorded.SerializeToString(), **bearer("read-key"))).reason == "SCOPE_MISSING"
+        await edge.raw(SEARCH, looked.SerializeToString(), **bearer("read-key"))
+        await edge.raw(SEARCH, recorded.SerializeToString(), **bearer("web-key"))
+        elsewhere = search_pb2.SearchRequest(subject=subject, channel="app", query="mug", skip_recording=True)
+        assert (await refused(edge, SEARCH, elsewhere.SerializeToString(), **bearer("web-key"))).reason == "CHANNEL_FORBIDDEN"
 
 
 @pytest.mark.parametrize(

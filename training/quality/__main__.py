@@ -12,7 +12,7 @@ import torch
 import typer
 
 from training.card import render_html, render_markdown
-from training.quality import next_item, online_retail
+from training.quality import next_item, online_retail, search
 from training.quality.result import QualityResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -24,11 +24,12 @@ class Set(StrEnum):
     BEAUTY = "beauty"
     COLD = "cold"
     ONLINE_RETAIL = "online_retail"
+    SEARCH = "search"
 
 
 @app.command()
 def main(
-    name: Annotated[Set, typer.Argument(metavar="SET", help="beauty, cold (beauty with items held out) or online_retail.")],
+    name: Annotated[Set, typer.Argument(metavar="SET", help="beauty, cold (beauty with items held out), online_retail or search.")],
     *,
     data: Annotated[Path, typer.Option(help="Folder of the public sets.", envvar="CONCORD_TEST_DATA")] = Path("../shared/data"),
     out: Annotated[Path, typer.Option(help="Rankings: one JSON line {user, items} for each customer.")] = Path("rankings.jsonl"),
@@ -74,6 +75,8 @@ def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str],
     try:
         if name is Set.ONLINE_RETAIL:
             return online_retail.run(data, seed=seed, cut=cut, without=without)
+        if name is Set.SEARCH:
+            return search.run(data, seed=seed)
         return next_item.run(data, seed=seed, without=without, cold=name is Set.COLD, kept=towers)
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from None
