@@ -18,7 +18,7 @@ import redis
 from redis.exceptions import ResponseError
 
 from features.activity import FORGOTTEN_FIELD, MERGED_FIELD
-from features.columns import encode_column, encode_times, entity_keys, joined
+from features.columns import common_size, encode_column, encode_times, entity_keys, joined
 from features.layout import ViewLayout
 from features.overlap import overlapped
 
@@ -111,6 +111,8 @@ def commands(call: Sequence[bytes], layout: ViewLayout, batch: pa.RecordBatch, *
 def _bulk_string(argument: pa.Array | bytes) -> tuple[pa.Array | bytes, ...]:
     if isinstance(argument, bytes):
         return (b"$%d\r\n%b\r\n" % (len(argument), argument),)
+    if (size := common_size(argument)) is not None:
+        return b"$%d\r\n" % size, argument, b"\r\n"
     return b"$", pc.binary_length(argument).cast(pa.string()).cast(pa.binary()), b"\r\n", argument, b"\r\n"
 
 
