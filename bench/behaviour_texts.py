@@ -10,42 +10,22 @@ visits after the same cut. Prints a table and a last line of JSON.
 
 import argparse
 import json
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cli.stack import running_stack
-from features.importers import import_folder, load_mapping
-from features.sample_shop import Shop, generate, write
-from features.schema import migrate
-from features.settings import Settings
-from features.store import apply_repository
+from features.sample_shop import Shop, generate
+from harness import imported
 from training.config import TrainConfig
 from training.run import train
 
 END = datetime(2026, 11, 1, tzinfo=UTC)
 FIGURES = ("ndcg_at_10", "tower_ndcg_at_10", "popularity_ndcg_at_10")
-
-
-@contextmanager
-def imported(shop: Shop) -> Iterator[Settings]:
-    """Yields the settings of a shop on embedded servers of its own."""
-    with tempfile.TemporaryDirectory(prefix="concord-bench-", ignore_cleanup_errors=True) as name, running_stack(Path(name)) as stack:
-        folder = Path(name)
-        settings = Settings(postgres_dsn=stack.postgres_dsn, redis_url=stack.redis_url, data_dir=folder)
-        migrate(settings.postgres_dsn)
-        apply_repository(settings)
-        write(shop, folder / "sample")
-        import_folder(settings.postgres_dsn, folder / "sample", load_mapping("sample_shop"), rejects=folder)
-        yield settings
 
 
 def measured(shop: Shop, config: TrainConfig) -> dict[str, float]:
