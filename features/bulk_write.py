@@ -17,7 +17,7 @@ import redis
 from redis.exceptions import ResponseError
 
 from features.activity import FORGOTTEN_FIELD, MERGED_FIELD
-from features.columns import encode_column, encode_times, entity_keys, joined
+from features.columns import common_size, encode_column, encode_times, entity_keys, joined
 from features.layout import ViewLayout
 from features.overlap import overlapped
 
@@ -121,6 +121,9 @@ def commands(arguments: Sequence[pa.Array | bytes]) -> Commands:
     for argument in arguments:
         if isinstance(argument, bytes):
             constant += b"$%d\r\n%b\r\n" % (len(argument), argument)
+        elif (size := common_size(argument)) is not None:
+            pieces += [b"%b$%d\r\n" % (constant, size), argument]
+            constant = b"\r\n"
         else:
             # What stands before each length, and the few lengths there are, are put together once: a third of the pieces to copy.
             lengths = pc.binary_length(argument).dictionary_encode()
