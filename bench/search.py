@@ -5,8 +5,11 @@
 Titles are made of 8,000 made-up words, as frequent as words of a language are (Zipf), so that postings are as long as real ones;
 vectors are random and the model is the sample shop's (MiniLM of six layers): what it understands changes no time. A query has two
 words, in every third call one of them misspelt, and each computed search asks what nobody has asked before. Calls are made one
-after the other, all kinds in turn. Bars: 30 ms at the 99th percentile for each kind of search, and for the recommendation
-that follows a search what bench/freshness.py demands of any event: 15 ms at the median, 50 ms at the 99th percentile.
+after the other, all kinds in turn. Beside the times that a caller sees stands the processor time that the server takes for a
+computed search, which other work on the machine does not lengthen.
+
+Bars: 30 ms at the 99th percentile for each kind of search; for the recommendation that follows a search what bench/freshness.py
+demands of any event, 15 ms at the median and 50 ms at the 99th percentile; 350 MB of memory before the first call.
 """
 
 import argparse
@@ -17,10 +20,12 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import grpc
 import numpy as np
+import psutil
+import psycopg
 from rich.table import Table
 
 from concord.v1 import common_pb2, events_pb2, events_pb2_grpc, recommendation_pb2, recommendation_pb2_grpc, search_pb2, search_pb2_grpc
@@ -127,19 +132,21 @@ class Shop:
         return seconds
 
 
+def processor_seconds(pid: int) -> float:
+    """Returns what a process and its threads have used so far."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
 def built(settings: Settings) -> dict[str, float]:
     """Returns what it takes to build words and completions of the catalogue: processor seconds of one core."""
-    import time
-
-    import psycopg
-
     with psycopg.connect(settings.postgres_dsn) as connection:
         table: ItemTable = load_item_table(connection)
-    marks = [time.process_time()]
+    marks = [process_time()]
     len(table.lexical)
-    marks.append(time.process_time())
+    marks.append(process_time())
     table.completions.complete("", 1, lambda _: True)
-    marks.append(time.process_time())
+    marks.append(process_time())
     return {"lexical_seconds": marks[1] - marks[0], "completions_seconds": marks[2] - marks[1]}
 
 
@@ -155,6 +162,7 @@ def main() -> None:
         contextlib.closing(Server(settings)) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
+        idle = memory_of(server.process.pid).resident
         shop = Shop(channel)
         questions: dict[str, Callable[[], object]] = {
             "from the slate": shop.hit,
@@ -164,6 +172,10 @@ def main() -> None:
         }
         seconds = in_turn(questions, rounds=options.rounds, warm_up=20)
         followed = [shop.follow() for _ in range(options.rounds)]
+        before = processor_seconds(server.process.pid)
+        for _ in range(options.rounds):
+            shop.unrecorded()
+        processor = 1e3 * (processor_seconds(server.process.pid) - before) / options.rounds
         memory = memory_of(server.process.pid).resident
         cost = built(settings)
     found = {name: [1e3 * one for one in taken] for name, taken in (seconds | {"recommendation after a search": followed}).items()}
@@ -172,12 +184,13 @@ def main() -> None:
         table.add_row(name, f"{median(taken):.1f}", f"{percentile(taken, 0.99):.1f}")
     console.print(table)
     console.print(
-        f"server {memory:.0f} MB; words {cost['lexical_seconds']:.2f} s, completions {cost['completions_seconds']:.2f} s to build"
+        f"server {idle:.0f} MB before the first call, {memory:.0f} at the end; a computed search takes {processor:.1f} ms of a core"
     )
+    console.print(f"words {cost['lexical_seconds']:.2f} s, completions {cost['completions_seconds']:.2f} s to build")
     p99 = {name: percentile(taken, 0.99) for name, taken in found.items()}
     after = found["recommendation after a search"]
     worst = max(p99[name] for name in questions)
-    met = worst <= _BAR and median(after) <= _MEDIAN and percentile(after, 0.99) <= _FRESH and memory <= _MEGABYTES
+    met = worst <= _BAR and median(after) <= _MEDIAN and percentile(after, 0.99) <= _FRESH and idle <= _MEGABYTES
     figures = {
         "hit_p50_ms": median(found["from the slate"]),
         "hit_p99_ms": p99["from the slate"],
@@ -187,7 +200,9 @@ def main() -> None:
         "suggest_p99_ms": p99["completions"],
         "fresh_p50_ms": median(after),
         "fresh_p99_ms": percentile(after, 0.99),
-        "megabytes": memory,
+        "processor_ms": processor,
+        "megabytes": idle,
+        "megabytes_at_the_end": memory,
     }
     print(Verdict("search", worst, None, _BAR, "ms, p99", met).line(**figures, **cost))
 

@@ -2,7 +2,7 @@
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from itertools import pairwise
 from typing import NamedTuple
@@ -39,10 +39,11 @@ class Completion(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A completion by its key, which is its words, and the rows of the items that have it, ascending."""
+    """Completions of a kind: the key of each, which is its words, and the rows of the items that have it, one after the other."""
 
-    key: str
-    completion: Completion
+    keys: list[str]
+    completions: list[Completion]
+    counts: IntArray
     rows: IntArray
 
 
@@ -51,17 +52,21 @@ class Completions:
 
     def __init__(self, table: ItemTable) -> None:
         """Collects phrases of up to three words that two titles have, and every category and brand."""
-        found = [*_names(table.category_names, CompletionKind.CATEGORY), *_names(table.brand_names, CompletionKind.BRAND)]
-        named = {entry.key for entry in found}
-        found += [entry for entry in _phrases(table.titles) if entry.key not in named]
-        found.sort(key=lambda entry: (entry.key, entry.completion.kind.value, entry.completion.text))
-        self._keys = [entry.key for entry in found]
-        self._completions = [entry.completion for entry in found]
-        self._starts = np.concatenate([[0], np.cumsum([len(entry.rows) for entry in found], dtype=np.int64)])
-        self._rows = np.concatenate([np.zeros(0, np.int32), *(entry.rows for entry in found)])
+        names = [_names(table.category_names, CompletionKind.CATEGORY), _names(table.brand_names, CompletionKind.BRAND)]
+        found = [*names, *_phrases(table.titles, {key for one in names for key in one.keys})]
+        keys = [key for one in found for key in one.keys]
+        completions = [completion for one in found for completion in one.completions]
+        order = sorted(range(len(keys)), key=lambda k: (keys[k], completions[k].kind.value, completions[k].text))
+        self._keys = [keys[k] for k in order]
+        self._completions = [completions[k] for k in order]
+        counts = np.concatenate([one.counts for one in found]).astype(np.int64)
+        before, counts = np.cumsum(counts) - counts, counts[order]
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        places = np.repeat(before[order] - self._starts[:-1], counts) + np.arange(self._starts[-1])
+        self._rows = np.concatenate([one.rows for one in found])[places]
         # An item counts once, and more the more popular it is. Summed in order, in float64: equal on any processor.
-        owner = np.repeat(np.arange(len(found)), np.diff(self._starts))
-        self._weights = np.bincount(owner, weights=1.0 + table.popularity_score[self._rows], minlength=len(found))
+        owner = np.repeat(np.arange(len(keys)), counts)
+        self._weights = np.bincount(owner, weights=1.0 + table.popularity_score[self._rows], minlength=len(keys))
         self._words = sorted({word for key in self._keys for word in key.split(" ")})
         self._is_phrase = np.array([completion.kind is CompletionKind.PHRASE for completion in self._completions], np.bool_)
         self._categories = [k for k, completion in enumerate(self._completions) if completion.kind is CompletionKind.CATEGORY]
@@ -141,17 +146,27 @@ def _is_wide(character: str) -> bool:
     return character >= "\u2e80"
 
 
-def _names(names: Sequence[str], kind: CompletionKind) -> list[_Found]:
+def _names(names: Sequence[str], kind: CompletionKind) -> _Found:
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
-        if name:
-            rows.setdefault(name, []).append(row)
-    keyed = ((" ".join(words(name, overlapping=False)), name) for name in sorted(rows))
-    return [_Found(key, Completion(name, kind), np.array(rows[name], np.int32)) for key, name in keyed if key]
+        rows.setdefault(name, []).append(row)
+    keyed = [(key, name) for name in sorted(rows) if (key := " ".join(words(name, overlapping=False)))]
+    listed = [rows[name] for _, name in keyed]
+    counts = np.array([len(one) for one in listed], np.int32)
+    return _Found([key for key, _ in keyed], [Completion(name, kind) for _, name in keyed], counts, _flat(listed))
 
 
-def _phrases(titles: Sequence[str]) -> list[_Found]:
-    """Counts runs of words as whole numbers: of 100,000 titles as tuples of texts they would take 500 MB."""
+def _flat(listed: Sequence[Sequence[int]]) -> IntArray:
+    return np.array([row for one in listed for row in one], np.int32)
+
+
+def _phrases(titles: Sequence[str], named: Collection[str]) -> list[_Found]:
+    """Counts runs of words as whole numbers: of 100,000 titles as tuples of texts they would take 500 MB.
+
+    Args:
+        titles: of the items.
+        named: keys that are those of a name already.
+    """
     number: dict[str, int] = {}
     said, lengths = array("q"), array("q")
     for title in titles:
@@ -161,34 +176,35 @@ def _phrases(titles: Sequence[str]) -> list[_Found]:
         lengths.append(len(here) + 1)
     said.extend([0] * _PHRASE_WORDS)
     vocabulary = list(number)
-    base = len(vocabulary) + 1
-    flat, owner = np.array(said, np.int64), np.repeat(np.arange(len(titles)), np.array(lengths, np.int64))
+    flat, owner = np.array(said, np.int64), np.repeat(np.arange(len(titles), dtype=np.int32), np.array(lengths, np.int64))
     code, whole = np.zeros(len(owner), np.int64), np.ones(len(owner), np.bool_)
     found: list[_Found] = []
     for length in range(1, _PHRASE_WORDS + 1):
         following = flat[length - 1 : length - 1 + len(owner)]
         whole &= following > 0
-        code = code * base + following
-        found += _frequent(code[whole], owner[whole], vocabulary, length)
+        code = code * (len(vocabulary) + 1) + following
+        found.append(_frequent(code[whole], owner[whole], vocabulary, length=length, named=named))
     return found
 
 
-def _frequent(code: npt.NDArray[np.int64], owner: npt.NDArray[np.int64], vocabulary: Sequence[str], length: int) -> list[_Found]:
+def _frequent(code: npt.NDArray[np.int64], owner: IntArray, vocabulary: Sequence[str], *, length: int, named: Collection[str]) -> _Found:
     order = np.lexsort((owner, code))
     code, owner = code[order], owner[order]
     fresh = np.ones(len(code), np.bool_)
     fresh[1:] = (code[1:] != code[:-1]) | (owner[1:] != owner[:-1])  # a title that says it twice counts once
-    code, owner = code[fresh], owner[fresh]
-    codes, starts, counts = np.unique(code, return_index=True, return_counts=True)
-    found = []
+    codes, counts = np.unique(code[fresh], return_counts=True)
+    keys: list[str] = []
+    completions: list[Completion] = []
+    kept = np.zeros(len(codes), np.bool_)
     for k in np.flatnonzero(counts >= _LEAST_ITEMS).tolist():
         phrase = [vocabulary[digit - 1] for digit in _digits(int(codes[k]), len(vocabulary) + 1, length)]
-        if _is_worth_it(phrase):
-            rows = owner[starts[k] : starts[k] + counts[k]].astype(np.int32)
-            key = " ".join(phrase)
+        key = " ".join(phrase)
+        if _is_worth_it(phrase) and key not in named:
             text = _joined(phrase)
-            found.append(_Found(key, Completion(key if text == key else text, CompletionKind.PHRASE), rows))
-    return found
+            kept[k] = True
+            keys.append(key)
+            completions.append(Completion(key if text == key else text, CompletionKind.PHRASE))
+    return _Found(keys, completions, counts[kept].astype(np.int32), owner[fresh][np.repeat(kept, counts)])
 
 
 def _digits(code: int, base: int, length: int) -> list[int]:
