@@ -131,9 +131,8 @@ def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: T
             labels = warm.labels(shop.log, config) if warm else choose_labels(shop.log, split, config)
             windows = _windows(shop, split, config) if config.tower == "sequence" else []
             read = [(window.user_id, window.time) for window in windows] or keys_of(labels.tower)
-            # The others find what the first has joined, and go on at once.
             keys = [*read, *keys_of([*labels.validation, *labels.ranker, *labels.holdout])]
-            customers = join_customers(shop.store, keys, run_dir / _JOINED)
+            customers = join_customers(shop.store, keys, run_dir / _JOINED)  # the others find what the first has joined
         start = grown(warm.origin.trained, shop.table.ids, config) if warm else None
         if config.tower == "sequence":
             trained, report = _train_sequence_tower(shop, split, labels, customers, windows=windows, config=config, tracker=tracker)
@@ -209,7 +208,8 @@ def export(
         settings: the shop.
         run_dir: a finished run.
         out: the bundle's folder.
-        variant, fp16: form of the encoder that servers run; also write it in half precision, for servers on CUDA that ask for it.
+        variant: form of the encoder that servers run.
+        fp16: also write the encoder in half precision, for servers on CUDA that ask for it.
         classifiers: folders of trained text classifiers that the bundle is to carry.
         now: creation time for the manifest; by default the clock's.
 
