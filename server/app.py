@@ -49,6 +49,7 @@ from server.security.audit import AdminAudit
 from server.security.gate import open_gate
 from server.settings import ServerSettings
 from server.understand.embedder import Embedder
+from server.understand.intents import Intents
 from server.understand.text_runs import TextRuns
 from server.vitals import Vitals
 
@@ -180,6 +181,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog=catalog,
             features=features,
             embedder=Embedder(standings, runs),
+            intents=Intents(standings, runs),
             models=Models(fleet, connect=connect),
             gate=gate,
             audit=AdminAudit(pool),
