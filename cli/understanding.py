@@ -28,7 +28,7 @@ def train_intent(
     data: Annotated[Path, typer.Option(help="Parquet, CSV or JSON lines with columns text and intent (out_of_scope is one).")],
     out_of_scope: Annotated[Path | None, typer.Option(help="A file with a column text: more texts that are out of scope.")] = None,
     base: Annotated[str, typer.Option(help="Pretrained BERT, a folder or hub name; default: the packaged all-MiniLM-L6-v2.")] = "",
-    examples: Annotated[int, typer.Option(min=1, help="Utterances of an intent learned from at the most, the most different ones.")] = 120,
+    examples: Annotated[int, typer.Option(min=1, help="Utterances of an intent learned from at the most, the most different ones.")] = 100,
     assign: Annotated[list[str] | None, typer.Option("--set", help="A field of the configuration, name=value; repeatable.")] = None,
 ) -> None:
     """Fine-tunes the shop's BERT on labelled utterances; `concord export` puts the classifier into the next bundle.

@@ -116,7 +116,7 @@ class _Task:
 
 
 def train_intents(
-    utterances: Utterances, strangers: Sequence[str], *, config: TrainConfig, examples: int = 120, names: bool = True
+    utterances: Utterances, strangers: Sequence[str], *, config: TrainConfig, examples: int = 100, names: bool = True
 ) -> TrainedClassifier:
     """Trains and calibrates a classifier.
 

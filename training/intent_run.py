@@ -33,7 +33,7 @@ def train_intent(
     strangers: Sequence[str] = (),
     *,
     config: TrainConfig,
-    examples: int = 120,
+    examples: int = 100,
     now: datetime | None = None,
 ) -> IntentResult:
     """Trains the shop's intent classifier; its folder is ``<data_dir>/classifiers/intent/<time>``.

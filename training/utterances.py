@@ -139,7 +139,7 @@ def different(vectors: FloatArray, count: int, *, rng: np.random.Generator) -> l
 class Rewording:
     """Says a text a little otherwise, at random: words dropped, the beginning left out, letters mistyped, placeholders filled."""
 
-    def __init__(self, seed: int, *, drop: float = 0.2, beginning: float = 0.3, typos: float = 0.06) -> None:
+    def __init__(self, seed: int, *, drop: float = 0.1, beginning: float = 0.1, typos: float = 0.06) -> None:
         """Prepares it.
 
         Args:

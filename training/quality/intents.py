@@ -28,7 +28,7 @@ TRAIN, TEST = "bitext_2020_intents.parquet", "bitext_21k_intents_sentiment.parqu
 _REVIEWS, _TITLES, _CHINESE = "womens_clothing_reviews.parquet", "amazon_beauty_items.parquet", "online_shopping_10_cats.parquet"
 _RENAMED = {"check_invoices": "check_invoice"}
 _STRANGERS = 2_000  # sentences of reviews that are learned from and choose the threshold
-_SAMPLE = 2_000  # of test utterances for robustness and few-shot, and of each kind of text out of scope
+_SAMPLE = 1_000  # of test utterances for robustness and few-shot, and of each kind of text out of scope
 PARTS = ("fine_tuning", "names", "out_of_scope")
 
 
