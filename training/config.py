@@ -316,7 +316,7 @@ class TrainConfig:
     @classmethod
     def intent(cls) -> "TrainConfig":
         """Returns the preset of text classifiers: few steps on few texts, the upper half of BERT trained (docs/understanding.md)."""
-        return cls(epochs=2, batch_size=32, learning_rate=3e-5, head_learning_rate=1e-3, trainable_layers=3)
+        return cls(epochs=2, max_steps=60, batch_size=32, learning_rate=3e-5, head_learning_rate=1e-3, trainable_layers=3)
 
     def member(self, number: int) -> "TrainConfig":
         """Returns the configuration of one tower of the ensemble, counted from 0."""

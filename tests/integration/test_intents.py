@@ -1,16 +1,20 @@
 """DetectIntent over a real server and a really trained classifier: its bits in a crowd, entities of the catalogue, odd texts."""
 
 import asyncio
+import json
 import shutil
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import numpy as np
 import psycopg
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from cli.main import app
 from concord import Concord, error_details
 from concord.v1.understanding_pb2 import (
     ENTITY_KIND_BRAND,
@@ -21,19 +25,20 @@ from concord.v1.understanding_pb2 import (
     PRICE_BOUND_MOST,
     DetectIntentResponse,
 )
-from features.bundle import MANIFEST, Manifest, checksums, write_manifest
-from features.classifiers import put_into
+from features.bundle import MANIFEST, Manifest, checksums, read_bundle, write_manifest
+from features.classifiers import newest_folders, put_into
 from features.models import activate, publish
-from features.sample_shop import generate
+from features.sample_shop import generate, write
 from server.inference.batching import Sharing
 from server.inference.model import LoadedModel, load_model
 from server.settings import ServerSettings
 from tests.integration.fixtures import NewShop
 from tests.integration.serving import served
+from tests.integration.test_processes import environment
 from tests.integration.times import NOW
-from training.config import TrainConfig
-from training.intent_run import train_intent
-from training.utterances import Utterances
+from tests.unit.bundles import write_classifier_folder
+from training.run import TrainResult
+from training.text import load_tokenizer
 
 TEXTS = (
     "where is my order #A-4711?",
@@ -56,18 +61,21 @@ class Talking:
 
 @pytest.fixture(scope="module")
 def bundle_with_intents(new_shop: NewShop, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The session's bundle with a classifier trained on the sample shop's utterances (a random BERT, 15 s)."""
-    said = generate(3, end=NOW, users=1).utterances
-    utterances = Utterances(tuple(one.text for one in said), tuple(one.intent for one in said))
-    config = replace(TrainConfig.intent(), base_model="tiny", epochs=4, learning_rate=2e-3, trainable_layers=-1, threads=1)
-    run = train_intent(new_shop(), utterances, config=config, examples=15)
-    folder = tmp_path_factory.mktemp("bundle") / "intents"
-    shutil.copytree(bundle, folder)
-    carried = put_into(folder, [run.folder])
-    manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    changes = {"model_version": "with-intents", "format": 3, "classifiers": carried, "files": dict(checksums(folder))}
-    write_manifest(folder, manifest.model_copy(update=changes))
-    return folder
+    """The session's bundle with a classifier that `concord train intent` made of the sample shop's utterances (a random BERT, 15 s)."""
+    settings, folder = new_shop(), tmp_path_factory.mktemp("bundle")
+    write(generate(3, end=NOW, users=1), folder / "sample")
+    fields = ("epochs=4", "learning_rate=2e-3", "trainable_layers=-1", "threads=1")
+    words = ["--data", str(folder / "sample" / "utterances.parquet"), "--base", "tiny", "--examples", "15"]
+    words += [word for field in fields for word in ("--set", field)]
+    done = CliRunner().invoke(app, ["train", "intent", *words], env=environment(settings) | {"COLUMNS": "200"})
+    assert (done.exit_code, "12 intents, out of scope below" in done.output) == (0, True), done.output
+    made = folder / "intents"
+    shutil.copytree(bundle, made)
+    carried = put_into(made, newest_folders(settings.classifiers_dir).values())
+    manifest = Manifest.model_validate_json((made / MANIFEST).read_bytes())
+    changes = {"model_version": "with-intents", "format": 3, "classifiers": carried, "files": dict(checksums(made))}
+    write_manifest(made, manifest.model_copy(update=changes))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +183,42 @@ async def test_until_a_model_is_active_the_state_is_at_fault(new_shop: NewShop) 
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await client.intent("where is my order?")
     assert (caught.value.code(), error_details(caught.value).reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_ACTIVE_MODEL")
+
+
+async def test_the_command_line_says_it_in_words_and_as_json(talking: Talking) -> None:
+    def call(*words: str) -> Result:
+        return CliRunner().invoke(app, ["understand", *words, "--server", talking.address], env={"COLUMNS": "200"})
+
+    told = await asyncio.to_thread(call, "is order #A-4711 under 30 dollars?", "--channel", "app", "--top", "2")
+    assert told.exit_code == 0, told.output
+    for words in ("probability", "order_id", "A-4711", "30.00 USD", "model with-intents"):
+        assert words in told.output
+    plain = await asyncio.to_thread(call, "🎉", "--json")
+    assert json.loads(plain.output)["model_version"] == "with-intents"
+
+
+def test_an_export_carries_the_newest_classifiers_unless_told_otherwise(
+    trained: tuple[ServerSettings, TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = trained
+    old, new = (settings.classifiers_dir / "intent" / time for time in ("20260101T000000", "20260201T000000"))
+    for folder, labels in ((old, ("old", "older")), (new, ("ask", "buy"))):
+        write_classifier_folder(folder, "intent", labels, load_tokenizer("tiny"))
+
+    def export(*words: str) -> None:
+        words = ("export", str(run.run_dir), "--out", str(tmp_path / "out"), *words)
+        done = CliRunner().invoke(app, words, env=environment(settings))
+        assert done.exit_code == 0, done.output
+
+    try:
+        export()
+        made = read_bundle(tmp_path / "out")
+        asked: list[list[Path]] = []
+        monkeypatch.setattr("training.run.export", lambda *_, classifiers, **__: asked.append(list(classifiers)) or made)
+        export("--classifier", str(old))
+        export("--no-classifiers")
+        export("--no-classifiers", "--classifier", str(old))
+    finally:
+        shutil.rmtree(settings.classifiers_dir)
+    assert (made.format, made.classifiers["intent"].labels) == (3, ("ask", "buy"))
+    assert asked == [[old], [], [old]]

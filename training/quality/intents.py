@@ -93,9 +93,10 @@ def _strangers(data: Path, rng: np.random.Generator) -> tuple[list[str], dict[st
     for text in _column(data / _REVIEWS, "Review Text"):
         sentences += [part.strip() for part in text.split(".") if len(part.split()) >= 4]
     sentences = [sentences[row] for row in rng.permutation(len(sentences))[: _STRANGERS + _SAMPLE].tolist()]
+    half = min(_STRANGERS, len(sentences) // 2)
     titles, chinese = _column(data / _TITLES, "title"), _column(data / _CHINESE, "review")
-    return sentences[:_STRANGERS], {
-        "reviews": sentences[_STRANGERS:],
+    return sentences[:half], {
+        "reviews": sentences[half:],
         "titles": [titles[row] for row in _sample(len(titles), rng)],
         "chinese": [chinese[row] for row in _sample(len(chinese), rng)],
     }
