@@ -34,6 +34,7 @@ def train_intent(
     *,
     config: TrainConfig,
     examples: int = 100,
+    int4: bool = False,
     now: datetime | None = None,
 ) -> IntentResult:
     """Trains the shop's intent classifier; its folder is ``<data_dir>/classifiers/intent/<time>``.
@@ -43,16 +44,18 @@ def train_intent(
         utterances: labelled, of at least two intents.
         strangers: texts that are out of scope, beside those labelled so.
         config: as ``training.intent.train_intents`` reads it.
-        examples: utterances of an intent that are learned from at the most.
+        examples: utterances of an intent that are fine-tuned on at the most.
+        int4: keep the weights in 4 bits.
         now: names the folder; by default the time of the call.
 
     Raises:
         ParityError: ONNX Runtime does not reproduce the classifier.
+        RefusedVariantError: the batch changes what it computes with weights of 4 bits.
     """
     started = time.monotonic()
     prepare_torch(config)
     trained = train_intents(utterances, strangers, config=config, examples=examples)
     folder = settings.classifiers_dir / NAME / f"{now or datetime.now(UTC):%Y%m%dT%H%M%S}"
     by_length = sorted(set(utterances.texts), key=lambda text: (len(text), text))
-    classifier = write_classifier(folder, NAME, trained, by_length[:: max(len(by_length) // _GOLDEN, 1)][:_GOLDEN])
+    classifier = write_classifier(folder, NAME, trained, by_length[:: max(len(by_length) // _GOLDEN, 1)][:_GOLDEN], int4=int4)
     return IntentResult(folder, classifier, time.monotonic() - started)

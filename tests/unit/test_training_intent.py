@@ -235,3 +235,22 @@ def test_a_graph_that_is_not_the_model_is_refused(
     with pytest.raises(ParityError, match="intent by"):
         write_classifier(tmp_path, "intent", other, ["where is my order"])
     assert not (tmp_path / SPEC).exists()
+
+
+def test_weights_of_4_bits_answer_nearly_alike_and_alike_in_any_company(
+    run: IntentResult, trained: TrainedClassifier, shop_utterances: Utterances, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.classifier_export.export_graph", lambda _, __, path, **___: copyfile(run.folder / FILES.graph, path))
+    made = write_classifier(tmp_path, "intent", trained, ["where is my order", "x"], int4=True)
+    assert (made.settings["weights"], run.classifier.settings["weights"]) == ("int4", "fp32")
+    assert (tmp_path / FILES.graph).stat().st_size < 0.4 * (run.folder / FILES.graph).stat().st_size
+    assert all(one.bit_equal for one in made.invariance.values())
+    assert 1e-4 < made.parity < 5
+    sessions = [open_graph(folder / FILES.graph) for folder in (run.folder, tmp_path)]
+    tokens = tokenize(trained.tokenizer, shop_utterances.texts[::10], trained.tokens)
+    rows = [np.array([ids], np.int64) for ids in tokens.ids]
+    exact, small = (
+        np.array([s.run(["logits"], {"input_ids": row, "attention_mask": np.ones_like(row)})[0][0].argmax() for row in rows])
+        for s in sessions
+    )
+    assert (exact == small).mean() > 0.6  # of a random encoder of width 32, whose rows are one block; MiniLM: docs/understanding.md
