@@ -52,6 +52,8 @@ from server.security.audit import AdminAudit
 from server.security.gate import open_gate
 from server.settings import ServerSettings
 from server.understand.embedder import Embedder
+from server.understand.intents import Intents
+from server.understand.text_runs import TextRuns
 from server.vitals import Vitals
 
 _log = structlog.get_logger(__name__)
@@ -133,7 +135,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         known_slates = KnownSlates(settings.known_slates)
         standings = Standings(states, online, fleet, now=_now)
         computing = Computing(threads=settings.compute_threads, waiting=settings.compute_waiting)
-        embedder = Embedder(standings, computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
+        runs = TextRuns(computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
         ahead = Ahead(computing, identities, online, current=lambda: fleet.current)
         recorder.arriving = ahead.arriving
         offers = Offers(pool)
@@ -166,7 +168,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
-            Vitals(pool, client, recorder, journal, embedder, fleet, metrics).run(),
+            Vitals(pool, client, recorder, journal, runs, fleet, metrics).run(),
             *([keys.run()] if keys else []),
         )
         for loop in loops:
@@ -184,7 +186,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             profiles=Profiles(pool, identities, states, now=_now),
             catalog=catalog,
             features=features,
-            embedder=embedder,
+            embedder=Embedder(standings, runs),
+            intents=Intents(standings, runs),
             models=Models(fleet, connect=connect),
             gate=gate,
             audit=AdminAudit(pool),

@@ -32,6 +32,7 @@ from server.domain import (
 )
 from server.security.audit import AuditEntry
 from server.security.principals import Principal
+from server.understand.intents import IntentQuery, Understood
 
 
 class Recorder(Protocol):
@@ -156,6 +157,14 @@ class Embedder(Protocol):
         ...
 
 
+class Intents(Protocol):
+    """Says what texts are about; see server.understand.intents."""
+
+    async def detect(self, query: IntentQuery) -> Understood:
+        """Returns what the writer of a text wants and speaks of."""
+        ...
+
+
 class Models(Protocol):
     """Knows the published models and moves the pointer; see server.models."""
 
@@ -230,6 +239,7 @@ class Services:
     catalog: Catalog
     features: FeatureReader
     embedder: Embedder
+    intents: Intents
     models: Models
     gate: Gate
     audit: AuditLog

@@ -55,6 +55,7 @@ SCOPE_OF = {
     "SearchService/Search": Scope.RECOMMENDATIONS_READ,
     "SearchService/Suggest": Scope.CATALOG_READ,
     "UnderstandingService/EmbedText": Scope.TEXTS_READ,
+    "UnderstandingService/DetectIntent": Scope.TEXTS_READ,
     "ModelService/ListModels": Scope.MODELS_READ,
     "ModelService/GetActiveModel": Scope.MODELS_READ,
     "ModelService/ListReplicas": Scope.MODELS_READ,

@@ -114,6 +114,7 @@ def test_every_service_of_the_contract_is_there(files):
         "SearchService.Search",
         "SearchService.Suggest",
         "UnderstandingService.EmbedText",
+        "UnderstandingService.DetectIntent",
         "ModelService.ListModels",
         "ModelService.GetActiveModel",
         "ModelService.ActivateModel",
