@@ -8,6 +8,7 @@ from features.catalogue import Item, Relation, UpsertResult
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.domain import (
+    Analyzed,
     Answer,
     CustomerProfile,
     Embedded,
@@ -136,6 +137,14 @@ class Embedder(Protocol):
         ...
 
 
+class Sentiments(Protocol):
+    """Judges texts with the active model; see server.understand.sentiment."""
+
+    async def analyze(self, texts: Sequence[str]) -> Analyzed:
+        """Returns how positive texts are, and what they say of which aspects."""
+        ...
+
+
 class Models(Protocol):
     """Knows the published models and moves the pointer; see server.models."""
 
@@ -208,6 +217,7 @@ class Services:
     catalog: Catalog
     features: FeatureReader
     embedder: Embedder
+    sentiments: Sentiments
     models: Models
     gate: Gate
     audit: AuditLog

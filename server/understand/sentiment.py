@@ -1,0 +1,92 @@
+"""How positive texts are, and what they say of which aspects: the language by its letters, then the classifier for it."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+
+from features.aspects import Mention, mentions
+from features.language import LANGUAGES, language_of
+from server.domain import UNJUDGED, Analyzed, Judgement, Leaning, TextSentiment
+from server.errors import PreconditionError
+from server.inference.model import LoadedModel
+from server.understand.classifiers import Classification, Classifiers
+from server.understand.text_runs import TextRuns
+
+CLASSIFIERS = {language: f"sentiment_{language}" for language in LANGUAGES}
+# Clauses classified at a time: a call has up to 2,048 of them, and a queue of 512 is for all calls.
+_AT_ONCE = 128
+
+
+class Sentiments:
+    """Judges texts with the active model; what is said of one depends on it and on the model alone.
+
+    Args:
+        model: returns the model that answers now.
+        runs: where texts are read and classified.
+    """
+
+    def __init__(self, model: Callable[[], Awaitable[LoadedModel]], runs: TextRuns) -> None:
+        self._model = model
+        self._runs = runs
+        self._classifiers = Classifiers(runs)
+
+    async def analyze(self, texts: Sequence[str]) -> Analyzed:
+        """Returns what texts and their clauses say.
+
+        Raises:
+            PreconditionError: no model is active, or the active one has no sentiment classifier.
+            OverloadedError: too many texts wait.
+            UnavailableError: the active model cannot be loaded here.
+        """
+        model, whole = await self._whole(texts)
+        found = await self._runs.read(partial(_mentions, texts, [one.language for one in whole]))
+        clauses = [(k, mention) for k, named in enumerate(found) for mention in named]
+        said = {(k, mention): whole[k].judgement for k, mention in clauses if mention.end - mention.start == len(texts[k])}
+        for language in LANGUAGES:
+            asked = list(dict.fromkeys((k, m.start, m.end) for k, m in clauses if whole[k].language == language and (k, m) not in said))
+            judged: dict[tuple[int, int, int], Judgement] = {}
+            for start in range(0, len(asked), _AT_ONCE):
+                part = asked[start : start + _AT_ONCE]
+                results = await self._classifiers.classify(model, CLASSIFIERS[language], [texts[k][a:b] for k, a, b in part])
+                judged |= zip(part, map(_judgement, results), strict=True)
+            said |= {(k, m): judged[k, m.start, m.end] for k, m in clauses if (k, m.start, m.end) in judged}
+        sentiments = tuple(
+            TextSentiment(one.judgement, one.language, tuple((m, said[k, m]) for m in found[k]), one.truncated)
+            for k, one in enumerate(whole)
+        )
+        return Analyzed(sentiments, model.model_version)
+
+    async def judge(self, texts: Sequence[str]) -> Analyzed:
+        """Returns what texts say on the whole, without their aspects; raises as ``analyze``."""
+        model, whole = await self._whole(texts)
+        return Analyzed(tuple(whole), model.model_version)
+
+    async def _whole(self, texts: Sequence[str]) -> tuple[LoadedModel, list[TextSentiment]]:
+        model = await self._model()
+        if not any(name in model.classifiers for name in CLASSIFIERS.values()):
+            told = "the active model has no sentiment classifier: train one, export, publish and activate"
+            raise PreconditionError(told, reason="NO_SENTIMENT_MODEL")
+        languages = await self._runs.read(partial(_languages, texts))
+        whole = [TextSentiment(UNJUDGED, language) for language in languages]
+        for language, name in CLASSIFIERS.items():
+            rows = [k for k, spoken in enumerate(languages) if spoken == language and name in model.classifiers]
+            found = await self._classifiers.classify(model, name, [texts[k] for k in rows]) if rows else []
+            for k, one in zip(rows, found, strict=True):
+                whole[k] = TextSentiment(_judgement(one), language, truncated=one.truncated)
+        return model, whole
+
+
+def _judgement(found: Classification) -> Judgement:
+    if found.probabilities is None:
+        return UNJUDGED
+    ((label, confidence),) = found.top(1)
+    share = dict(zip(found.labels, found.probabilities.tolist(), strict=True))
+    leaning = Leaning(label) if found.in_scope else Leaning.NEUTRAL
+    return Judgement(leaning, share[Leaning.POSITIVE.value] - share[Leaning.NEGATIVE.value], confidence)
+
+
+def _languages(texts: Sequence[str]) -> list[str]:
+    return [language_of(text) for text in texts]
+
+
+def _mentions(texts: Sequence[str], languages: Sequence[str]) -> list[list[Mention]]:
+    return [mentions(text, language) for text, language in zip(texts, languages, strict=True)]
