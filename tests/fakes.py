@@ -13,6 +13,7 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
 
+from features.aspects import Mention
 from features.behaviour import Activity, Behaviour
 from features.candidates import Source
 from features.catalogue import Item, Relation, UpsertResult
@@ -20,6 +21,8 @@ from features.layout import Ages, FeatureValue, Status
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.domain import (
+    UNJUDGED,
+    Analyzed,
     Answer,
     CustomerProfile,
     Embedded,
@@ -32,6 +35,8 @@ from server.domain import (
     IncomingEvent,
     ItemCard,
     ItemFilter,
+    Judgement,
+    Leaning,
     Link,
     Linked,
     Persona,
@@ -42,6 +47,7 @@ from server.domain import (
     ShownItem,
     Stored,
     Subject,
+    TextSentiment,
     Token,
     Unlinked,
     Versions,
@@ -249,6 +255,21 @@ class FakeEmbedder(Script):
 
 
 @dataclass
+class FakeSentiments(Script):
+    """Everything is praise, its first word of the price; blanks are not judged."""
+
+    async def analyze(self, texts: Sequence[str]) -> Analyzed:
+        await self.play(texts)
+        praise = Judgement(Leaning.POSITIVE, 0.75, 0.875)
+        return Analyzed(tuple(_praised(text, praise) if text.strip() else TextSentiment(UNJUDGED, "") for text in texts), "m1")
+
+
+def _praised(text: str, praise: Judgement) -> TextSentiment:
+    word = text.split()[0]
+    return TextSentiment(praise, "en", ((Mention("price", word, 0, len(word)), praise),), truncated=len(text) > 1_000)
+
+
+@dataclass
 class FakeModels(Script):
     loaded: set[str] = field(default_factory=lambda: {"m1"})
     activation_count: int = 4
@@ -315,6 +336,7 @@ class Fakes:
     catalog: FakeCatalog = field(default_factory=FakeCatalog)
     features: FakeFeatures = field(default_factory=FakeFeatures)
     embedder: FakeEmbedder = field(default_factory=FakeEmbedder)
+    sentiments: FakeSentiments = field(default_factory=FakeSentiments)
     models: FakeModels = field(default_factory=FakeModels)
     gate: Gate = field(default_factory=lambda: Gate(open_to_all=True))
     audit: FakeAudit = field(default_factory=FakeAudit)
@@ -330,6 +352,7 @@ class Fakes:
             catalog=self.catalog,
             features=self.features,
             embedder=self.embedder,
+            sentiments=self.sentiments,
             models=self.models,
             gate=self.gate,
             audit=self.audit,

@@ -8,7 +8,6 @@ from server.rpc.interceptor import Context
 from server.rpc.ports import Embedder, Sentiments
 from server.rpc.validation import Validator
 
-
 _LABELS = {leaning: understanding_pb2.SentimentLabel.Value(f"SENTIMENT_LABEL_{leaning.name}") for leaning in Leaning}
 
 

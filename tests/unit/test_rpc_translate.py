@@ -290,3 +290,29 @@ async def test_an_embedding_is_answered_whole() -> None:
     unit = [float(np.float32(0.6)), float(np.float32(0.8)), 0.0]
     assert [list(one.vector) for one in answer.embeddings] == [unit, [], unit]
     assert [(one.token_count, one.truncated) for one in answer.embeddings] == [(3, False), (0, False), (300, True)]
+
+
+async def test_sentiments_are_answered_whole() -> None:
+    texts = ["cheap 杯子", " ", "long " * 300]
+    async with serving() as edge:
+        answer = await understanding_pb2_grpc.UnderstandingServiceStub(edge.channel).AnalyzeSentiment(
+            understanding_pb2.AnalyzeSentimentRequest(channel="web", texts=texts)
+        )
+    assert edge.fakes.sentiments.calls == [tuple(texts)]
+    assert answer.model_version == "m1"
+    positive, unjudged = understanding_pb2.SENTIMENT_LABEL_POSITIVE, understanding_pb2.SENTIMENT_LABEL_UNJUDGED
+    assert [(one.label, one.score, one.confidence, one.language, one.truncated) for one in answer.sentiments] == [
+        (positive, 0.75, 0.875, "en", False),
+        (unjudged, 0.0, 0.0, "", False),
+        (positive, 0.75, 0.875, "en", True),
+    ]
+    assert [list(one.aspects) for one in answer.sentiments] == [
+        [
+            understanding_pb2.AspectSentiment(
+                aspect="price", term=word, start_offset=0, end_offset=len(word), label=positive, score=0.75, confidence=0.875
+            )
+        ]
+        if word
+        else []
+        for word in ("cheap", "", "long")
+    ]
