@@ -18,7 +18,7 @@ TRAIN, VALIDATION, TEST = 0, 1, 2
 _STARS = 5
 NEUTRAL_TARGET = 2  # three stars, counted from nought
 # Of the labelled utterances these say how the customer feels; the others ask for something, and are neither praise nor blame.
-_FELT_INTENTS = ("complaint", "review", "payment_issue", "registration_problems")
+FELT_INTENTS = ("complaint", "review", "payment_issue", "registration_problems")
 _TOLD_BY = 1_000  # texts that a file's language is told by
 
 
@@ -122,7 +122,7 @@ def targets(reviews: Reviews) -> npt.NDArray[np.int64]:
 
 def _questions(path: Path) -> list[str]:
     frame = pd.read_parquet(path, columns=["utterance", "intent"])
-    return list(dict.fromkeys(frame.loc[~frame["intent"].isin(_FELT_INTENTS), "utterance"]))
+    return list(dict.fromkeys(frame.loc[~frame["intent"].isin(FELT_INTENTS), "utterance"]))
 
 
 def _frame(path: Path) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """Training of a sentiment classifier on reviews: its weights, its calibration, and what it reaches on reviews it never saw."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -20,7 +20,8 @@ from training.metrics import area_under_curve
 from training.regimes import Regime
 from training.reviews import NEUTRAL_TARGET, TEST, TRAIN, VALIDATION, Reviews, targets
 from training.run import prepare_torch
-from training.sentiment_model import SIDES, STARS, UNKNOWN, PretrainedNet, SentimentModel, WindowNet, character_tokenizer
+from training.sentiment_model import SIDES, STARS, UNKNOWN, Phrases, PretrainedNet, SentimentModel, WindowNet, character_tokenizer
+from training.sentiment_phrases import fit_phrases
 from training.text import Tokens, base_name, load_encoder, load_tokenizer, tokenize
 from training.text_classifier import fit_temperature, predict
 
@@ -43,6 +44,7 @@ class SentimentConfig:
         texts: per batch.
         width, filters, window, lost: of the small net: components of an embedding, outputs of a window, tokens in it, and the share of
             words that go missing in a step.
+        buckets: places for the weights of phrases.
         loop: optimizer, schedule, epochs, bounds and seed; of a pretrained BERT also what of it is fine-tuned.
     """
 
@@ -53,6 +55,7 @@ class SentimentConfig:
     filters: int = 192
     window: int = 3
     lost: float = 0.1
+    buckets: int = 1 << 18
     loop: TrainConfig = _LOOP
 
     @classmethod
@@ -100,7 +103,7 @@ class _Learner(nn.Module):
         self.model = model
 
     def forward(self, batch: _Batch) -> Tensor:
-        return cross_entropy(self.model.outcomes(batch.input_ids, batch.attention_mask), batch.targets)
+        return cross_entropy(self.model.read(batch.input_ids, batch.attention_mask), batch.targets)
 
 
 class _Task:
@@ -126,8 +129,9 @@ class _Task:
 
     def validate(self) -> float:
         """Returns the mean log likelihood of the validation reviews' targets."""
-        outcomes = predict(_Outcomes(self.model.model), self._validation.tokens, self.model.model.verdicts.count)
-        return -float(cross_entropy(torch.from_numpy(outcomes), torch.from_numpy(self._validation.targets)))
+        model = self.model.model
+        said = predict(_Part(model, model.read), self._validation.tokens, model.verdicts.count)
+        return -float(cross_entropy(torch.from_numpy(said), torch.from_numpy(self._validation.targets)))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing: a run of minutes keeps no checkpoints."""
@@ -155,12 +159,16 @@ def train_sentiment(reviews: Reviews, config: SentimentConfig) -> TrainedClassif
     prepare_torch(config.loop)
     torch.manual_seed(config.loop.seed)
     tokenizer = _tokenizer(reviews, config)
-    model = SentimentModel(_reader(reviews, tokenizer, config), SIDES if reviews.stars is None else STARS)
+    verdicts = SIDES if reviews.stars is None else STARS
+    phrases = Phrases(verdicts.count, longest=3 if reviews.language == "zh" else 2, buckets=config.buckets)
+    model = SentimentModel(_reader(reviews, tokenizer, config), phrases, verdicts)
     train, validation = (_answered(reviews, part, tokenizer, config.tokens) for part in (TRAIN, VALIDATION))
     task = _Task(model, train, validation, config)
     regime = Regime(model.reader.encoder, "top_k", config.loop) if isinstance(model.reader, PretrainedNet) else None
     plan = Plan.of(len(task), config.loop, metric="log_likelihood")
     Loop(task, replace(plan, stage="sentiment"), config=config.loop, regime=regime).run()
+    fit_phrases(model.phrases, train.tokens, train.targets, validation.tokens, validation.targets)
+    _mix(model, validation)
     temperature = _calibrated(model, reviews, tokenizer, config)
     return TrainedClassifier(
         model=model,
@@ -173,6 +181,23 @@ def train_sentiment(reviews: Reviews, config: SentimentConfig) -> TrainedClassif
         metrics=measure(*judged(model, tokenizer, reviews, TEST, config.tokens, temperature=temperature), reviews, TEST),
         settings=config.record(),
     )
+
+
+def _mix(model: SentimentModel, held: "_Answered") -> None:
+    """Finds the shares of reader and phrases in what the model says that make the held-out targets likeliest."""
+    parts = [predict(_Part(model, part), held.tokens, model.verdicts.count) for part in (model.read, model.phrases)]
+    said, wanted = torch.from_numpy(np.stack(parts)), torch.from_numpy(held.targets)
+    shares = torch.ones(2, requires_grad=True)
+    search = torch.optim.LBFGS([shares], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        found = cross_entropy(torch.einsum("s,sno->no", shares, said), wanted)
+        found.backward()  # type: ignore[no-untyped-call]
+        return found
+
+    search.step(loss)  # type: ignore[no-untyped-call]
+    model.shares.copy_(shares.detach())
 
 
 def _answered(reviews: Reviews, part: int, tokenizer: Tokenizer, limit: int) -> _Answered:
@@ -226,19 +251,21 @@ def judged(
 ) -> tuple[FloatArray, FloatArray]:
     """Returns calibrated probabilities float32[m, labels] and outcome logits float32[m, outcomes] of a part's m reviews."""
     tokens = tokenize(tokenizer, [reviews.texts[row] for row in reviews.rows(part)], limit)
-    outcomes = predict(_Outcomes(model), tokens, model.verdicts.count)
+    outcomes = predict(_Part(model, model.outcomes), tokens, model.verdicts.count)
     logits = np.stack([np.logaddexp.reduce(outcomes[:, list(group)], axis=1) for group in model.verdicts.groups], axis=1) / temperature
     shares = np.exp(logits - logits.max(1, keepdims=True))
     return np.asarray(shares / shares.sum(1, keepdims=True), np.float32), outcomes
 
 
-class _Outcomes(nn.Module):
-    def __init__(self, model: SentimentModel) -> None:
+class _Part(nn.Module):
+    """One of the things that a model says of a text."""
+
+    def __init__(self, model: nn.Module, part: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._part = model, part
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model.outcomes(input_ids, attention_mask)
+        return self._part(input_ids, attention_mask)
 
 
 def measure(probabilities: FloatArray, outcomes: FloatArray, reviews: Reviews, part: int) -> dict[str, float]:

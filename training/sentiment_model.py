@@ -19,6 +19,7 @@ from training.text import load_encoder
 
 UNKNOWN = "[UNK]"
 _MARKS = {"[PAD]": 0, UNKNOWN: 1, "[CLS]": 2, "[SEP]": 3}
+_PRIME = 1_000_003  # runs of three ids below 2^20 stay within 63 bits
 _SPREAD = 0.1  # standard deviation of embeddings before the first step
 
 
@@ -97,19 +98,61 @@ class PretrainedNet(nn.Module):
         return pooled
 
 
-class SentimentModel(nn.Module):
-    """A reader of texts under a head of verdicts."""
+class Phrases(nn.Module):
+    """A regression over tokens and runs of neighbouring tokens, whose weights are looked up by hash.
 
-    def __init__(self, reader: WindowNet | PretrainedNet, verdicts: Verdicts) -> None:
+    What a text gets is the sum of its phrases' weights, over the square root of their number.
+    """
+
+    weights: Tensor
+    bias: Tensor
+
+    def __init__(self, outcomes: int, *, longest: int, buckets: int) -> None:
         super().__init__()
-        self.reader = reader
-        self.verdicts = verdicts
+        self.longest, self.buckets = longest, buckets
+        self.register_buffer("weights", torch.zeros(buckets, outcomes))
+        self.register_buffer("bias", torch.zeros(outcomes))
+
+    def places(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the place of each phrase's weights, int64[b, p], and which of the phrases are there, int64[b, p]."""
+        run, whole = input_ids, attention_mask
+        places, kept = [run % self.buckets], [whole]
+        for more in range(1, self.longest):
+            run = run[:, :-1] * _PRIME + input_ids[:, more:]
+            whole = attention_mask[:, more:]
+            places.append(run % self.buckets)
+            kept.append(whole)
+        return torch.cat(places, 1), torch.cat(kept, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Returns logits float32[b, outcomes] of texts int64[b, l]."""
+        padded = (pad(input_ids, (0, self.longest - 1)), pad(attention_mask, (0, self.longest - 1)))
+        places, kept = self.places(*padded)
+        summed = mean_pool(self.weights[places], kept) * kept.sum(1, keepdim=True).to(torch.float32).sqrt()
+        logits: Tensor = summed + self.bias
+        return logits
+
+
+class SentimentModel(nn.Module):
+    """A reader of texts under a head of verdicts, and beside it what phrases alone say."""
+
+    shares: Tensor
+
+    def __init__(self, reader: WindowNet | PretrainedNet, phrases: Phrases, verdicts: Verdicts) -> None:
+        super().__init__()
+        self.reader, self.phrases, self.verdicts = reader, phrases, verdicts
         self.head = nn.Linear(reader.size, verdicts.count)
+        # The reader learns alone: beside phrases that were fitted to the same texts it would find little left to learn.
+        self.register_buffer("shares", torch.tensor([1.0, 0.0]))
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Returns what the reader alone says: logits float32[b, verdicts.count] of texts int64[b, l]."""
+        logits: Tensor = self.head(self.reader(input_ids, attention_mask))
+        return logits
 
     def outcomes(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns logits float32[b, verdicts.count] of texts int64[b, l]."""
-        logits: Tensor = self.head(self.reader(input_ids, attention_mask))
-        return logits
+        return self.shares[0] * self.read(input_ids, attention_mask) + self.shares[1] * self.phrases(input_ids, attention_mask)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns logits float32[b, labels]: the probability of a label is that of the outcomes it stands for."""

@@ -1,6 +1,7 @@
 """How positive texts are, and what they say of which aspects: the language by its letters, then the classifier for it."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from features.aspects import Mention, mentions
@@ -38,19 +39,18 @@ class Sentiments:
             UnavailableError: the active model cannot be loaded here.
         """
         model, whole = await self._whole(texts)
-        found = await self._runs.read(partial(_mentions, texts, [one.language for one in whole]))
-        clauses = [(k, mention) for k, named in enumerate(found) for mention in named]
-        said = {(k, mention): whole[k].judgement for k, mention in clauses if mention.end - mention.start == len(texts[k])}
-        for language in LANGUAGES:
-            asked = list(dict.fromkeys((k, m.start, m.end) for k, m in clauses if whole[k].language == language and (k, m) not in said))
-            judged: dict[tuple[int, int, int], Judgement] = {}
-            for start in range(0, len(asked), _AT_ONCE):
-                part = asked[start : start + _AT_ONCE]
-                results = await self._classifiers.classify(model, CLASSIFIERS[language], [texts[k][a:b] for k, a, b in part])
-                judged |= zip(part, map(_judgement, results), strict=True)
-            said |= {(k, m): judged[k, m.start, m.end] for k, m in clauses if (k, m.start, m.end) in judged}
+        languages = ["" if one.judgement is UNJUDGED else one.language for one in whole]
+        found = await self._runs.read(partial(_mentions, texts, languages))
+        said = {k: {(0, len(texts[k])): one.judgement} for k, one in enumerate(whole)}
+        for language, name in CLASSIFIERS.items():
+            rows = [k for k, spoken in enumerate(languages) if spoken == language]
+            clauses = dict.fromkeys((k, m.start, m.end) for k in rows for m in found[k] if (m.start, m.end) not in said[k])
+            for part in _parts(list(clauses)):
+                results = await self._classifiers.classify(model, name, [texts[k][start:end] for k, start, end in part])
+                for (k, start, end), one in zip(part, results, strict=True):
+                    said[k][start, end] = _judgement(one)
         sentiments = tuple(
-            TextSentiment(one.judgement, one.language, tuple((m, said[k, m]) for m in found[k]), one.truncated)
+            replace(one, aspects=tuple((mention, said[k][mention.start, mention.end]) for mention in found[k]))
             for k, one in enumerate(whole)
         )
         return Analyzed(sentiments, model.model_version)
@@ -82,6 +82,11 @@ def _judgement(found: Classification) -> Judgement:
     share = dict(zip(found.labels, found.probabilities.tolist(), strict=True))
     leaning = Leaning(label) if found.in_scope else Leaning.NEUTRAL
     return Judgement(leaning, share[Leaning.POSITIVE.value] - share[Leaning.NEGATIVE.value], confidence)
+
+
+def _parts(clauses: Sequence[tuple[int, int, int]]) -> Iterator[Sequence[tuple[int, int, int]]]:
+    for start in range(0, len(clauses), _AT_ONCE):
+        yield clauses[start : start + _AT_ONCE]
 
 
 def _languages(texts: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ python -m training.quality beauty --seed 0 --out rankings.jsonl
 """
 
 import json
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ import torch
 import typer
 
 from training.card import render_html, render_markdown
-from training.quality import next_item, online_retail
+from training.quality import next_item, online_retail, sentiment
 from training.quality.result import QualityResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -24,11 +25,12 @@ class Set(StrEnum):
     BEAUTY = "beauty"
     COLD = "cold"
     ONLINE_RETAIL = "online_retail"
+    SENTIMENT = "sentiment"
 
 
 @app.command()
 def main(
-    name: Annotated[Set, typer.Argument(metavar="SET", help="beauty, cold (beauty with items held out) or online_retail.")],
+    name: Annotated[Set, typer.Argument(metavar="SET", help="beauty, cold (beauty with items held out), online_retail or sentiment.")],
     *,
     data: Annotated[Path, typer.Option(help="Folder of the public sets.", envvar="CONCORD_TEST_DATA")] = Path("../shared/data"),
     out: Annotated[Path, typer.Option(help="Rankings: one JSON line {user, items} for each customer.")] = Path("rankings.jsonl"),
@@ -56,6 +58,9 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    if name is Set.SENTIMENT:
+        _measure_sentiment(data, seed)
+        return
     result = _run(name, data, seed=seed, cut=cut, without=parts, towers=towers)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w") as lines:
@@ -68,6 +73,18 @@ def main(
     test = result.details.get("test")
     figures = {f"validation_{key}": value for key, value in result.validation.items()} | (test if isinstance(test, dict) else {})
     typer.echo(json.dumps({"set": name, "seed": seed, "seconds": round(result.seconds, 1)} | _rounded(figures)))
+
+
+def _measure_sentiment(data: Path, seed: int) -> None:
+    """Prints what there is to say of texts: nothing is ranked, so there is no file for the judge."""
+    started = time.monotonic()
+    try:
+        found = sentiment.run(data, seed=seed)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from None
+    typer.echo(json.dumps(found.details, indent=2, ensure_ascii=False))
+    seconds = round(time.monotonic() - started, 1)
+    typer.echo(json.dumps({"set": Set.SENTIMENT, "seed": seed, "seconds": seconds} | _rounded(found.figures)))
 
 
 def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str], towers: Path | None) -> QualityResult:
