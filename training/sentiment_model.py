@@ -128,7 +128,7 @@ class Phrases(nn.Module):
         """Returns logits float32[b, outcomes] of texts int64[b, l]."""
         padded = (pad(input_ids, (0, self.longest - 1)), pad(attention_mask, (0, self.longest - 1)))
         places, kept = self.places(*padded)
-        summed = mean_pool(self.weights[places], kept) * kept.sum(1, keepdim=True).to(torch.float32).sqrt()
+        summed: Tensor = mean_pool(self.weights[places], kept) * kept.sum(1, keepdim=True).to(torch.float32).sqrt()
         logits: Tensor = summed + self.bias
         return logits
 
@@ -152,7 +152,8 @@ class SentimentModel(nn.Module):
 
     def outcomes(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns logits float32[b, verdicts.count] of texts int64[b, l]."""
-        return self.shares[0] * self.read(input_ids, attention_mask) + self.shares[1] * self.phrases(input_ids, attention_mask)
+        logits: Tensor = self.shares[0] * self.read(input_ids, attention_mask) + self.shares[1] * self.phrases(input_ids, attention_mask)
+        return logits
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns logits float32[b, labels]: the probability of a label is that of the outcomes it stands for."""

@@ -15,8 +15,8 @@ DO $$ BEGIN
         EXECUTE format('CREATE TABLE event_sentiments_%s PARTITION OF event_sentiments FOR VALUES WITH (MODULUS 8, REMAINDER %s)', part, part);
     END LOOP;
 END $$;
--- Reviews and messages by when they came in: what is not judged yet is looked for among the newest every second.
-CREATE INDEX events_opinions ON events (received_at) WHERE action IN ('review', 'message') AND text <> '';
+-- Reviews and messages by when they came in: what is not judged yet is looked for in this order, a page at a time.
+CREATE INDEX events_opinions ON events (received_at, user_id, event_id) WHERE action IN ('review', 'message') AND text <> '';
 
 ALTER TABLE user_profile
     ADD COLUMN sentiment_count bigint NOT NULL DEFAULT 0,
