@@ -30,8 +30,11 @@ UNDECIDED = 0.6
 _RECORDED = ("seed", "epochs", "max_steps", "learning_rate", "weight_decay", "dropout")  # of the loop's many settings
 _AT_ONCE = 3_200  # texts sorted by length before they are cut into batches: shorter ones are padded less, and still mixed
 
-# Of the small net: a row of the loop is a whole batch, and it is over before a checkpoint would pay.
-_LOOP = TrainConfig(batch_size=1, epochs=4, learning_rate=2e-3, dropout=0.4, checkpoint_steps=0, device="cpu", mixed_precision="no")
+# Of the small net: a row of the loop is a whole batch, it is over before a checkpoint would pay, and its products are too small for
+# several threads to share.
+_LOOP = TrainConfig(
+    batch_size=1, epochs=4, learning_rate=2e-3, dropout=0.4, checkpoint_steps=0, device="cpu", mixed_precision="no", threads=1
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ class SentimentConfig:
     def pretrained(cls, base: str) -> "SentimentConfig":
         """Returns the configuration of a fine-tuning: its top two layers, and fewer texts at a time."""
         usual = cls()
-        return replace(usual, base=base, tokens=64, texts=32, loop=replace(usual.loop, epochs=1, learning_rate=1e-4, dropout=0.1))
+        return replace(
+            usual, base=base, tokens=64, texts=32, loop=replace(usual.loop, epochs=1, learning_rate=1e-4, dropout=0.1, threads=0)
+        )
 
     def seeded(self, seed: int) -> "SentimentConfig":
         """Returns the configuration with another seed."""
