@@ -50,6 +50,7 @@ from server.security.audit import AdminAudit
 from server.security.gate import open_gate
 from server.settings import ServerSettings
 from server.understand.embedder import Embedder
+from server.understand.intents import Intents
 from server.understand.judging import Judge
 from server.understand.sentiment import Sentiments
 from server.understand.text_runs import TextRuns
@@ -185,6 +186,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog=catalog,
             features=features,
             embedder=Embedder(standings, runs),
+            intents=Intents(standings, runs),
             sentiments=sentiments,
             models=Models(fleet, connect=connect),
             gate=gate,

@@ -59,6 +59,9 @@ from server.security.audit import AuditEntry
 from server.security.gate import Gate
 from server.settings import ServerSettings
 from server.tracing import Tracing
+from server.understand.entities import Entity, EntityKind
+from server.understand.intents import IntentQuery, Understood
+from server.understand.patterns import Bound
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -255,6 +258,21 @@ class FakeEmbedder(Script):
 
 
 @dataclass
+class FakeIntents(Script):
+    """Knows two intents, and one entity of each form."""
+
+    async def detect(self, query: IntentQuery) -> Understood:
+        await self.play(query)
+        entities = (
+            Entity(EntityKind.ITEM, 0, 3, query.text[:3], "i1", 0.75),
+            Entity(EntityKind.PRICE, 4, 9, query.text[4:9], price_micros=19_990_000, currency="EUR", bound=Bound.MOST),
+            Entity(EntityKind.QUANTITY, 10, 11, query.text[10:11], count=2),
+        )
+        known = (("track_order", 0.875), ("get_refund", 0.125))
+        return Understood(known[: query.top_k], True, entities, 7, False, "m1", 3)
+
+
+@dataclass
 class FakeSentiments(Script):
     """Everything is praise, its first word of the price; blanks are not judged."""
 
@@ -336,6 +354,7 @@ class Fakes:
     catalog: FakeCatalog = field(default_factory=FakeCatalog)
     features: FakeFeatures = field(default_factory=FakeFeatures)
     embedder: FakeEmbedder = field(default_factory=FakeEmbedder)
+    intents: FakeIntents = field(default_factory=FakeIntents)
     sentiments: FakeSentiments = field(default_factory=FakeSentiments)
     models: FakeModels = field(default_factory=FakeModels)
     gate: Gate = field(default_factory=lambda: Gate(open_to_all=True))
@@ -352,6 +371,7 @@ class Fakes:
             catalog=self.catalog,
             features=self.features,
             embedder=self.embedder,
+            intents=self.intents,
             sentiments=self.sentiments,
             models=self.models,
             gate=self.gate,

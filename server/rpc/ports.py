@@ -29,6 +29,7 @@ from server.domain import (
 )
 from server.security.audit import AuditEntry
 from server.security.principals import Principal
+from server.understand.intents import IntentQuery, Understood
 
 
 class Recorder(Protocol):
@@ -137,6 +138,14 @@ class Embedder(Protocol):
         ...
 
 
+class Intents(Protocol):
+    """Says what texts are about; see server.understand.intents."""
+
+    async def detect(self, query: IntentQuery) -> Understood:
+        """Returns what the writer of a text wants and speaks of."""
+        ...
+
+
 class Sentiments(Protocol):
     """Judges texts with the active model; see server.understand.sentiment."""
 
@@ -217,6 +226,7 @@ class Services:
     catalog: Catalog
     features: FeatureReader
     embedder: Embedder
+    intents: Intents
     sentiments: Sentiments
     models: Models
     gate: Gate

@@ -190,7 +190,7 @@ def _register(server: grpc.aio.Server, services: Services, events: EventServicer
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
-    understanding = UnderstandingServicer(services.embedder, services.sentiments, validator)
+    understanding = UnderstandingServicer(services.embedder, services.intents, services.sentiments, validator)
     understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(understanding, server)
     models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 

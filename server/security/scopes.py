@@ -53,6 +53,7 @@ SCOPE_OF = {
     "RecommendationService/RankItems": Scope.RECOMMENDATIONS_READ,
     "RecommendationService/SimilarItems": Scope.RECOMMENDATIONS_READ,
     "UnderstandingService/EmbedText": Scope.TEXTS_READ,
+    "UnderstandingService/DetectIntent": Scope.TEXTS_READ,
     "UnderstandingService/AnalyzeSentiment": Scope.TEXTS_READ,
     "ModelService/ListModels": Scope.MODELS_READ,
     "ModelService/GetActiveModel": Scope.MODELS_READ,

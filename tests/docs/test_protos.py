@@ -112,6 +112,7 @@ def test_every_service_of_the_contract_is_there(files):
         "RecommendationService.RankItems",
         "RecommendationService.SimilarItems",
         "UnderstandingService.EmbedText",
+        "UnderstandingService.DetectIntent",
         "UnderstandingService.AnalyzeSentiment",
         "ModelService.ListModels",
         "ModelService.GetActiveModel",

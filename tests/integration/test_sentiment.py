@@ -101,12 +101,12 @@ async def test_praise_and_blame_in_both_languages(concord: Concord, judging: tup
 async def test_aspects_have_the_sentiment_of_their_clause(concord: Concord) -> None:
     text = "lovely great perfect color, awful terrible awful shipping"
     (one,) = (await concord.sentiment(text)).sentiments
-    assert [(aspect.aspect, aspect.term, text[aspect.start_offset : aspect.end_offset]) for aspect in one.aspects] == [
+    assert [(aspect.aspect, aspect.term, text[aspect.start : aspect.end]) for aspect in one.aspects] == [
         ("colour", "color", "lovely great perfect color"),
         ("delivery", "shipping", "awful terrible awful shipping"),
     ]
     assert [aspect.label for aspect in one.aspects] == [POSITIVE, NEGATIVE]
-    alone = [(await concord.sentiment(text[aspect.start_offset : aspect.end_offset])).sentiments[0] for aspect in one.aspects]
+    alone = [(await concord.sentiment(text[aspect.start : aspect.end])).sentiments[0] for aspect in one.aspects]
     assert [(aspect.score, aspect.confidence) for aspect in one.aspects] == [(each.score, each.confidence) for each in alone]
 
 

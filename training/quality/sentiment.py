@@ -1,7 +1,7 @@
 """Sentiment of reviews, English and Chinese: classifiers beside TF-IDF on the same split, and what clauses say of aspects."""
 
+import time
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from features.aspects import mentions
 from features.item_table import FloatArray
 from training.classifier_export import TrainedClassifier
 from training.metrics import area_under_curve
+from training.quality.result import QualityResult
 from training.reviews import CLOTHING, FELT_INTENTS, SHOPPING, TEST, Reviews, read_reviews
 from training.sentiment import SentimentConfig, train_sentiment
 from training.sentiment_baseline import baseline
@@ -23,20 +24,13 @@ _LEAST_MENTIONS = 100
 _ASKED = 2_000
 
 
-@dataclass(frozen=True)
-class SentimentQuality:
-    """The figures of a run, by name; ``details`` are those by aspect and by group."""
-
-    figures: dict[str, float]
-    details: dict[str, object]
-
-
-def run(data: Path, *, seed: int) -> SentimentQuality:
+def run(data: Path, *, seed: int) -> QualityResult:
     """Trains on both sets and measures on reviews held out by their hash; the test part is looked at once, by the finished model.
 
     Raises:
         FileNotFoundError: a set is not in the folder.
     """
+    started = time.monotonic()
     figures: dict[str, float] = {}
     details: dict[str, object] = {}
     for name in (CLOTHING, SHOPPING):
@@ -49,7 +43,7 @@ def run(data: Path, *, seed: int) -> SentimentQuality:
         details[f"{reviews.language}_settings"] = trained.settings
         if reviews.neutral and (data / UTTERANCES).is_file():
             figures["en_questions_neutral"] = questions_neutral(trained, data / UTTERANCES)
-    return SentimentQuality(figures, details)
+    return QualityResult({}, {}, details | {"test": figures}, time.monotonic() - started)
 
 
 def scores(trained: TrainedClassifier, texts: list[str]) -> FloatArray:
