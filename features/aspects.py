@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from features.language import CHINESE, ENGLISH
+from features.language import CHINESE, ENGLISH, Language
 
 # What a text names at the most that is told apart: each costs a run of the classifier.
 MOST_MENTIONS = 16
@@ -81,13 +81,10 @@ class Mention:
     end: int
 
 
-def mentions(text: str, language: str) -> list[Mention]:
-    """Returns what a text names, in its order: each aspect once a clause, the first ``MOST_MENTIONS`` of all.
-
-    Nothing is found in a text of another language than English and Chinese.
-    """
+def mentions(text: str, language: Language) -> list[Mention]:
+    """Returns what a text names, in its order: each aspect once a clause, the first ``MOST_MENTIONS`` of all."""
     found: list[Mention] = []
-    for start, end in _clauses(text, language) if language in _NAMED else ():
+    for start, end in _clauses(text, language):
         named: set[str] = set()
         for match in _NAMED[language].finditer(text, start, end):
             aspect = match.lastgroup or ""
@@ -99,7 +96,7 @@ def mentions(text: str, language: str) -> list[Mention]:
     return found[:MOST_MENTIONS]
 
 
-def _clauses(text: str, language: str) -> Iterator[tuple[int, int]]:
+def _clauses(text: str, language: Language) -> Iterator[tuple[int, int]]:
     """Yields the clauses of a text from end to end, without the space around them."""
     start = 0
     for match in _ENDS[language].finditer(text):

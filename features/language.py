@@ -2,8 +2,11 @@
 
 import re
 import unicodedata
+from typing import Literal
 
-ENGLISH, CHINESE = "en", "zh"
+Language = Literal["en", "zh"]
+ENGLISH: Language = "en"
+CHINESE: Language = "zh"
 LANGUAGES = (ENGLISH, CHINESE)
 
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -14,8 +17,8 @@ _LATIN_LETTERS_A_HAN = 3
 _LOOKED_AT = 1_000
 
 
-def language_of(text: str) -> str:
-    """Returns ``zh``, ``en`` or, for a text in neither, an empty string.
+def language_of(text: str) -> Language | None:
+    """Returns ``zh``, ``en`` or, for a text in neither, None.
 
     Latin letters count as English, for letters cannot tell it from French; Han characters as Chinese, unless there is kana beside
     them, which makes them Japanese. Each Han character weighs as much as three Latin letters, and the heavier script wins, if it
@@ -27,7 +30,7 @@ def language_of(text: str) -> str:
     latin = sum(map(_is_latin, letters))
     others = len(letters) - han - latin
     weight, language = max((han * _LATIN_LETTERS_A_HAN, CHINESE), (latin, ENGLISH))
-    return language if weight > others else ""
+    return language if weight > others else None
 
 
 def _is_latin(letter: str) -> bool:

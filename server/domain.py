@@ -11,6 +11,7 @@ from features.aspects import Mention
 from features.behaviour import Activity
 from features.candidates import Source
 from features.item_table import FloatArray
+from features.language import Language
 from features.layout import Ages, FeatureValue
 
 
@@ -331,13 +332,13 @@ UNJUDGED = Judgement(Leaning.UNJUDGED, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class TextSentiment:
-    """A text as a whole, the language it was judged in (empty: none), and what its clauses say of which aspects.
+    """A text as a whole, the language it is in (None: one that is not judged), and what its clauses say of which aspects.
 
     ``truncated`` says that it went on behind what the classifier read.
     """
 
     judgement: Judgement
-    language: str
+    language: Language | None
     aspects: tuple[tuple[Mention, Judgement], ...] = ()
     truncated: bool = False
 

@@ -279,7 +279,7 @@ class FakeSentiments(Script):
     async def analyze(self, texts: Sequence[str]) -> Analyzed:
         await self.play(texts)
         praise = Judgement(Leaning.POSITIVE, 0.75, 0.875)
-        return Analyzed(tuple(_praised(text, praise) if text.strip() else TextSentiment(UNJUDGED, "") for text in texts), "m1")
+        return Analyzed(tuple(_praised(text, praise) if text.strip() else TextSentiment(UNJUDGED, None) for text in texts), "m1")
 
 
 def _praised(text: str, praise: Judgement) -> TextSentiment:

@@ -10,15 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from features.language import LANGUAGES, language_of
+from features.language import LANGUAGES, Language, language_of
 from training.metrics import BoolArray
 
-CLOTHING, SHOPPING, QUESTIONS = "womens_clothing_reviews.parquet", "online_shopping_10_cats.parquet", "bitext_2020_intents.parquet"
+CLOTHING, SHOPPING = "womens_clothing_reviews.parquet", "online_shopping_10_cats.parquet"
 TRAIN, VALIDATION, TEST = 0, 1, 2
 _STARS = 5
-NEUTRAL_TARGET = 2  # three stars, counted from nought
-# Of the labelled utterances these say how the customer feels; the others ask for something, and are neither praise nor blame.
-FELT_INTENTS = ("complaint", "review", "payment_issue", "registration_problems")
 _TOLD_BY = 1_000  # texts that a file's language is told by
 
 
@@ -37,16 +34,14 @@ class Reviews:
         stars: int64[n], 1 to 5; None where the file has no ratings.
         groups: what each is about (a category), for figures by group; empty where the file does not say.
         parts: int64[n]: TRAIN, VALIDATION or TEST.
-        neutral: texts with no opinion in them, to be trained on as such.
     """
 
-    language: str
+    language: Language
     texts: Sequence[str]
     positive: BoolArray
     stars: npt.NDArray[np.int64] | None
     groups: Sequence[str]
     parts: npt.NDArray[np.int64]
-    neutral: Sequence[str] = ()
 
     def rows(self, part: int) -> npt.NDArray[np.int64]:
         """Returns the rows of a part."""
@@ -58,8 +53,7 @@ def read_reviews(path: Path) -> Reviews:
 
     Columns: ``Review Text``, ``Title``, ``Rating`` and ``Recommended IND`` (Women's Clothing E-Commerce Reviews); ``review``, ``label``
     and ``cat`` (online_shopping_10_cats); or ``text`` with ``rating`` (1 to 5) or ``label`` (0 or 1), and ``group`` where there are
-    any. Empty texts and rows without a verdict are left out. Questions without an opinion in them are taken from the file
-    ``bitext_2020_intents.parquet`` beside one of English ratings, where there is one.
+    any. Empty texts and rows without a verdict are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -104,25 +98,13 @@ def _reviews(
         if len(set(sure[parts == part])) < 2:
             raise ReviewDataError(f"{path.name}: {len(texts)} reviews are too few to train, validate and test on both verdicts")
     named = [] if groups is None else groups.iloc[kept].fillna("").astype(str).tolist()
-    questions = path.parent / QUESTIONS
-    asked = _questions(questions) if rated is not None and language == "en" and questions.is_file() else []
-    return Reviews(language, texts, sure, rated, named, parts, asked)
+    return Reviews(language, texts, sure, rated, named, parts)
 
 
 def split(texts: Sequence[str]) -> npt.NDArray[np.int64]:
     """Returns the part of each text by its hash, 8 : 1 : 1: the same in every run, and equal texts in one part."""
     tenths = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10 for text in texts]
     return np.array([{8: VALIDATION, 9: TEST}.get(tenth, TRAIN) for tenth in tenths], np.int64)
-
-
-def targets(reviews: Reviews) -> npt.NDArray[np.int64]:
-    """Returns int64[n], what a model learns of each review: its stars less one, or without ratings whether it is positive."""
-    return reviews.positive.astype(np.int64) if reviews.stars is None else reviews.stars - 1
-
-
-def _questions(path: Path) -> list[str]:
-    frame = pd.read_parquet(path, columns=["utterance", "intent"])
-    return list(dict.fromkeys(frame.loc[~frame["intent"].isin(FELT_INTENTS), "utterance"]))
 
 
 def _frame(path: Path) -> pd.DataFrame:

@@ -16,24 +16,34 @@ from training.classifier_export import TrainedClassifier
 from training.config import TrainConfig
 from training.estimates import calibration_error, reliability
 from training.loop import Loop, Plan, decayed
+from training.messages import messages
 from training.metrics import area_under_curve
 from training.regimes import Regime
-from training.reviews import NEUTRAL_TARGET, TEST, TRAIN, VALIDATION, Reviews, targets
+from training.reviews import TEST, TRAIN, VALIDATION, Reviews
 from training.run import prepare_torch
-from training.sentiment_model import SIDES, STARS, UNKNOWN, Phrases, PretrainedNet, SentimentModel, WindowNet, character_tokenizer
+from training.sentiment_model import (
+    LABELS,
+    SIDES,
+    STARS,
+    UNKNOWN,
+    Phrases,
+    PretrainedNet,
+    SentimentModel,
+    Verdicts,
+    WindowNet,
+    character_tokenizer,
+)
 from training.sentiment_phrases import fit_phrases
 from training.text import Tokens, base_name, load_encoder, load_tokenizer, tokenize
 from training.text_classifier import fit_temperature, predict
 
-# Less sure than this of either side, a text of a language without neutral examples counts as neutral.
-UNDECIDED = 0.6
 _RECORDED = ("seed", "epochs", "max_steps", "learning_rate", "weight_decay", "dropout")  # of the loop's many settings
 _AT_ONCE = 3_200  # texts sorted by length before they are cut into batches: shorter ones are padded less, and still mixed
 
 # Of the small net: a row of the loop is a whole batch, it is over before a checkpoint would pay, and its products are too small for
 # several threads to share.
 _LOOP = TrainConfig(
-    batch_size=1, epochs=4, learning_rate=2e-3, dropout=0.4, checkpoint_steps=0, device="cpu", mixed_precision="no", threads=1
+    batch_size=1, epochs=3, learning_rate=2e-3, dropout=0.4, checkpoint_steps=0, device="cpu", mixed_precision="no", threads=1
 )
 
 
@@ -158,13 +168,13 @@ def _of_like_length(tokens: Tokens, size: int, *, seed: int) -> list[list[int]]:
 def train_sentiment(reviews: Reviews, config: SentimentConfig) -> TrainedClassifier:
     """Trains on the training part, calibrates on the validation part, and measures on the test part.
 
-    The metrics: ``auc`` of the score against whether the author recommends it, ``accuracy`` (and with ratings ``macro_f1``) of the
+    The metrics: ``auc`` of the score against whether the author recommends it, ``accuracy`` and with ratings ``macro_f1`` of the
     label, ``calibration_error``, and with ratings ``rating_accuracy`` and ``rating_mae``, in stars.
     """
     prepare_torch(config.loop)
     torch.manual_seed(config.loop.seed)
     tokenizer = _tokenizer(reviews, config)
-    verdicts = SIDES if reviews.stars is None else STARS
+    verdicts = verdicts_of(reviews)
     phrases = Phrases(verdicts.count, longest=3 if reviews.language == "zh" else 2, buckets=config.buckets)
     model = SentimentModel(_reader(reviews, tokenizer, config), phrases, verdicts)
     train, validation = (_answered(reviews, part, tokenizer, config.tokens) for part in (TRAIN, VALIDATION))
@@ -178,10 +188,10 @@ def train_sentiment(reviews: Reviews, config: SentimentConfig) -> TrainedClassif
     return TrainedClassifier(
         model=model,
         tokenizer=tokenizer,
-        labels=model.verdicts.labels,
+        labels=LABELS,
         tokens=config.tokens,
         temperature=temperature,
-        threshold=UNDECIDED if reviews.stars is None else None,
+        threshold=None,
         base_model=base_name(config.base) if config.base else "convolution",
         metrics=measure(*judged(model, tokenizer, reviews, TEST, config.tokens, temperature=temperature), reviews, TEST),
         settings=config.record(),
@@ -206,9 +216,23 @@ def _mix(model: SentimentModel, held: "_Answered") -> None:
 
 
 def _answered(reviews: Reviews, part: int, tokenizer: Tokenizer, limit: int) -> _Answered:
-    rows, extra = reviews.rows(part), reviews.neutral if part == TRAIN else ()
-    wanted = np.concatenate([targets(reviews)[rows], np.full(len(extra), NEUTRAL_TARGET)])
-    return _Answered(tokenize(tokenizer, [*(reviews.texts[row] for row in rows), *extra], limit), wanted)
+    """Returns the reviews of a part; those to train on with messages among them."""
+    rows, verdicts = reviews.rows(part), verdicts_of(reviews)
+    said = messages(reviews.language) if part == TRAIN else ()
+    asked, complained = verdicts.groups[1][0], verdicts.groups[0][-1]
+    extra = [complained if one.complains else asked for one in said]
+    texts = [*(reviews.texts[row] for row in rows), *(one.text for one in said)]
+    return _Answered(tokenize(tokenizer, texts, limit), np.concatenate([targets(reviews)[rows], np.array(extra, np.int64)]))
+
+
+def verdicts_of(reviews: Reviews) -> Verdicts:
+    """Returns what is told apart: stars where there are ratings, else the sides and what is on neither."""
+    return SIDES if reviews.stars is None else STARS
+
+
+def targets(reviews: Reviews) -> npt.NDArray[np.int64]:
+    """Returns int64[n], the outcome of each review."""
+    return np.where(reviews.positive, SIDES.groups[-1][0], SIDES.groups[0][0]) if reviews.stars is None else reviews.stars - 1
 
 
 def _tokenizer(reviews: Reviews, config: SentimentConfig) -> Tokenizer:
@@ -241,14 +265,12 @@ def _reader(reviews: Reviews, tokenizer: Tokenizer, config: SentimentConfig) -> 
 def _calibrated(model: SentimentModel, reviews: Reviews, tokenizer: Tokenizer, config: SentimentConfig) -> float:
     rows = reviews.rows(VALIDATION)
     tokens = tokenize(tokenizer, [reviews.texts[row] for row in rows], config.tokens)
-    return fit_temperature(predict(model, tokens, len(model.verdicts.labels)), label_of(reviews)[rows].tolist())
+    return fit_temperature(predict(model, tokens, len(LABELS)), label_of(reviews)[rows].tolist())
 
 
 def label_of(reviews: Reviews) -> npt.NDArray[np.int64]:
-    """Returns int64[n], the place of each review's label among those of its language."""
-    verdicts = SIDES if reviews.stars is None else STARS
-    places = np.array([next(k for k, group in enumerate(verdicts.groups) if outcome in group) for outcome in range(verdicts.count)])
-    return np.asarray(places[targets(reviews)], np.int64)
+    """Returns int64[n], the place of each review's label among ``LABELS``."""
+    return verdicts_of(reviews).labels(targets(reviews))
 
 
 def judged(

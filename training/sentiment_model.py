@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -23,23 +25,29 @@ _PRIME = 1_000_003  # runs of three ids below 2^20 stay within 63 bits
 _SPREAD = 0.1  # standard deviation of embeddings before the first step
 
 
+LABELS = ("negative", "neutral", "positive")
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """What a review can say, and what it counts as.
 
     Attributes:
         count: outcomes that a model tells apart.
-        labels: of sentiment, the most negative first.
-        groups: the outcomes that each label stands for.
+        groups: the outcomes that each of ``LABELS`` stands for.
     """
 
     count: int
-    labels: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
 
+    def labels(self, outcomes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the label that each outcome counts as, by its place in ``LABELS``."""
+        places = {outcome: place for place, group in enumerate(self.groups) for outcome in group}
+        return np.array([places[outcome] for outcome in outcomes.tolist()], np.int64)
 
-STARS = Verdicts(5, ("negative", "neutral", "positive"), ((0, 1), (2,), (3, 4)))
-SIDES = Verdicts(2, ("negative", "positive"), ((0,), (1,)))
+
+STARS = Verdicts(5, ((0, 1), (2,), (3, 4)))
+SIDES = Verdicts(3, ((0,), (1,), (2,)))
 
 
 class WindowNet(nn.Module):

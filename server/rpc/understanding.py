@@ -83,7 +83,9 @@ def _sentiment(one: TextSentiment) -> understanding_pb2.TextSentiment:
         )
         for mention, judgement in one.aspects
     ]
-    return understanding_pb2.TextSentiment(language=one.language, aspects=aspects, truncated=one.truncated, **_judgement(one.judgement))
+    return understanding_pb2.TextSentiment(
+        language=one.language or "", aspects=aspects, truncated=one.truncated, **_judgement(one.judgement)
+    )
 
 
 def _judgement(one: Judgement) -> dict[str, Any]:

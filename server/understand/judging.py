@@ -149,5 +149,5 @@ async def _store(connection: AsyncConnection[TupleRow], rows: Sequence[TupleRow]
     users, events, origins = ([row[k] for row in rows] for k in (1, 2, 3))
     await connection.execute(_HOLD, [sorted({*users, *origins})])
     scores = [None if one.judgement.leaning is Leaning.UNJUDGED else one.judgement.score for one in judged.sentiments]
-    languages = [one.language for one in judged.sentiments]
+    languages = [one.language or "" for one in judged.sentiments]
     await connection.execute(_STORE, [judged.model_version, users, events, origins, languages, scores])

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from features.aspects import Mention, mentions
-from features.language import LANGUAGES, language_of
+from features.language import LANGUAGES, Language, language_of
 from server.domain import UNJUDGED, Analyzed, Judgement, Leaning, TextSentiment
 from server.errors import PreconditionError
 from server.inference.model import LoadedModel
@@ -39,11 +39,10 @@ class Sentiments:
             UnavailableError: the active model cannot be loaded here.
         """
         model, whole = await self._whole(texts)
-        languages = ["" if one.judgement is UNJUDGED else one.language for one in whole]
-        found = await self._runs.read(partial(_mentions, texts, languages))
+        found = await self._runs.read(partial(_mentions, texts, whole))
         said = {k: {(0, len(texts[k])): one.judgement} for k, one in enumerate(whole)}
         for language, name in CLASSIFIERS.items():
-            rows = [k for k, spoken in enumerate(languages) if spoken == language]
+            rows = [k for k, one in enumerate(whole) if one.language == language]
             clauses = dict.fromkeys((k, m.start, m.end) for k in rows for m in found[k] if (m.start, m.end) not in said[k])
             for part in _parts(list(clauses)):
                 results = await self._classifiers.classify(model, name, [texts[k][start:end] for k, start, end in part])
@@ -80,8 +79,7 @@ def _judgement(found: Classification) -> Judgement:
         return UNJUDGED
     ((label, confidence),) = found.top(1)
     share = dict(zip(found.labels, found.probabilities.tolist(), strict=True))
-    leaning = Leaning(label) if found.in_scope else Leaning.NEUTRAL
-    return Judgement(leaning, share[Leaning.POSITIVE.value] - share[Leaning.NEGATIVE.value], confidence)
+    return Judgement(Leaning(label), share[Leaning.POSITIVE.value] - share[Leaning.NEGATIVE.value], confidence)
 
 
 def _parts(clauses: Sequence[tuple[int, int, int]]) -> Iterator[Sequence[tuple[int, int, int]]]:
@@ -89,9 +87,11 @@ def _parts(clauses: Sequence[tuple[int, int, int]]) -> Iterator[Sequence[tuple[i
         yield clauses[start : start + _AT_ONCE]
 
 
-def _languages(texts: Sequence[str]) -> list[str]:
+def _languages(texts: Sequence[str]) -> list[Language | None]:
     return [language_of(text) for text in texts]
 
 
-def _mentions(texts: Sequence[str], languages: Sequence[str]) -> list[list[Mention]]:
-    return [mentions(text, language) for text, language in zip(texts, languages, strict=True)]
+def _mentions(texts: Sequence[str], whole: Sequence[TextSentiment]) -> list[list[Mention]]:
+    """Returns what each text names; nothing where it was not judged."""
+    pairs = zip(texts, whole, strict=True)
+    return [mentions(text, one.language) if one.language and one.judgement is not UNJUDGED else [] for text, one in pairs]

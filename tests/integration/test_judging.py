@@ -44,7 +44,7 @@ class Says:
 
     def _said(self, text: str) -> TextSentiment:
         if text == "?":
-            return TextSentiment(UNJUDGED, "")
+            return TextSentiment(UNJUDGED, None)
         return TextSentiment(Judgement(Leaning.POSITIVE, len(text) / 1_000, 0.9), "en")
 
 

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from features.aspects import mentions
-from server.domain import UNJUDGED, Analyzed, Judgement, Leaning
+from server.domain import UNJUDGED, Judgement, Leaning
 from server.errors import OverloadedError, PreconditionError
 from server.inference.model import LoadedModel, load_model
 from server.metrics import Metrics
@@ -18,15 +18,15 @@ from server.understand.text_runs import TextRuns
 from tests.unit.bundles import write_bundle
 from tests.unit.tables import table
 
-LABELS = {"sentiment_en": ("negative", "neutral", "positive"), "sentiment_zh": ("negative", "positive")}
+LABELS = {"sentiment_en": ("negative", "neutral", "positive"), "sentiment_zh": ("negative", "neutral", "positive")}
 ENGLISH = "viewed title, the price searched. text"
 
 
 class Graph:
     """Says of a text what its tokens' numbers come to, and nothing of its company."""
 
-    def __init__(self, labels: int) -> None:
-        self._words = np.random.default_rng(labels).standard_normal((100, labels)).astype(np.float32)
+    def __init__(self, seed: int) -> None:
+        self._words = np.random.default_rng(seed).standard_normal((100, 3)).astype(np.float32)
 
     def run(self, _outputs: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = tmp_path_factory.mktemp("bundle")
     write_bundle(folder, table(10), classifiers=LABELS)
     loaded = load_model(folder, provider="cpu", threads=1)
-    made = {name: replace(one, session=Graph(len(LABELS[name]))) for name, one in loaded.classifiers.items()}
+    made = {name: replace(one, session=Graph(seed)) for seed, (name, one) in enumerate(loaded.classifiers.items())}
     return replace(loaded, classifiers=made)
 
 
@@ -54,16 +54,14 @@ def expected(model: LoadedModel, language: str, text: str) -> Judgement:
     classifier = model.classifiers[f"sentiment_{language}"]
     (shares,) = classifier.probabilities([classifier.tokens(text).ids])
     place = int(shares.argmax())
-    sure = shares[place] >= classifier.spec.threshold
-    leaning = Leaning(classifier.spec.labels[place]) if sure else Leaning.NEUTRAL
-    return Judgement(leaning, float(shares[-1]) - float(shares[0]), float(shares[place]))
+    return Judgement(Leaning(classifier.spec.labels[place]), float(shares[-1]) - float(shares[0]), float(shares[place]))
 
 
 async def test_each_text_is_judged_by_the_classifier_of_its_language(model: LoadedModel) -> None:
     texts = [ENGLISH, "标题", "نص", "title", "😀"]
     analyzed = await room(model).analyze(texts)
     assert analyzed.model_version == model.model_version
-    assert [one.language for one in analyzed.sentiments] == ["en", "zh", "", "en", ""]
+    assert [one.language for one in analyzed.sentiments] == ["en", "zh", None, "en", None]
     assert [one.judgement for one in analyzed.sentiments] == [
         expected(model, "en", ENGLISH), expected(model, "zh", "标题"), UNJUDGED, expected(model, "en", "title"), UNJUDGED,
     ]  # fmt: skip
@@ -103,7 +101,7 @@ async def test_company_changes_nothing(model: LoadedModel) -> None:
 )
 async def test_what_is_in_no_language_is_not_judged(model: LoadedModel, text: str) -> None:
     before, odd, after = (await room(model).analyze(["title", text, "title"])).sentiments
-    assert (odd.judgement, odd.language, odd.aspects) == (UNJUDGED, "", ())
+    assert (odd.judgement, odd.language, odd.aspects) == (UNJUDGED, None, ())
     assert before == after == (await room(model).analyze(["title"])).sentiments[0]
 
 
@@ -144,12 +142,3 @@ async def test_a_model_without_any_is_the_states_fault(model: LoadedModel) -> No
         with pytest.raises(PreconditionError) as caught:
             await call
         assert caught.value.reason == "NO_SENTIMENT_MODEL"
-
-
-async def test_less_sure_than_the_threshold_is_neutral(model: LoadedModel) -> None:
-    for threshold, neutral in ((0.0, False), (1.0, True)):
-        chinese = model.classifiers["sentiment_zh"]
-        spec = chinese.spec.model_copy(update={"threshold": threshold})
-        changed = replace(model, classifiers={"sentiment_zh": replace(chinese, spec=spec)})
-        answer: Analyzed = await room(changed).judge(["标题"])
-        assert (answer.sentiments[0].judgement.leaning is Leaning.NEUTRAL) is neutral

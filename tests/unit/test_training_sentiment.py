@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -16,9 +17,10 @@ from features.bundle import classifier_files
 from features.classifiers import read_folder
 from tests.unit import made_reviews
 from training.classifier_export import write_classifier
+from training.messages import messages
 from training.quality.sentiment import by_aspect, by_group, run
-from training.reviews import CLOTHING, QUESTIONS, SHOPPING, TEST, TRAIN, VALIDATION, ReviewDataError, Reviews, read_reviews, split
-from training.sentiment import UNDECIDED, SentimentConfig, macro_f1, train_sentiment
+from training.reviews import CLOTHING, SHOPPING, TEST, TRAIN, VALIDATION, ReviewDataError, Reviews, read_reviews, split
+from training.sentiment import SentimentConfig, macro_f1, train_sentiment
 from training.sentiment_baseline import baseline
 from training.sentiment_model import Phrases, character_tokenizer
 from training.sentiment_phrases import fit_phrases
@@ -61,10 +63,9 @@ def test_the_public_files_are_read_by_their_columns(tmp_path: Path) -> None:
         "Class Name": ["Dresses"] * count,
     })  # fmt: skip
     clothing.to_parquet(tmp_path / CLOTHING)
-    pd.DataFrame({"utterance": ["where is it?", "it is bad"], "intent": ["track_order", "complaint"]}).to_parquet(tmp_path / QUESTIONS)
     reviews = read_reviews(tmp_path / CLOTHING)
     empty = sum(1 for k in range(count) if k % 5 == 0 and k % 2 == 0)
-    assert (len(reviews.texts), reviews.language, reviews.neutral) == (count - empty, "en", ["where is it?"])
+    assert (len(reviews.texts), reviews.language) == (count - empty, "en")
     assert reviews.texts[:2] == [f"Fine. {rows[1][0]}", rows[2][0]]
     assert reviews.stars is not None
     assert reviews.positive.tolist() == (reviews.stars > 3).tolist()
@@ -74,7 +75,7 @@ def test_the_public_files_are_read_by_their_columns(tmp_path: Path) -> None:
         tmp_path / SHOPPING
     )
     reviews = read_reviews(tmp_path / SHOPPING)
-    assert (reviews.language, reviews.stars, set(reviews.groups), reviews.neutral) == ("zh", None, {"书籍"}, [])
+    assert (reviews.language, reviews.stars, set(reviews.groups)) == ("zh", None, {"书籍"})
     assert reviews.texts[0] == shopping["review"][0]
     assert [path.name for path in review_files(tmp_path)] == [CLOTHING, SHOPPING]
     assert review_files(tmp_path / SHOPPING) == [tmp_path / SHOPPING]
@@ -137,8 +138,7 @@ def test_phrases_are_weighed_by_regression_and_padding_is_none() -> None:
 def test_it_learns_says_how_sure_it_is_and_is_the_same_for_equal_seeds(english: Reviews, chinese: Reviews, language: str) -> None:
     reviews = {"en": english, "zh": chinese}[language]
     trained = train_sentiment(reviews, SMALL)
-    assert trained.labels == (("negative", "neutral", "positive") if language == "en" else ("negative", "positive"))
-    assert trained.threshold == (None if language == "en" else UNDECIDED)
+    assert trained.labels == ("negative", "neutral", "positive")
     assert trained.metrics["auc"] > 0.93
     assert trained.metrics["calibration_error"] < 0.15
     assert {"rating_accuracy", "rating_mae", "macro_f1"} <= set(trained.metrics) or language == "zh"
@@ -161,7 +161,7 @@ def test_the_classifier_it_leaves_says_what_the_model_said(chinese: Reviews, tmp
     assert max(map(len, tokens.ids)) == spec.tokens
     for row, ids in enumerate(tokens.ids):
         (logits,) = session.run(None, {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)})
-        assert np.allclose(logits, predict(trained.model, Tokens([tokens.ids[row]]), 2), atol=1e-5)
+        assert np.allclose(logits, predict(trained.model, Tokens([tokens.ids[row]]), 3), atol=1e-5)
 
 
 def test_a_base_of_another_language_is_plugged_in_by_its_path(chinese: Reviews, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_base_of_another_language_is_plugged_in_by_its_path(chinese: Reviews, 
     tokenizer.save(str(base / "tokenizer.json"))
     usual = SentimentConfig.pretrained(str(base))
     path = tmp_path / "zh.csv"
-    pd.DataFrame({"text": chinese.texts, "label": chinese.positive.astype(int)}).to_csv(path, index=False)
+    pd.DataFrame({"text": chinese.texts, "label": chinese.positive.astype(int)}).head(400).to_csv(path, index=False)
     done = run_training(path, replace(usual, tokens=16, loop=replace(usual.loop, epochs=2, threads=1)), tmp_path / "classifiers")
     assert done.folder.parent == tmp_path / "classifiers" / "sentiment_zh"
     assert read_folder(done.folder).classifier == done.classifier
@@ -202,3 +202,20 @@ def test_the_public_sets_are_read_and_split(data_folder: Path) -> None:
 def test_a_quality_run_names_the_set_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=CLOTHING):
         run(tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_messages_ask_or_complain(language: Literal["en", "zh"]) -> None:
+    said = messages(language)
+    assert said == messages(language)
+    assert len(said) == len({one.text for one in said}) > 100
+    assert 0.05 < np.mean([one.complains for one in said]) < 0.3
+
+
+def test_a_question_is_neither_praise_nor_blame(english: Reviews, chinese: Reviews) -> None:
+    """In wordings that are like those of no review, and not trained on."""
+    asked = {"en": ["when will order 77 arrive?", "how much is the blue one?"], "zh": ["订单什么时候能到", "蓝色的多少钱"]}
+    for reviews in (english, chinese):
+        trained = train_sentiment(reviews, SMALL)
+        tokens = tokenize(trained.tokenizer, asked[reviews.language], trained.tokens)
+        assert predict(trained.model, tokens, 3).argmax(1).tolist() == [1, 1]
