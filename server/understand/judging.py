@@ -25,7 +25,7 @@ from server.understand.sentiment import Sentiments
 
 _log = structlog.get_logger(__name__)
 _BATCH = 64  # texts judged in one transaction
-_PAGE = 1_000  # events looked at in one statement: some milliseconds, however many there are
+_PAGE = 256  # events looked at in one statement: a millisecond and half a megabyte, however many there are
 # One process judges at a time; the others look again after their pause, but a command waits.
 _TRY_TURN = "SELECT pg_try_advisory_xact_lock(hashtext('concord judging'))"
 _TAKE_TURN = "SELECT pg_advisory_xact_lock(hashtext('concord judging')) IS NOT NULL"
@@ -116,16 +116,17 @@ class Judge:
             await asyncio.sleep(self._pause)
 
     async def step(self, after: Place, *, wait: bool = False) -> Step | None:
-        """Looks at the next events beyond a place, 1,000 at the most, and judges those that are not judged, 64 at the most.
+        """Looks at the next events beyond a place, 256 at the most, and judges those that are not judged, 64 at the most.
 
         Returns:
             None while another process judges; with ``wait`` it is waited for.
 
         Raises:
-            PreconditionError: there is something to judge, and no model that judges.
+            PreconditionError: there is no model that judges.
             OverloadedError: too many texts wait.
             UnavailableError: the active model cannot be loaded here.
         """
+        await self._sentiments.require_model()
         async with self._pool.connection() as connection, connection.transaction():
             turn = await (await connection.execute(_TAKE_TURN if wait else _TRY_TURN)).fetchone()
             if turn != (True,):

@@ -59,11 +59,21 @@ class Sentiments:
         model, whole = await self._whole(texts)
         return Analyzed(tuple(whole), model.model_version)
 
-    async def _whole(self, texts: Sequence[str]) -> tuple[LoadedModel, list[TextSentiment]]:
+    async def require_model(self) -> LoadedModel:
+        """Returns the model that judges.
+
+        Raises:
+            PreconditionError: no model is active, or the active one has no sentiment classifier.
+            UnavailableError: the active model cannot be loaded here.
+        """
         model = await self._model()
         if not any(name in model.classifiers for name in CLASSIFIERS.values()):
             told = "the active model has no sentiment classifier: train one, export, publish and activate"
             raise PreconditionError(told, reason="NO_SENTIMENT_MODEL")
+        return model
+
+    async def _whole(self, texts: Sequence[str]) -> tuple[LoadedModel, list[TextSentiment]]:
+        model = await self.require_model()
         languages = await self._runs.read(partial(_languages, texts))
         whole = [TextSentiment(UNJUDGED, language) for language in languages]
         for language, name in CLASSIFIERS.items():

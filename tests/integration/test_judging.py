@@ -33,9 +33,11 @@ class Says:
         self.before: Callable[[], Awaitable[object]] | None = None
         self.error: Exception | None = None
 
-    async def judge(self, texts: Sequence[str]) -> Analyzed:
+    async def require_model(self) -> None:
         if self.error is not None:
             raise self.error
+
+    async def judge(self, texts: Sequence[str]) -> Analyzed:
         if self.before is not None:
             before, self.before = self.before, None
             await before()
