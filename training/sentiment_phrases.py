@@ -10,8 +10,8 @@ from training.sentiment_model import Phrases
 from training.text import Tokens
 
 # Inverse strengths of the penalty, of which the held-out texts choose.
-_STRENGTHS = (0.3, 1.0, 3.0)
-_ITERATIONS = 200
+_STRENGTHS = (0.1, 0.3, 1.0)
+_ITERATIONS, _TOLERANCE = 200, 1e-3
 _LEAST = 2  # texts that hold a phrase, or it says nothing
 
 
@@ -23,7 +23,7 @@ def fit_phrases(
     holding = np.bincount(counts.indices, minlength=phrases.buckets)
     rarity = np.where(holding >= _LEAST, 1 + np.log((1 + len(tokens)) / (1 + holding)), 0.0)  # as scikit-learn's TF-IDF
     scaled, held_scaled = counts @ sp.diags(rarity), held_counts @ sp.diags(rarity)
-    fitted = [LogisticRegression(C=c, max_iter=_ITERATIONS).fit(scaled, targets) for c in _STRENGTHS]
+    fitted = [LogisticRegression(C=c, max_iter=_ITERATIONS, tol=_TOLERANCE).fit(scaled, targets) for c in _STRENGTHS]
     places = np.arange(len(held_targets)), held_targets
     best = max(fitted, key=lambda model: float(model.predict_log_proba(held_scaled)[places].mean()))
     weights, bias = best.coef_ * rarity, best.intercept_
