@@ -169,13 +169,13 @@ def test_a_base_of_another_language_is_plugged_in_by_its_path(chinese: Reviews, 
     base = tmp_path / "multilingual"
     tokenizer = character_tokenizer(chinese.texts)
     torch.manual_seed(1)
-    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=tokenizer.get_vocab_size(), **size)).save_pretrained(base)
     tokenizer.save(str(base / "tokenizer.json"))
     usual = SentimentConfig.pretrained(str(base))
     path = tmp_path / "zh.csv"
     pd.DataFrame({"text": chinese.texts, "label": chinese.positive.astype(int)}).head(400).to_csv(path, index=False)
-    done = run_training(path, replace(usual, tokens=16, loop=replace(usual.loop, epochs=2, threads=1)), tmp_path / "classifiers")
+    done = run_training(path, replace(usual, tokens=12, loop=replace(usual.loop, epochs=3, threads=1)), tmp_path / "classifiers")
     assert done.folder.parent == tmp_path / "classifiers" / "sentiment_zh"
     assert read_folder(done.folder).classifier == done.classifier
     assert (done.classifier.base_model, done.classifier.settings["base"]) == ("multilingual", str(base))
