@@ -1,19 +1,23 @@
-"""Commands on sentiment: train a classifier on reviews, and judge the reviews and messages of a shop's history."""
+"""Commands on sentiment: train a classifier on reviews, ask a running server, and judge the reviews and messages of a history."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.table import Table
 
+from cli.calls import connected
 from cli.context import shop
 from cli.models import trainings
 from features.settings import Settings
 from server.loop import finished
 from server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from concord.v1.understanding_pb2 import AnalyzeSentimentResponse
 
 _out = Console()
 
@@ -21,6 +25,7 @@ _out = Console()
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     trainings.command("sentiment", epilog="Example: concord train sentiment --data reviews.csv")(train)
+    app.command(epilog='Example: concord sentiment "Lovely colour, but it runs small." --channel store')(sentiment)
     app.command(epilog="Example: concord judge && concord materialize")(judge)
 
 
@@ -59,6 +64,32 @@ def train(
                 table.add_row(name, f"{metrics[name]:.4f}", "" if beside is None else f"{beside:.4f}")
             _out.print(table)
             _out.print(f"{done.name} in {done.folder}; largest difference from PyTorch {done.classifier.parity:.1e}")
+
+
+def sentiment(
+    texts: Annotated[list[str], typer.Argument(help="Reviews or messages.")],
+    channel: Annotated[str, typer.Option(help="Channel the call comes from.")] = "web",
+    server: Annotated[str, typer.Option(help="Address of a running server.")] = "127.0.0.1:50051",
+) -> None:
+    """Says how positive texts are, and what they say of which aspects."""
+
+    async def call() -> "AnalyzeSentimentResponse":
+        async with connected(server, channel) as client:
+            return await client.sentiment(*texts)
+
+    answer = finished(call())
+    table = Table("text", "language", "label", "score", "confidence", "aspects")
+    for text, one in zip(texts, answer.sentiments, strict=True):
+        aspects = ", ".join(f"{aspect.aspect} {aspect.score:+.2f}" for aspect in one.aspects)
+        table.add_row(text, one.language, _label(one.label), f"{one.score:+.2f}", f"{one.confidence:.2f}", aspects)
+    _out.print(table)
+    _out.print(f"model {answer.model_version}", highlight=False)
+
+
+def _label(number: int) -> str:
+    from concord.v1.understanding_pb2 import SentimentLabel
+
+    return SentimentLabel.Name(number).removeprefix("SENTIMENT_LABEL_").lower()
 
 
 def judge(

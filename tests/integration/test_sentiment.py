@@ -152,6 +152,19 @@ async def test_what_breaks_a_rule_is_refused_by_name(concord: Concord, texts: tu
     assert error_details(caught.value).field == field
 
 
+async def test_the_command_line_asks_a_server(address: str, concord: Concord) -> None:
+    text = "lovely great perfect price"
+    words = [sys.executable, "-m", "cli.main", "sentiment", text, "привет", "--channel", "store", "--server", address]
+    done = await asyncio.to_thread(subprocess.run, words, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (one,) = (await concord.sentiment(text)).sentiments
+    lines = [line for line in done.stdout.splitlines() if "price" in line or "привет" in line]
+    assert [part.strip() for part in lines[0].split("│")[1:-1]] == [
+        text, "en", "positive", f"{one.score:+.2f}", f"{one.confidence:.2f}", f"price {one.score:+.2f}",
+    ]  # fmt: skip
+    assert [part.strip() for part in lines[1].split("│")[1:-1]] == ["привет", "", "unjudged", "+0.00", "0.00", ""]
+
+
 async def judged(settings: ServerSettings, user_id: str, count: int) -> list[dict[str, Any]]:
     async with asyncio.timeout(30):
         while True:
