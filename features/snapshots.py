@@ -9,6 +9,8 @@ from psycopg.rows import TupleRow
 
 from features.behaviour import ACTION_WEIGHT, LIKED_FROM
 
+# Days before a snapshot's time whose reviews and messages make up its sentiment features.
+SENTIMENT_DAYS = 90
 # The advisory lock that a materialization holds, shared: customers forgotten meanwhile are erased once more after it.
 MATERIALIZING = (0x434F4E43, 1)
 
@@ -23,7 +25,11 @@ class SnapshotReport:
 
 
 _USER_PROFILE = """
-INSERT INTO user_profile
+INSERT INTO user_profile (
+    user_id, event_timestamp, event_count, purchase_count, purchase_value, days_since_event, days_since_purchase,
+    price_mean, price_low, price_high, top_categories, top_category_shares, top_brands, top_brand_shares, channel_names, channel_shares,
+    sentiment_count, sentiment_mean, sentiment_last
+)
 WITH weights (action, weight) AS (SELECT * FROM unnest(%(actions)s::text[], %(weights)s::double precision[])),
 e AS (
     SELECT e.user_id, e.channel, e.action, e.value, e.quantity, e.occurred_at, i.category, i.brand,
@@ -50,15 +56,24 @@ ranked AS (
 ), tops AS (
     SELECT user_id, kind, array_agg(name ORDER BY place) AS names, array_agg(share::double precision ORDER BY place) AS shares
     FROM ranked WHERE place <= 5 OR kind = 'channel' GROUP BY user_id, kind
+), opinions AS (
+    SELECT user_id, count(*) AS judged, avg(s.score ORDER BY e.occurred_at, event_id) AS mean,
+           (array_agg(s.score ORDER BY e.occurred_at DESC, event_id DESC))[1] AS last
+    FROM event_sentiments s JOIN events e USING (user_id, event_id)
+    WHERE s.origin_id = coalesce(e.origin_id, user_id) AND s.score IS NOT NULL
+      AND e.occurred_at <= %(as_of)s AND e.occurred_at > %(as_of)s - make_interval(days => %(sentiment_days)s)
+      AND (%(users)s::text[] IS NULL OR user_id = ANY(%(users)s))
+    GROUP BY user_id
 )
 SELECT b.user_id, %(as_of)s, b.event_count, b.purchase_count, b.spent, b.since_event, b.since_purchase,
        b.price_mean, b.band[1], b.band[2],
        coalesce(c.names, '{}'), coalesce(c.shares, '{}'), coalesce(r.names, '{}'), coalesce(r.shares, '{}'),
-       coalesce(h.names, '{}'), coalesce(h.shares, '{}')
+       coalesce(h.names, '{}'), coalesce(h.shares, '{}'), coalesce(o.judged, 0), o.mean, o.last
 FROM base b
 LEFT JOIN tops c ON c.user_id = b.user_id AND c.kind = 'category'
 LEFT JOIN tops r ON r.user_id = b.user_id AND r.kind = 'brand'
 LEFT JOIN tops h ON h.user_id = b.user_id AND h.kind = 'channel'
+LEFT JOIN opinions o ON o.user_id = b.user_id
 """
 
 _ITEM_POPULARITY = """
@@ -113,7 +128,7 @@ async def retake_profiles(connection: "AsyncConnection[TupleRow]", users: Sequen
 def _profile_parameters(as_of: datetime, users: list[str] | None) -> dict[str, object]:
     """Returns the parameters of the profile query; no list of users means all."""
     weights = {"actions": list(ACTION_WEIGHT), "weights": list(ACTION_WEIGHT.values()), "liked": LIKED_FROM}
-    return {"as_of": as_of, "users": users, **weights}
+    return {"as_of": as_of, "users": users, "sentiment_days": SENTIMENT_DAYS, **weights}
 
 
 def snapshot_grid(connection: Connection[TupleRow], *, every_days: int = 7, until: datetime | None = None) -> list[datetime]:

@@ -21,6 +21,7 @@ from server.errors import ConcordError
 from server.fleet import FleetWatch
 from server.health import PostgresProbe, Probe, probes
 from server.identifiers import new_identifier
+from server.inference.model import LoadedModel
 from server.ingest.forget import Erasure
 from server.ingest.graph import IdentityGraph
 from server.ingest.identities import Identities
@@ -53,6 +54,8 @@ from server.security.gate import open_gate
 from server.settings import ServerSettings
 from server.understand.embedder import Embedder
 from server.understand.intents import Intents
+from server.understand.judging import Judge
+from server.understand.sentiment import Sentiments
 from server.understand.text_runs import TextRuns
 from server.vitals import Vitals
 
@@ -136,6 +139,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         standings = Standings(states, online, fleet, now=_now)
         computing = Computing(threads=settings.compute_threads, waiting=settings.compute_waiting)
         runs = TextRuns(computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
+        sentiments = Sentiments(partial(_answering, standings), runs)
         ahead = Ahead(computing, identities, online, current=lambda: fleet.current)
         recorder.arriving = ahead.arriving
         offers = Offers(pool)
@@ -169,6 +173,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog.run(),
             features.run(settings.registry_seconds),
             Vitals(pool, client, recorder, journal, runs, fleet, metrics).run(),
+            Judge(pool, sentiments, metrics, pause_seconds=settings.judge_seconds).run(),
             *([keys.run()] if keys else []),
         )
         for loop in loops:
@@ -188,6 +193,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             features=features,
             embedder=Embedder(standings, runs),
             intents=Intents(standings, runs),
+            sentiments=sentiments,
             models=Models(fleet, connect=connect),
             gate=gate,
             audit=AdminAudit(pool),
@@ -195,6 +201,11 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         postgres = PostgresProbe(settings.postgres_dsn)
         stack.push_async_callback(postgres.close)
         yield Rooms(services, fleet, probes(postgres, client, online, fleet, look_up))
+
+
+async def _answering(standings: Standings) -> LoadedModel:
+    """Returns the model that the fleet answers with; raises as ``Standings.of_nobody``, and PreconditionError where none is active."""
+    return (await standings.of_nobody()).snapshot.require_model()
 
 
 async def _caught_up(recovery: Recovery, fleet: FleetWatch) -> bool:

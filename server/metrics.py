@@ -81,6 +81,7 @@ class Metrics:
             for store, what in _STORES.items()
         }
         self._events = Counter("concord_ingest_events", "Events received, by what became of them.", ["status"], registry=registry)
+        self._opinions = Counter("concord_opinions_judged", "Reviews and messages whose sentiment was judged.", registry=registry)
         self._journal = Counter(
             "concord_journal", "Exposures written, dropped (the queue was full), or of a forgotten customer.", ["result"], registry=registry
         )
@@ -194,6 +195,10 @@ class Metrics:
     def events(self, status: str, count: int = 1) -> None:
         """Counts events by status: stored, duplicate or rejected."""
         self._events.labels(status).inc(count)
+
+    def opinions_judged(self, count: int) -> None:
+        """Counts reviews and messages that were judged."""
+        self._opinions.inc(count)
 
     def journal_written(self, count: int) -> None:
         """Counts exposures written to the journal."""

@@ -89,6 +89,9 @@ class ServerSettings(SecuritySettings):
     ingest_batch_events: int = Field(2_000, gt=0, description="Events committed in one transaction at the most.")
     journal_queue: int = Field(10_000, gt=0, description="Exposures waiting to be written; beyond it they are dropped and counted.")
     journal_seconds: float = Field(0.25, gt=0, description="Pause between writes of exposures, in seconds: the most that a kill -9 loses.")
+    judge_seconds: float = Field(
+        1.0, gt=0, description="Pause between looks for reviews and messages whose sentiment is not judged yet, in seconds."
+    )
     refresh_seconds: float = Field(0.5, gt=0, description="Pause between looks at the versions in PostgreSQL, in seconds.")
     registry_seconds: float = Field(60.0, gt=0, description="Pause between looks at the Feast registry, in seconds.")
     recovery_seconds: float = Field(2.0, gt=0, description="Age at which a customer whose online state lags is recomputed, in seconds.")

@@ -13,6 +13,7 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
 
+from features.aspects import Mention
 from features.behaviour import Activity, Behaviour
 from features.candidates import Source
 from features.catalogue import Item, Relation, UpsertResult
@@ -21,6 +22,8 @@ from features.layout import Ages, FeatureValue, Status
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.domain import (
+    UNJUDGED,
+    Analyzed,
     Answer,
     CustomerProfile,
     Embedded,
@@ -34,6 +37,8 @@ from server.domain import (
     IncomingEvent,
     ItemCard,
     ItemFilter,
+    Judgement,
+    Leaning,
     Link,
     Linked,
     Persona,
@@ -50,6 +55,7 @@ from server.domain import (
     Subject,
     Suggestions,
     SuggestQuery,
+    TextSentiment,
     Token,
     Unlinked,
     Versions,
@@ -294,6 +300,21 @@ class FakeIntents(Script):
 
 
 @dataclass
+class FakeSentiments(Script):
+    """Everything is praise, its first word of the price; blanks are not judged."""
+
+    async def analyze(self, texts: Sequence[str]) -> Analyzed:
+        await self.play(texts)
+        praise = Judgement(Leaning.POSITIVE, 0.75, 0.875)
+        return Analyzed(tuple(_praised(text, praise) if text.strip() else TextSentiment(UNJUDGED, None) for text in texts), "m1")
+
+
+def _praised(text: str, praise: Judgement) -> TextSentiment:
+    word = text.split()[0]
+    return TextSentiment(praise, "en", ((Mention("price", word, 0, len(word)), praise),), truncated=len(text) > 1_000)
+
+
+@dataclass
 class FakeModels(Script):
     loaded: set[str] = field(default_factory=lambda: {"m1"})
     activation_count: int = 4
@@ -363,6 +384,7 @@ class Fakes:
     features: FakeFeatures = field(default_factory=FakeFeatures)
     embedder: FakeEmbedder = field(default_factory=FakeEmbedder)
     intents: FakeIntents = field(default_factory=FakeIntents)
+    sentiments: FakeSentiments = field(default_factory=FakeSentiments)
     models: FakeModels = field(default_factory=FakeModels)
     gate: Gate = field(default_factory=lambda: Gate(open_to_all=True))
     audit: FakeAudit = field(default_factory=FakeAudit)
@@ -381,6 +403,7 @@ class Fakes:
             features=self.features,
             embedder=self.embedder,
             intents=self.intents,
+            sentiments=self.sentiments,
             models=self.models,
             gate=self.gate,
             audit=self.audit,

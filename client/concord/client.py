@@ -47,7 +47,14 @@ from concord.v1.recommendation_pb2 import (
     SimilarItemsRequest,
     SimilarItemsResponse,
 )
-from concord.v1.understanding_pb2 import DetectIntentRequest, DetectIntentResponse, EmbedTextRequest, EmbedTextResponse
+from concord.v1.understanding_pb2 import (
+    AnalyzeSentimentRequest,
+    AnalyzeSentimentResponse,
+    DetectIntentRequest,
+    DetectIntentResponse,
+    EmbedTextRequest,
+    EmbedTextResponse,
+)
 
 # Why a token that this client remembered may be refused although its caller did nothing wrong.
 _OUTLIVED = {"TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"}
@@ -342,6 +349,22 @@ class Concord(SearchCalls):
         """
         request = DetectIntentRequest(channel=self._channel, text=text, top_k=top_k)
         answer: DetectIntentResponse = await self._call(self._understanding.DetectIntent, request, timeout)
+        return answer
+
+    async def sentiment(self, *texts: str, timeout: float | None = None) -> AnalyzeSentimentResponse:
+        """Returns how positive 1 to 128 texts are, and what they say of which aspects, by the active model.
+
+        Example:
+            ```python
+            answer = await concord.sentiment("Lovely colour, but it runs small.")
+            review = answer.sentiments[0]
+            print(review.score, [(one.aspect, one.score) for one in review.aspects])  # colour above 0, size below
+            ```
+
+        A text in neither English nor Chinese, or without a letter, has the label ``SENTIMENT_LABEL_UNJUDGED``.
+        """
+        request = AnalyzeSentimentRequest(channel=self._channel, texts=texts)
+        answer: AnalyzeSentimentResponse = await self._call(self._understanding.AnalyzeSentiment, request, timeout)
         return answer
 
     async def _read(self, method: Any, request: Any, timeout: float | None, *, given: bool) -> Any:

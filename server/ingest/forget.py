@@ -25,6 +25,7 @@ _IDENTITIES = "SELECT channel, channel_user_id FROM identities WHERE user_id = A
 _DELETIONS = {
     "events": "DELETE FROM events WHERE user_id = ANY(%s)",
     "shadowed_events": "DELETE FROM events_shadowed WHERE user_id = ANY(%s)",
+    "sentiments": "DELETE FROM event_sentiments WHERE user_id = ANY(%s)",
     # Those too that a persona was shown while it was part of a customer it has left since.
     "exposures": "DELETE FROM exposures e USING (SELECT %s::text[] AS ids) w WHERE e.user_id = ANY(w.ids) OR e.origin_id = ANY(w.ids)",
     "profiles": "DELETE FROM user_profile WHERE user_id = ANY(%s)",

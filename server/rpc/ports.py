@@ -8,6 +8,7 @@ from features.catalogue import Item, Relation, UpsertResult
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.domain import (
+    Analyzed,
     Answer,
     CustomerProfile,
     Embedded,
@@ -165,6 +166,14 @@ class Intents(Protocol):
         ...
 
 
+class Sentiments(Protocol):
+    """Judges texts with the active model; see server.understand.sentiment."""
+
+    async def analyze(self, texts: Sequence[str]) -> Analyzed:
+        """Returns how positive texts are, and what they say of which aspects."""
+        ...
+
+
 class Models(Protocol):
     """Knows the published models and moves the pointer; see server.models."""
 
@@ -240,6 +249,7 @@ class Services:
     features: FeatureReader
     embedder: Embedder
     intents: Intents
+    sentiments: Sentiments
     models: Models
     gate: Gate
     audit: AuditLog

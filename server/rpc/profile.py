@@ -77,6 +77,7 @@ def _features(profile: Mapping[str, FeatureValue]) -> profile_pb2.ProfileFeature
         top_categories=_shares(value, "top_categories", "top_category_shares"),
         top_brands=_shares(value, "top_brands", "top_brand_shares"),
         top_channels=_shares(value, "channel_names", "channel_shares"),
+        sentiment=_sentiment(value),
     )
 
 
@@ -84,6 +85,14 @@ def _price_band(value: Mapping[str, Any]) -> profile_pb2.PriceBand | None:
     if value.get("price_mean") is None:
         return None
     return profile_pb2.PriceBand(low=value.get("price_low"), mean=value["price_mean"], high=value.get("price_high"))
+
+
+def _sentiment(value: Mapping[str, Any]) -> profile_pb2.CustomerSentiment | None:
+    if not value.get("sentiment_count"):
+        return None
+    return profile_pb2.CustomerSentiment(
+        text_count=value["sentiment_count"], mean_score=value.get("sentiment_mean"), last_score=value.get("sentiment_last")
+    )
 
 
 def _shares(value: Mapping[str, Any], names: str, shares: str) -> list[profile_pb2.Share]:

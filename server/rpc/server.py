@@ -220,9 +220,8 @@ def _register(
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
     search_pb2_grpc.add_SearchServiceServicer_to_server(search, server)
-    understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(
-        UnderstandingServicer(services.embedder, services.intents, validator), server
-    )
+    understanding = UnderstandingServicer(services.embedder, services.intents, services.sentiments, validator)
+    understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(understanding, server)
     models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 
 

@@ -1,20 +1,25 @@
 """UnderstandingService: what texts mean."""
 
+from typing import Any
+
 from concord.v1 import understanding_pb2, understanding_pb2_grpc
-from server.domain import Embedding
+from server.domain import Embedding, Judgement, Leaning, TextSentiment
 from server.rpc.interceptor import Context
-from server.rpc.ports import Embedder, Intents
+from server.rpc.ports import Embedder, Intents, Sentiments
 from server.rpc.translate import MICROS
 from server.rpc.validation import Validator
 from server.understand.entities import Entity
+
+_LABELS = {leaning: understanding_pb2.SentimentLabel.Value(f"SENTIMENT_LABEL_{leaning.name}") for leaning in Leaning}
 
 
 class UnderstandingServicer(understanding_pb2_grpc.UnderstandingServiceServicer):
     """Reads texts with the active model."""
 
-    def __init__(self, embedder: Embedder, intents: Intents, validator: Validator) -> None:
+    def __init__(self, embedder: Embedder, intents: Intents, sentiments: Sentiments, validator: Validator) -> None:
         self._embedder = embedder
         self._intents = intents
+        self._sentiments = sentiments
         self._validator = validator
 
     async def EmbedText(self, request: understanding_pb2.EmbedTextRequest, _context: Context) -> understanding_pb2.EmbedTextResponse:
@@ -39,6 +44,15 @@ class UnderstandingServicer(understanding_pb2_grpc.UnderstandingServiceServicer)
             index_version=found.index_version,
         )
 
+    async def AnalyzeSentiment(
+        self, request: understanding_pb2.AnalyzeSentimentRequest, _context: Context
+    ) -> understanding_pb2.AnalyzeSentimentResponse:
+        """Returns how positive each text is, and what it says of which aspects."""
+        analyzed = await self._sentiments.analyze(self._validator.texts(request))
+        return understanding_pb2.AnalyzeSentimentResponse(
+            sentiments=[_sentiment(one) for one in analyzed.sentiments], model_version=analyzed.model_version
+        )
+
 
 def _entity(one: Entity) -> understanding_pb2.Entity:
     made = understanding_pb2.Entity(
@@ -60,3 +74,19 @@ def _entity(one: Entity) -> understanding_pb2.Entity:
 def _embedding(one: Embedding) -> understanding_pb2.TextEmbedding:
     vector = () if one.vector is None else one.vector.tolist()
     return understanding_pb2.TextEmbedding(vector=vector, token_count=one.token_count, truncated=one.truncated)
+
+
+def _sentiment(one: TextSentiment) -> understanding_pb2.TextSentiment:
+    aspects = [
+        understanding_pb2.AspectSentiment(
+            aspect=mention.aspect, term=mention.term, start=mention.start, end=mention.end, **_judgement(judgement)
+        )
+        for mention, judgement in one.aspects
+    ]
+    return understanding_pb2.TextSentiment(
+        language=one.language or "", aspects=aspects, truncated=one.truncated, **_judgement(one.judgement)
+    )
+
+
+def _judgement(one: Judgement) -> dict[str, Any]:
+    return {"label": _LABELS[one.leaning], "score": one.score, "confidence": one.confidence}

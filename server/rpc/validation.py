@@ -156,11 +156,7 @@ class Validator:
 
     def embed(self, request: understanding_pb2.EmbedTextRequest) -> EmbedQuery:
         """Reads texts to be encoded, and what they are."""
-        self.channel(request.channel, "channel")
-        rules.count(request.texts, "texts", most=rules.TEXTS, least=1)
-        texts = tuple(rules.text(text, f"texts[{index}]", most=rules.TEXT_CHARS) for index, text in enumerate(request.texts))
-        if sum(map(len, texts)) > rules.TEXTS_CHARS:
-            raise InvalidRequestError("texts", f"must have at most {rules.TEXTS_CHARS:,} characters together")
+        texts = self.texts(request)
         if request.purpose not in PURPOSES:
             raise InvalidRequestError("purpose", "is required: a known purpose")
         if request.max_tokens and not rules.LEAST_TOKENS <= request.max_tokens <= rules.MOST_TOKENS:
@@ -172,6 +168,15 @@ class Validator:
         self.channel(request.channel, "channel")
         text = rules.text(request.text, "text", most=rules.TEXT_CHARS)
         return IntentQuery(text, rules.page(request.top_k, "top_k", most=rules.TOP_K, default=rules.DEFAULT_TOP_K))
+
+    def texts(self, request: understanding_pb2.EmbedTextRequest | understanding_pb2.AnalyzeSentimentRequest) -> tuple[str, ...]:
+        """Reads texts to be understood, after the channel that asks."""
+        self.channel(request.channel, "channel")
+        rules.count(request.texts, "texts", most=rules.TEXTS, least=1)
+        texts = tuple(rules.text(text, f"texts[{index}]", most=rules.TEXT_CHARS) for index, text in enumerate(request.texts))
+        if sum(map(len, texts)) > rules.TEXTS_CHARS:
+            raise InvalidRequestError("texts", f"must have at most {rules.TEXTS_CHARS:,} characters together")
+        return texts
 
     def _entity(self, row: features_pb2.EntityRow, field: str) -> EntityKey:
         if not row.user_id and not row.item_id:

@@ -56,6 +56,7 @@ SCOPE_OF = {
     "SearchService/Suggest": Scope.CATALOG_READ,
     "UnderstandingService/EmbedText": Scope.TEXTS_READ,
     "UnderstandingService/DetectIntent": Scope.TEXTS_READ,
+    "UnderstandingService/AnalyzeSentiment": Scope.TEXTS_READ,
     "ModelService/ListModels": Scope.MODELS_READ,
     "ModelService/GetActiveModel": Scope.MODELS_READ,
     "ModelService/ListReplicas": Scope.MODELS_READ,

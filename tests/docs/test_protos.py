@@ -115,6 +115,7 @@ def test_every_service_of_the_contract_is_there(files):
         "SearchService.Suggest",
         "UnderstandingService.EmbedText",
         "UnderstandingService.DetectIntent",
+        "UnderstandingService.AnalyzeSentiment",
         "ModelService.ListModels",
         "ModelService.GetActiveModel",
         "ModelService.ActivateModel",

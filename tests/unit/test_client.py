@@ -166,6 +166,10 @@ class Shop(
         await self._enter(request, context)
         return understanding_pb2.EmbedTextResponse(model_version="m1")
 
+    async def AnalyzeSentiment(self, request, context):
+        await self._enter(request, context)
+        return understanding_pb2.AnalyzeSentimentResponse(model_version="m1")
+
 
 @asynccontextmanager
 async def serving(shop):
@@ -494,11 +498,13 @@ async def test_texts_are_sent_with_what_they_are():
     shop = Shop()
     async with connected(shop) as concord:
         assert (await concord.embed("a cup", "a mug")).model_version == "m1"
+        assert (await concord.sentiment("a fine cup", "一只好杯子")).model_version == "m1"
         await concord.embed("views cups", purpose="user", max_tokens=9)
         with pytest.raises(ValueError, match="EMBEDDING_PURPOSE_FISH"):
             await concord.embed("a cup", purpose="fish")
     assert shop.received == [
         understanding_pb2.EmbedTextRequest(channel="web", texts=["a cup", "a mug"], purpose=understanding_pb2.EMBEDDING_PURPOSE_ITEM),
+        understanding_pb2.AnalyzeSentimentRequest(channel="web", texts=["a fine cup", "一只好杯子"]),
         understanding_pb2.EmbedTextRequest(
             channel="web", texts=["views cups"], purpose=understanding_pb2.EMBEDDING_PURPOSE_USER, max_tokens=9
         ),

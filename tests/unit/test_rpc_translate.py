@@ -309,3 +309,25 @@ async def test_an_intent_is_answered_whole() -> None:
     assert (quantity.kind, quantity.quantity) == (understanding_pb2.ENTITY_KIND_QUANTITY, 2)
     told = (answer.in_scope, answer.token_count, answer.truncated, answer.model_version, answer.index_version)
     assert told == (True, 7, False, "m1", 3)
+
+
+async def test_sentiments_are_answered_whole() -> None:
+    texts = ["cheap 杯子", " ", "long " * 300]
+    async with serving() as edge:
+        answer = await understanding_pb2_grpc.UnderstandingServiceStub(edge.channel).AnalyzeSentiment(
+            understanding_pb2.AnalyzeSentimentRequest(channel="web", texts=texts)
+        )
+    assert edge.fakes.sentiments.calls == [tuple(texts)]
+    assert answer.model_version == "m1"
+    positive, unjudged = understanding_pb2.SENTIMENT_LABEL_POSITIVE, understanding_pb2.SENTIMENT_LABEL_UNJUDGED
+    assert [(one.label, one.score, one.confidence, one.language, one.truncated) for one in answer.sentiments] == [
+        (positive, 0.75, 0.875, "en", False),
+        (unjudged, 0.0, 0.0, "", False),
+        (positive, 0.75, 0.875, "en", True),
+    ]
+    assert [list(one.aspects) for one in answer.sentiments] == [
+        [understanding_pb2.AspectSentiment(aspect="price", term=word, start=0, end=len(word), label=positive, score=0.75, confidence=0.875)]
+        if word
+        else []
+        for word in ("cheap", "", "long")
+    ]

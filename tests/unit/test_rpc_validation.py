@@ -86,6 +86,10 @@ def embed(**changes: Any) -> understanding_pb2.EmbedTextRequest:
     return understanding_pb2.EmbedTextRequest(**base | changes)
 
 
+def analyze(**changes: Any) -> understanding_pb2.AnalyzeSentimentRequest:
+    return understanding_pb2.AnalyzeSentimentRequest(**{"channel": "web", "texts": ["t"]} | changes)
+
+
 METHODS = {
     recommendation_pb2.RecommendRequest: "RecommendationService/Recommend",
     recommendation_pb2.RankItemsRequest: "RecommendationService/RankItems",
@@ -100,6 +104,7 @@ METHODS = {
     models_pb2.ActivateModelRequest: "ModelService/ActivateModel",
     understanding_pb2.EmbedTextRequest: "UnderstandingService/EmbedText",
     understanding_pb2.DetectIntentRequest: "UnderstandingService/DetectIntent",
+    understanding_pb2.AnalyzeSentimentRequest: "UnderstandingService/AnalyzeSentiment",
 }
 
 VIOLATIONS: list[tuple[Message, str, str]] = [
@@ -162,6 +167,12 @@ VIOLATIONS: list[tuple[Message, str, str]] = [
     (embed(max_tokens=2), "max_tokens", "must be 3 to 512, or 0 for the model's own limit"),
     (embed(max_tokens=-1), "max_tokens", "must be 3 to 512, or 0 for the model's own limit"),
     (embed(max_tokens=513), "max_tokens", "must be 3 to 512, or 0 for the model's own limit"),
+    (analyze(channel=""), "channel", "is required: a registered channel"),
+    (analyze(texts=[]), "texts", "must have 1 to 128 elements"),
+    (analyze(texts=["t"] * 129), "texts", "must have 1 to 128 elements"),
+    (analyze(texts=["t", "t" * 10_001]), "texts[1]", "must have at most 10000 characters"),
+    (analyze(texts=["t" * 10_000] * 10 + ["t"]), "texts", "must have at most 100,000 characters together"),
+    (analyze(texts=["a\0b"]), "texts[0]", "must not contain NUL (U+0000)"),
     # lists of ids
     (recommend(context_item_ids=["i"] * 21), "context_item_ids", "must have at most 20 elements"),
     (recommend(context_item_ids=["i", ""]), "context_item_ids[1]", "is required"),
@@ -283,6 +294,8 @@ async def test_reasons_programs_rely_on(edge: Edge, request_: Message, reason: s
         embed(texts=[""] * 128, max_tokens=3),
         intent(text=""),
         intent(text="t" * 10_000, top_k=100),
+        analyze(texts=["t" * 10_000] * 10),
+        analyze(texts=[""] * 128),
     ],
 )
 async def test_what_the_contract_allows_is_allowed(edge: Edge, request_: Message) -> None:

@@ -12,11 +12,14 @@ import torch
 import typer
 
 from training.card import render_html, render_markdown
-from training.quality import intents, next_item, online_retail, search
+from training.quality import intents, next_item, online_retail, search, sentiment
 from training.quality.result import QualityResult
 
 _PARTS = f"{', '.join(next_item.PARTS)}; of the intents {', '.join(intents.PARTS)}"
-_SETS = "beauty, cold (beauty with items held out), online_retail, search, intents, or intents_5 and intents_20 (of so many examples each)."
+_SETS = (
+    "beauty, cold (beauty with items held out), online_retail, search, sentiment, intents, "
+    "or intents_5 and intents_20 (of so many examples each)."
+)
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -27,6 +30,7 @@ class Set(StrEnum):
     COLD = "cold"
     ONLINE_RETAIL = "online_retail"
     SEARCH = "search"
+    SENTIMENT = "sentiment"
     INTENTS = "intents"
     INTENTS_5 = "intents_5"
     INTENTS_20 = "intents_20"
@@ -84,6 +88,8 @@ def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str],
     try:
         if name in _EXAMPLES:
             return intents.run(data, seed=seed, examples=_EXAMPLES[name], without=without)
+        if name is Set.SENTIMENT:
+            return sentiment.run(data, seed=seed)
         if name is Set.ONLINE_RETAIL:
             return online_retail.run(data, seed=seed, cut=cut, without=without)
         if name is Set.SEARCH:
