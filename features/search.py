@@ -33,7 +33,7 @@ class SearchWeights:
         least_similarity: cosine below which it has not been found by its meaning.
     """
 
-    meaning: float = 0.3
+    meaning: float = 0.5
     personal: float = 0.2
     least_relevance: float = 0.15
     least_similarity: float = 0.45
