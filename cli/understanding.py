@@ -40,6 +40,7 @@ def train_intent(
     """
     from training.config import TrainConfig
     from training.intent_run import train_intent as run
+    from training.quantize import RefusedVariantError
     from training.utterances import UtteranceError, read_texts, read_utterances
 
     try:
@@ -49,7 +50,10 @@ def train_intent(
     except (UtteranceError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     with shop(Settings) as settings:
-        result = run(settings, utterances, strangers, config=config, examples=examples, int4=int4)
+        try:
+            result = run(settings, utterances, strangers, config=config, examples=examples, int4=int4)
+        except RefusedVariantError as error:
+            raise typer.BadParameter(str(error), param_hint="--int4") from None
     made = result.classifier
     print_metrics(made.metrics)
     scope = "every text is in scope" if made.threshold is None else f"out of scope below {made.threshold:.3f}"

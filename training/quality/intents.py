@@ -28,7 +28,8 @@ TRAIN, TEST = "bitext_2020_intents.parquet", "bitext_21k_intents_sentiment.parqu
 _REVIEWS, _TITLES, _CHINESE = "womens_clothing_reviews.parquet", "amazon_beauty_items.parquet", "online_shopping_10_cats.parquet"
 _RENAMED = {"check_invoices": "check_invoice"}
 _STRANGERS = 2_000  # sentences of reviews that are learned from and choose the threshold
-_SAMPLE = 1_000  # of test utterances for robustness and few-shot, and of each kind of text out of scope
+_SAMPLE = 500  # of test utterances for robustness, and of each kind of text out of scope
+_FEW_TESTED = 2_000  # test utterances for few-shot
 PARTS = ("fine_tuning", "names", "out_of_scope")
 
 
@@ -49,7 +50,7 @@ def run(data: Path, *, seed: int, examples: int | None = None, without: frozense
     rng = np.random.default_rng([seed, 7])
     known, asked = read_utterances(data / TRAIN), _test_utterances(data / TEST)
     if examples:
-        known, asked = _few(known, examples, rng), asked.of(_sample(len(asked), rng))
+        known, asked = _few(known, examples, rng), asked.of(_sample(len(asked), rng, _FEW_TESTED))
     learned, strange = _strangers(data, rng)
     config = replace(TrainConfig.intent(), seed=seed)
     if examples:
@@ -108,8 +109,8 @@ def _column(path: Path, name: str) -> list[str]:
     return [text for text in pd.read_parquet(path, columns=[name])[name].dropna().astype(str) if text.strip()]
 
 
-def _sample(count: int, rng: np.random.Generator) -> list[int]:
-    return sorted(rng.permutation(count)[:_SAMPLE].tolist())
+def _sample(count: int, rng: np.random.Generator, most: int = _SAMPLE) -> list[int]:
+    return sorted(rng.permutation(count)[:most].tolist())
 
 
 def _few(known: Utterances, examples: int, rng: np.random.Generator) -> Utterances:
