@@ -51,9 +51,15 @@ class Track(str, Enum):  # noqa: UP042 - likewise
 _TRAINED = {Task.recommend: "tower", Task.clicks: "classifier", Task.rating: "rating"}
 
 
+trainings = typer.Typer()
+"""`concord train`, which by itself trains the model that recommends; what trains a text classifier is a command of it."""
+
+
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
-    app.command(epilog="Example: concord train --preset full --set cut=2011-11-01 or concord train --since-last --margin 0.002")(train)
+    example = "Example: concord train --preset full --set cut=2011-11-01 or concord train --since-last --margin 0.002"
+    trainings.callback(invoke_without_command=True, epilog=example)(train)
+    app.add_typer(trainings, name="train")
     app.command(epilog="Example: concord export --out .data/bundle")(export)
     app.command(epilog="Example: concord publish .data/bundle")(publish)
     app.command(epilog="Example: concord activate 20260131-0123456789")(activate)
@@ -110,6 +116,10 @@ def train(
     both on the newest holdout, publishes the new model, and activates it if it wins. Without new events it does nothing.
     """
     given = {name for name in context.params if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    if context.invoked_subcommand:
+        if given:
+            raise typer.BadParameter(f"is no option of concord train {context.invoked_subcommand}", param_hint=f"--{min(given)}")
+        return
     if since_last:
         if given & {"task", "preset", "resume"}:
             raise typer.BadParameter("an update keeps the active model's task and configuration; --set changes fields of it")
@@ -178,8 +188,16 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for the bundle; replaced.")] = Path(".data/bundle"),
     encoder: Annotated[str, typer.Option(help="Form of the encoder: fp32, fused, int8, int4 or static; see concord quantize.")] = "fp32",
     fp16: Annotated[bool, typer.Option("--fp16", help="Add the encoder in half precision, for CONCORD_ONNX_PRECISION=fp16.")] = False,
+    classifier: Annotated[
+        list[Path] | None, typer.Option(help="A run of `concord train intent` or the like, in place of the newest of its kind; repeatable.")
+    ] = None,
+    no_classifiers: Annotated[bool, typer.Option("--no-classifiers", help="Leave text classifiers out.")] = False,
 ) -> None:
-    """Exports a run as an ONNX bundle and checks that it computes what PyTorch computed."""
+    """Exports a run as an ONNX bundle and checks that it computes what PyTorch computed.
+
+    The bundle carries the shop's text classifiers: the newest run of each, unless others are named.
+    """
+    from features.classifiers import newest_folders, read_folder
     from training.quantize import RefusedVariantError
     from training.run import export as run
     from training.variants import Variant
@@ -187,8 +205,11 @@ def export(
     if encoder not in list(Variant):
         raise typer.BadParameter(f"{encoder!r} is none of {', '.join(Variant)}", param_hint="--encoder")
     with shop(Settings) as settings:
+        folders = {} if no_classifiers else newest_folders(settings.classifiers_dir)
+        folders |= {read_folder(folder).name: folder for folder in classifier or ()}
         try:
-            manifest = run(settings, run_dir or newest_run(settings), out, variant=Variant(encoder), fp16=fp16)
+            run_dir = run_dir or newest_run(settings)
+            manifest = run(settings, run_dir, out, variant=Variant(encoder), fp16=fp16, classifiers=folders.values())
         except RefusedVariantError as error:
             raise typer.BadParameter(str(error), param_hint="--encoder") from None
     differences = ", ".join(f"{name} {value:.1e}" for name, value in manifest.parity.items())
@@ -196,6 +217,8 @@ def export(
     for name, measured in manifest.invariance.items():
         told = ", ".join(f"{what} {'bit-equal' if one.bit_equal else f'{one.largest_difference:.1e}'}" for what, one in measured.items())
         _out.print(f"{name} by what the batch changes: {told}")
+    for name, one in manifest.classifiers.items():
+        _out.print(f"classifier {name}: {len(one.labels)} labels, largest difference from PyTorch {one.parity:.1e}")
     for name in ("encoder_validation_ndcg_loss", "encoder_fp16_validation_ndcg_loss"):
         if name in manifest.metrics:
             _out.print(f"{name} {manifest.metrics[name]:+.4f}")

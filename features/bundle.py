@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import fsspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from features.sequence import SequenceSpec
 
@@ -60,11 +61,60 @@ class Invariance(BaseModel):
     largest_difference: float
 
 
+ClassifierName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
+class Classifier(BaseModel):
+    """A text classifier that a bundle carries beside its towers; ``classifier_files`` names its files.
+
+    Its graph reads ``input_ids, attention_mask`` int64[b, l] and gives ``logits`` float32[b, n], one for each of n labels.
+
+    Attributes:
+        labels: what the logits stand for, in order; two at least.
+        tokens: of a text these many are read, the tokenizer's own marks included.
+        own_tokenizer: whether it reads with a tokenizer of its own; else with the encoder's.
+        temperature: logits are divided by it before the softmax, fitted on validation so that probabilities are calibrated; above 0.
+        threshold: a text whose likeliest label is less probable than this is none of the labels' business; None where every text is.
+        base_model: the pretrained model it was fine-tuned from, or a word for where its weights began.
+        metrics: on what it was validated on, and of its baselines.
+        parity: largest absolute difference between PyTorch's and ONNX Runtime's logits.
+        invariance: of the graph, as ``Manifest.invariance``.
+        settings: the training configuration, for the record.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    labels: tuple[str, ...] = Field(min_length=2)
+    tokens: int = Field(ge=3)
+    own_tokenizer: bool
+    temperature: float = Field(gt=0)
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    base_model: str
+    metrics: dict[str, float]
+    parity: float
+    invariance: dict[str, Invariance]
+    settings: dict[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True)
+class ClassifierFiles:
+    """What the files of a classifier are called, in a bundle and in the folder that its training leaves."""
+
+    graph: str
+    tokenizer: str
+    golden: str
+
+
+def classifier_files(name: str) -> ClassifierFiles:
+    """Returns the file names of the classifier ``name``; ``golden`` holds ``input_ids``, ``lengths`` and ``logits`` of single runs."""
+    return ClassifierFiles(f"classifier.{name}.onnx", f"classifier.{name}.tokenizer.json", f"classifier.{name}.golden.npz")
+
+
 class Manifest(BaseModel):
     """What a bundle says of itself.
 
     Attributes:
-        format: layout of the folder: 1 of a bundle with a text tower, 2 of one with a sequence tower, which earlier releases refuse.
+        format: layout of the folder: 1 of a bundle with a text tower, 2 of one with a sequence tower, which earlier releases refuse,
+            3 of one with classifiers, whatever its tower, which releases before them refuse.
         model_version: name of the version, unique in the registry.
         created_at: when it was exported (UTC).
         base_model: the pretrained BERT it was fine-tuned from.
@@ -81,13 +131,14 @@ class Manifest(BaseModel):
         parity: largest absolute difference between PyTorch and ONNX Runtime outputs, by graph.
         invariance: by graph file and property (``batch_size`` from 1 to 64, ``padding``, ``order``), measured at export on the CPU;
             empty in bundles of releases that did not measure it.
+        classifiers: text classifiers by name, such as ``intent``.
         data_from, data_until: window of the events it was trained on.
         settings: the training configuration, for the record.
         files: SHA-256 of every file, by name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-    format: Literal[1, 2] = 1
+    format: Literal[1, 2, 3] = 1
     model_version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     created_at: datetime
     base_model: str
@@ -104,6 +155,7 @@ class Manifest(BaseModel):
     metrics: dict[str, float]
     parity: dict[str, float]
     invariance: dict[str, dict[str, Invariance]] = {}
+    classifiers: dict[ClassifierName, Classifier] = {}
     data_from: datetime
     data_until: datetime
     settings: dict[str, str | int | float | bool | None]
@@ -111,16 +163,31 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _tower_is_whole(self) -> Self:
-        """A sequence tower comes with how it reads behaviours, in a format that releases without such towers refuse."""
-        expected = (2, True) if self.tower == "sequence" else (1, False)
+        """A sequence tower comes with how it reads behaviours; what earlier releases do not know has a format that they refuse."""
+        expected = (manifest_format(self.sequence, self.classifiers), self.tower == "sequence")
         if (self.format, self.sequence is not None) != expected:
-            raise ValueError(f"format {self.format} does not go with a {self.tower} tower")
+            told = f"{len(self.classifiers)} classifiers and a {self.tower} tower" if self.classifiers else f"a {self.tower} tower"
+            raise ValueError(f"format {self.format} does not go with {told}")
         return self
 
     @property
     def required_files(self) -> tuple[str, ...]:
         """The files without which such a bundle is none."""
-        return (*REQUIRED_FILES, TOWER) if self.tower == "sequence" else REQUIRED_FILES
+        tower = (TOWER,) if self.tower == "sequence" else ()
+        return (*REQUIRED_FILES, *tower, *(file for name in self.classifiers for file in self.files_of(name)))
+
+    def files_of(self, classifier: str) -> tuple[str, ...]:
+        """Returns the files that a classifier brings."""
+        files = classifier_files(classifier)
+        own = (files.tokenizer,) if self.classifiers[classifier].own_tokenizer else ()
+        return (files.graph, files.golden, *own)
+
+
+def manifest_format(sequence: SequenceSpec | None, classifiers: Mapping[str, Classifier]) -> Literal[1, 2, 3]:
+    """Returns the format of a bundle with this tower (None: it reads text) and these classifiers."""
+    if classifiers:
+        return 3
+    return 1 if sequence is None else 2
 
 
 def checksum(path: Path) -> str:
@@ -135,8 +202,8 @@ def checksums(folder: Path) -> Mapping[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes ``manifest.json``: the last step of an export. That of a text tower names nothing that format 1 does not know."""
-    unknown = {"sequence"} if manifest.sequence is None else set()
+    """Writes ``manifest.json``: the last step of an export. It names nothing that its format does not know."""
+    unknown = {name for name in ("sequence", "classifiers") if not getattr(manifest, name)}
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude=unknown) + "\n")
 
 

@@ -122,6 +122,11 @@ class Settings(BaseSettings):
             return self.models_url
         return f"file://{Path(self.models_url.removeprefix('file:').removeprefix('//')).resolve()}"  # a bare path is one too
 
+    @property
+    def classifiers_dir(self) -> Path:
+        """Where trainings of text classifiers leave their folders, ``<name>/<time>``, and an export looks for the newest."""
+        return self.data_dir / "classifiers"
+
     def feast_environment(self) -> dict[str, str]:
         """Returns the variables that ``features/feature_store.yaml`` expands, so that plain ``feast`` commands work."""
         pg = conninfo_to_dict(self.postgres_dsn)

@@ -49,6 +49,7 @@ from server.security.audit import AdminAudit
 from server.security.gate import open_gate
 from server.settings import ServerSettings
 from server.understand.embedder import Embedder
+from server.understand.text_runs import TextRuns
 from server.vitals import Vitals
 
 _log = structlog.get_logger(__name__)
@@ -130,7 +131,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         known_slates = KnownSlates(settings.known_slates)
         standings = Standings(states, online, fleet, now=_now)
         computing = Computing(threads=settings.compute_threads, waiting=settings.compute_waiting)
-        embedder = Embedder(standings, computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
+        runs = TextRuns(computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
         ahead = Ahead(computing, codec, current=lambda: fleet.current)
         states.recomputed = ahead.committed
         recommender = recommender_of(
@@ -162,7 +163,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             journal.run(),
             catalog.run(),
             features.run(settings.registry_seconds),
-            Vitals(pool, client, recorder, journal, embedder, fleet, metrics).run(),
+            Vitals(pool, client, recorder, journal, runs, fleet, metrics).run(),
             *([keys.run()] if keys else []),
         )
         for loop in loops:
@@ -178,7 +179,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             profiles=Profiles(pool, identities, states, now=_now),
             catalog=catalog,
             features=features,
-            embedder=embedder,
+            embedder=Embedder(standings, runs),
             models=Models(fleet, connect=connect),
             gate=gate,
             audit=AdminAudit(pool),

@@ -29,7 +29,7 @@ STAGES = (
 )
 _STORES = {"online": "Redis", "record": "PostgreSQL"}
 INGEST_STAGES = ("queue", "commit", "online_write")
-ENCODE_STAGES = ("tokenize", "encode")
+ENCODE_STAGES = ("tokenize", "encode", "classify")
 
 # 0.25 ms to 10 s: a slate hit takes under 1 ms, a miss some tens, and no call outlives the default deadline by much.
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -55,10 +55,10 @@ class Metrics:
             "concord_ingest_stage_seconds", "Time of one stage of recording events.", ["stage"], buckets=_BUCKETS, registry=registry
         )
         self._encode_stage = Histogram(
-            "concord_encode_stage_seconds", "Time of one stage of encoding a call's texts.", ["stage"], buckets=_BUCKETS, registry=registry
+            "concord_encode_stage_seconds", "Time of one stage of reading a call's texts.", ["stage"], buckets=_BUCKETS, registry=registry
         )
         self._encode_batch = Histogram(
-            "concord_encode_batch_texts", "Texts in one run of the encoder for EmbedText.", buckets=_BATCHES, registry=registry
+            "concord_encode_batch_texts", "Texts in one run of the encoder or of a classifier.", buckets=_BATCHES, registry=registry
         )
         for name in ENCODE_STAGES:
             self._encode_stage.labels(name)

@@ -17,7 +17,8 @@ from features.replicas import Replica, list_replicas
 from server.database import connector
 from server.errors import ConflictError, NotFoundError, PreconditionError, UnavailableError
 from server.fleet import FleetWatch
-from server.inference.model import LoadedModel, Tokenizers, load_model
+from server.inference.model import LoadedModel, load_model
+from server.inference.tokens import Tokenizers
 from server.settings import ServerSettings
 
 T = TypeVar("T")

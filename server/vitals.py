@@ -10,7 +10,7 @@ from server.fleet import FleetWatch
 from server.ingest.recorder import EventRecorder
 from server.journal.exposures import Journal
 from server.metrics import Metrics
-from server.understand.embedder import Embedder
+from server.understand.text_runs import TextRuns
 
 _PAUSE_SECONDS = 1.0
 _OUTBOX_SECONDS = 5.0  # the count reads the whole outbox, which is long just when PostgreSQL has other work
@@ -26,7 +26,7 @@ class Vitals:
         client: Redis,
         recorder: EventRecorder,
         journal: Journal,
-        embedder: Embedder,
+        runs: TextRuns,
         fleet: FleetWatch,
         metrics: Metrics,
     ) -> None:
@@ -34,7 +34,7 @@ class Vitals:
         self._client = client
         self._recorder = recorder
         self._journal = journal
-        self._embedder = embedder
+        self._runs = runs
         self._fleet = fleet
         self._metrics = metrics
 
@@ -58,7 +58,7 @@ class Vitals:
     def look(self) -> None:
         """Takes the numbers of this process."""
         metrics, newest, current = self._metrics, self._fleet.newest, self._fleet.current
-        queues = {"events": self._recorder.queued_events, "exposures": self._journal.queued, "texts": self._embedder.waiting_count}
+        queues = {"events": self._recorder.queued_events, "exposures": self._journal.queued, "texts": self._runs.waiting_count}
         metrics.set_queues(queues)
         metrics.set_versions("fleet", {"activation": newest.activation, "index": newest.index_version, "offer": newest.offer_version})
         metrics.set_versions("replica", {"index": current.index_version if current else 0})

@@ -109,6 +109,7 @@ class ModelCard:
         calibration: predictions against what came true.
         segments: metrics by segment, those of one dimension together.
         popularity: counts by item.
+        classifiers: what the bundle's text classifiers are and how good, as ``data``.
     """
 
     name: str
@@ -127,6 +128,7 @@ class ModelCard:
     calibration: Calibration | None = None
     segments: Sequence[Segment] = ()
     popularity: Popularity | None = None
+    classifiers: Mapping[str, object] = field(default_factory=dict)
 
 
 def render_html(card: ModelCard) -> str:
@@ -181,6 +183,7 @@ def _view(card: ModelCard) -> dict[str, Any]:
         "data": _rows(card.data),
         "configuration": _rows(card.configuration),
         "training": _rows(card.training),
+        "classifiers": _rows(card.classifiers),
         "curves": [_curve_row(curve) for curve in card.curves if len(curve.values)],
         "bins": bins,
         "error": number(calibration_error(bins)),

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -26,13 +26,16 @@ from features.bundle import (
     TOKENIZER,
     TOWER,
     TRAINING,
+    Classifier,
     FeatureContract,
     Invariance,
     Manifest,
     checksums,
+    manifest_format,
     write_manifest,
 )
 from features.candidates import CANDIDATE_COUNT
+from features.classifiers import put_into
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
 from features.sequence import TOWER_INPUTS
@@ -82,13 +85,16 @@ def write_bundle(
     collaborative: CollaborativeWeights,
     context: BundleContext,
     encoding: Encoding | None = None,
+    classifiers: Iterable[Path] = (),
 ) -> Manifest:
     """Writes the bundle folder, manifest last; a bundle that stands there is replaced.
 
-    ``encoding`` asks for another form of the encoder than fp32, or for one more in half precision.
+    ``encoding`` asks for another form of the encoder than fp32, or for one more in half precision; ``classifiers`` are folders that
+    trainings of text classifiers left, for the bundle to carry.
 
     Raises:
         FileExistsError: the folder holds something that is no bundle.
+        FileNotFoundError, BundleError, ValueError: a folder holds no classifier that this release reads, or two have one name.
         ParityError: ONNX Runtime does not reproduce the model.
         RefusedVariantError: the batch changes what the asked-for encoder computes, or it gains nothing.
     """
@@ -110,7 +116,9 @@ def write_bundle(
     if isinstance(trained.tower, SequenceModel):
         export_tower(trained.tower, vectors, folder / TOWER)
         parity["tower"] = check_tower(trained.tower, vectors, folder)
-    manifest = _manifest(trained, context, parity=parity, folder=folder, encoder="fp32" if encoding is None else encoding.variant.value)
+    carried = put_into(folder, classifiers)
+    form = "fp32" if encoding is None else encoding.variant.value
+    manifest = _manifest(trained, context, parity=parity, folder=folder, encoder=form, classifiers=carried)
     write_manifest(folder, manifest)
     return manifest
 
@@ -119,7 +127,8 @@ def _clear(folder: Path) -> None:
     if folder.exists():
         names = {path.name for path in folder.iterdir()}
         # An export that broke off leaves some of the files.
-        if MANIFEST not in names and names - {*REQUIRED_FILES, ENCODER_FP16, TOWER, TRAINING}:
+        known = {*REQUIRED_FILES, ENCODER_FP16, TOWER, TRAINING}
+        if MANIFEST not in names and any(name not in known and not name.startswith("classifier.") for name in names):
             raise FileExistsError(f"{folder} is not empty and no bundle")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +283,9 @@ def _golden_features(ranker: Ranker) -> npt.NDArray[np.float32]:
     return np.asarray(ranker.mean.numpy() + noise / ranker.scale.numpy(), np.float32)
 
 
-def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, float], folder: Path, encoder: str) -> Manifest:
+def _manifest(
+    trained: Trained, context: BundleContext, *, parity: dict[str, float], folder: Path, encoder: str, classifiers: dict[str, Classifier]
+) -> Manifest:
     config, files = trained.config, dict(checksums(folder))
     spec = trained.tower.spec if isinstance(trained.tower, SequenceModel) else None
     digest = hashlib.sha256("".join(f"{name}{files[name]}" for name in sorted(files)).encode()).hexdigest()[:8]
@@ -283,7 +294,7 @@ def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, flo
         created_at=context.created_at,
         base_model=base_name(config.base_model),
         tower="text" if spec is None else "sequence",
-        format=1 if spec is None else 2,
+        format=manifest_format(spec, classifiers),
         sequence=spec,
         vector_size=trained.tower.vector_size,
         item_tokens=config.item_tokens,
@@ -296,6 +307,7 @@ def _manifest(trained: Trained, context: BundleContext, *, parity: dict[str, flo
         metrics=context.metrics,
         parity=parity,
         invariance=measure_graphs(folder, trained),
+        classifiers=classifiers,
         data_from=from_micros(context.first_event),
         data_until=from_micros(context.last_event),
         settings=config.record()

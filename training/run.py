@@ -9,7 +9,7 @@ joined as of its label. Only an export refits the collaborative weights on every
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -131,9 +131,8 @@ def _train(settings: Settings, config: TrainConfig, run_dir: Path, *, tracker: T
             labels = warm.labels(shop.log, config) if warm else choose_labels(shop.log, split, config)
             windows = _windows(shop, split, config) if config.tower == "sequence" else []
             read = [(window.user_id, window.time) for window in windows] or keys_of(labels.tower)
-            # The others find what the first has joined, and go on at once.
             keys = [*read, *keys_of([*labels.validation, *labels.ranker, *labels.holdout])]
-            customers = join_customers(shop.store, keys, run_dir / _JOINED)
+            customers = join_customers(shop.store, keys, run_dir / _JOINED)  # the others find what the first has joined
         start = grown(warm.origin.trained, shop.table.ids, config) if warm else None
         if config.tower == "sequence":
             trained, report = _train_sequence_tower(shop, split, labels, customers, windows=windows, config=config, tracker=tracker)
@@ -194,7 +193,14 @@ def evaluate(settings: Settings, run_dir: Path, *, rankings: Path | None = None,
 
 
 def export(
-    settings: Settings, run_dir: Path, out: Path, *, variant: Variant = Variant.FP32, fp16: bool = False, now: datetime | None = None
+    settings: Settings,
+    run_dir: Path,
+    out: Path,
+    *,
+    variant: Variant = Variant.FP32,
+    fp16: bool = False,
+    classifiers: Iterable[Path] = (),
+    now: datetime | None = None,
 ) -> Manifest:
     """Writes a run as a bundle into the folder ``out``, its collaborative weights refitted on all events up to now.
 
@@ -204,6 +210,7 @@ def export(
         out: the bundle's folder.
         variant: form of the encoder that servers run.
         fp16: also write the encoder in half precision, for servers on CUDA that ask for it.
+        classifiers: folders of trained text classifiers that the bundle is to carry.
         now: creation time for the manifest; by default the clock's.
 
     Raises:
@@ -214,8 +221,7 @@ def export(
     trained, record = checkpoint.load(run_dir)
     prepare_torch(trained.config)
     shop = open_shop(settings)
-    asked = variant is not Variant.FP32 or fp16
-    encoding = Encoding(variant, fp16, _validation(shop, trained, record)) if asked else None
+    encoding = Encoding(variant, fp16, _validation(shop, trained, record)) if fp16 or variant is not Variant.FP32 else None
     first, last = shop.log.window()
     weights = collaborative.fit(shop.log, len(shop.table), until=last + 1, config=trained.config)
     context = BundleContext(
@@ -229,8 +235,10 @@ def export(
         ranker_start=record.ranker_start,
         warm_start=record.warm_start,
     )
-    manifest = write_bundle(out, trained, table=shop.table, collaborative=weights, context=context, encoding=encoding)
-    return add_card(out, manifest, run_dir)
+    bundle = write_bundle(
+        out, trained, table=shop.table, collaborative=weights, context=context, encoding=encoding, classifiers=classifiers
+    )
+    return add_card(out, bundle, run_dir)
 
 
 def quantize(settings: Settings, run_dir: Path) -> list[Figures]:

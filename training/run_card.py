@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from features.bundle import CARD_HTML, CARD_MARKDOWN, Manifest, checksum, write_manifest
+from features.bundle import CARD_HTML, CARD_MARKDOWN, Classifier, Manifest, checksum, write_manifest
 from training import checkpoint
 from training.card import Calibration, Curve, Metric, ModelCard, Popularity, render_html, render_markdown
 from training.checkpoint import RunRecord
@@ -60,6 +60,7 @@ def card_of_run(run_dir: Path, manifest: Manifest | None = None) -> ModelCard:
         calibration=_calibration(evaluation) if evaluation else None,
         segments=all_segments(evaluation, seed=config.seed) if evaluation else (),
         popularity=_popularity(evaluation) if evaluation else None,
+        classifiers={name: _classifier(one) for name, one in manifest.classifiers.items()} if manifest else {},
     )
 
 
@@ -103,6 +104,11 @@ def _training(record: RunRecord, facts: Facts | None, manifest: Manifest | None)
     values |= facts.hardware if facts else {}
     parity = manifest.parity if manifest else {}
     return values | {f"largest difference of ONNX from PyTorch: {name}": difference for name, difference in parity.items()}
+
+
+def _classifier(one: Classifier) -> dict[str, object]:
+    values: dict[str, object] = {"base model": one.base_model, "labels": len(one.labels), "temperature": one.temperature}
+    return values | {"out of scope below": one.threshold} | dict(one.metrics)
 
 
 def _calibration(evaluation: Evaluation) -> Calibration:

@@ -24,8 +24,9 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from features.bundle import COLLABORATIVE, ITEMS, TRAINING, Manifest, fetch_file
+from features.classifiers import fetch_folders
 from features.item_table import ItemTable
-from features.models import ModelVersion, list_models, publish
+from features.models import ModelVersion, find_model, list_models, publish
 from features.settings import Settings
 from features.signals import CollaborativeWeights
 from training import checkpoint
@@ -213,7 +214,7 @@ def update(settings: Settings, plan: Plan, *, now: datetime | None = None) -> Re
     else:
         run_dir = result.run_dir
     checkpoint.save_record(replace(record, metrics=record.metrics | _told(champion, verdict)), run_dir)
-    manifest = _publish(settings, run_dir, now=now)
+    manifest = _publish(settings, run_dir, plan.champion, now=now)
     report = Report(
         champion=plan.champion,
         challenger=manifest.model_version,
@@ -374,10 +375,13 @@ def _told(champion: dict[str, float], verdict: Verdict) -> dict[str, float]:
     return metrics | {"training_gain_ndcg_at_10": verdict.training_gain.mean}
 
 
-def _publish(settings: Settings, run_dir: Path, *, now: datetime | None) -> Manifest:
-    with tempfile.TemporaryDirectory() as folder, psycopg.connect(settings.postgres_dsn) as connection:
-        export(settings, run_dir, Path(folder), now=now)
-        return publish(connection, Path(folder), settings.models_base)
+def _publish(settings: Settings, run_dir: Path, champion: str, *, now: datetime | None) -> Manifest:
+    """Publishes the challenger with the champion's text classifiers: an update has learned nothing about those."""
+    with tempfile.TemporaryDirectory() as scratch, psycopg.connect(settings.postgres_dsn) as connection:
+        model, bundle = find_model(connection, champion), Path(scratch) / "bundle"
+        carried = fetch_folders(model.manifest, model.uri, Path(scratch) / "classifiers")
+        export(settings, run_dir, bundle, classifiers=carried, now=now)
+        return publish(connection, bundle, settings.models_base)
 
 
 def moment(time: Micros) -> datetime:

@@ -1,7 +1,7 @@
 """A loaded bundle: sessions of its graphs, tokenizer, item vectors and collaborative weights, proved by golden outputs."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -33,34 +33,20 @@ from features.sequence import TOWER_INPUTS, SequenceSpec, behaviour_sequence, to
 from features.signals import CollaborativeWeights, SignalConfig
 from server.errors import UnavailableError
 from server.inference.batching import Sharing
+from server.inference.classifier import LoadedClassifier, load_classifier
+from server.inference.golden import GOLDEN_TOLERANCE, compare_golden
 from server.inference.session import open_session, provider_of
 from server.inference.sharing import claimed, proved
+from server.inference.tokens import Rows, Tokenizers, Tokens, padded, read_tokens
 from server.tracing import span
 
 _log = structlog.get_logger(__name__)
-# What the golden outputs may differ by: other processors sum in other orders. On the exporting machine the difference is 0.
-_GOLDEN_TOLERANCE = 1e-3
 # The golden outputs are the fp32 encoder's: half precision differs from them by 1e-3 and more, a wrong graph by 0.2.
 _GOLDEN_TOLERANCE_FP16 = 2e-2
 # Searches and messages whose vectors are remembered: 6 MB of 384 components, and many customers search alike.
 _REMEMBERED_TEXTS = 4096
 # Customers whose vector is remembered, at about 3 KB: RankItems and every surface of a customer run the encoder once a version.
 _REMEMBERED_USERS = 8192
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A text as the encoder reads it.
-
-    Attributes:
-        ids: of its tokens, the model's own marks at the ends among them.
-        readable: whether there is any token besides those marks.
-        truncated: whether the text went on.
-    """
-
-    ids: Sequence[int]
-    readable: bool
-    truncated: bool
 
 
 @dataclass(frozen=True)
@@ -73,6 +59,7 @@ class LoadedModel:
         item_hashes: content hash each bundle vector was made from.
         item_vectors: float32[m, d] or of a large catalogue float16[m, d], unit length.
         collaborative: weights over the bundle's m rows.
+        classifiers: text classifiers by name.
         sharing: with what a text may share a run of the encoder and keep its bits.
     """
 
@@ -85,6 +72,7 @@ class LoadedModel:
     item_hashes: tuple[str, ...]
     item_vectors: VectorArray
     collaborative: CollaborativeWeights
+    classifiers: Mapping[str, LoadedClassifier]
     sharing: Sharing = Sharing.NONE
 
     @property
@@ -149,24 +137,16 @@ class LoadedModel:
 
     def tokens(self, text: str, limit: int) -> Tokens:
         """Reads a text as the encoder does: its first tokens, ``limit`` of them at the most."""
-        encoded = self.tokenizer.encode(text)
-        ids = encoded.ids
-        readable = len(ids) > sum(encoded.special_tokens_mask)
-        if len(ids) <= limit:
-            return Tokens(ids, readable, truncated=False)
-        return Tokens([*ids[: limit - 1], ids[-1]], readable, truncated=True)  # it still ends with the terminator the encoder learned
+        return read_tokens(self.tokenizer, text, limit)
 
-    def text_vectors(self, rows: Sequence[Sequence[int]], output: str) -> FloatArray:
+    def text_vectors(self, rows: Rows, output: str) -> FloatArray:
         """Runs the encoder once: rows of token ids, padded at their ends where they differ in length, to float32[rows, d].
 
         ``output`` is ``user_vector`` or ``item_vector``. What may run together without changing a bit is said by ``sharing``.
         """
-        lengths = np.array([len(row) for row in rows])
-        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-        ids = np.zeros_like(mask)
-        ids[mask == 1] = np.concatenate(rows)
-        with span("onnx encoder", {"concord.model_version": self.model_version, "concord.tokens": ids.size}):
-            vectors: FloatArray = self.encoder.run([output], {"input_ids": ids, "attention_mask": mask})[0]
+        inputs = padded(rows)
+        with span("onnx encoder", {"concord.model_version": self.model_version, "concord.tokens": inputs["input_ids"].size}):
+            vectors: FloatArray = self.encoder.run([output], inputs)[0]
         return vectors
 
     def rank(self, matrix: FloatArray) -> FloatArray:
@@ -187,42 +167,16 @@ class LoadedModel:
         Raises:
             BundleError: an output differs by more than the tolerance.
         """
-        golden, allowed = np.load(folder / GOLDEN), _GOLDEN_TOLERANCE_FP16 if precision == "fp16" else _GOLDEN_TOLERANCE
+        golden, allowed = np.load(folder / GOLDEN), _GOLDEN_TOLERANCE_FP16 if precision == "fp16" else GOLDEN_TOLERANCE
         for k, length in enumerate(golden["lengths"]):
             ids = golden["input_ids"][k : k + 1, :length]
             for output in ("user_vector", "item_vector"):
-                self._compare(output, self.text_vectors(ids, output)[0], golden[f"{output}s"][k], allowed=allowed)
+                compare_golden(self.model_version, output, self.text_vectors(ids, output)[0], golden[f"{output}s"][k], allowed=allowed)
         if self.tower is not None:
             for k, expected in enumerate(golden["tower_user_vectors"]):
                 seen = self._run_tower({name: golden[f"tower_{name}"][k : k + 1] for name in TOWER_INPUTS})
-                self._compare("tower", seen, expected, allowed=_GOLDEN_TOLERANCE)
-        self._compare("scores", self.rank(golden["ranker_features"]), golden["ranker_scores"], allowed=_GOLDEN_TOLERANCE)
-
-    def _compare(self, name: str, seen: FloatArray, expected: FloatArray, *, allowed: float) -> None:
-        difference = float(np.abs(seen - expected).max())
-        if not difference <= allowed:  # also catches NaN
-            raise BundleError(f"{self.model_version}: {name} differs from the golden output by {difference:.2g}")
-
-
-class Tokenizers:
-    """The tokenizer opened last, by its checksum: models of one base share it.
-
-    Opening one holds the interpreter for its whole time (13 ms for 30,000 words, ten times that on a busy machine), and every
-    call in flight with it: a new model of the same base must not cost that.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[str, Tokenizer] | None = None
-
-    def open(self, path: Path, checksum: str) -> Tokenizer:
-        """Returns the tokenizer in ``path``, whose checksum has been verified."""
-        last = self._last
-        if last is None or last[0] != checksum:
-            tokenizer = Tokenizer.from_file(str(path))
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            self._last = last = (checksum, tokenizer)
-        return last[1]
+                compare_golden(self.model_version, "tower", seen, expected)
+        compare_golden(self.model_version, "scores", self.rank(golden["ranker_features"]), golden["ranker_scores"])
 
 
 def load_model(folder: Path, *, provider: str, threads: int, precision: str = "fp32", tokenizers: Tokenizers | None = None) -> LoadedModel:
@@ -243,10 +197,15 @@ def load_model(folder: Path, *, provider: str, threads: int, precision: str = "f
     manifest = read_bundle(folder)
     if manifest.ranking_features != RANKING_FEATURES:
         raise BundleError(f"{manifest.model_version}: {RANKER} was trained on other ranking features than this release computes")
+    tokenizers = tokenizers or Tokenizers()
     try:
-        tokenizer = (tokenizers or Tokenizers()).open(folder / TOKENIZER, manifest.files[TOKENIZER])
+        tokenizer = tokenizers.open(folder / TOKENIZER, manifest.files[TOKENIZER])
         encoder = _open_encoder(folder, manifest, provider=provider, threads=threads, precision=precision)
-        model = _open(folder, manifest, tokenizer, encoder)
+        classifiers = {
+            name: load_classifier(folder, manifest, name, provider=provider, threads=threads, tokenizers=tokenizers)
+            for name in manifest.classifiers
+        }
+        model = _open(folder, manifest, tokenizer, encoder, classifiers)
         model.check_golden(folder, precision=precision)
         _warn_of_batch(manifest)
         model = replace(model, sharing=_sharing(model))
@@ -262,7 +221,7 @@ def _sharing(model: LoadedModel) -> Sharing:
     """Returns what the bundle claims, as far as it is true here; a claim that is not is warned of."""
     claim = claimed(model.manifest.invariance.get(ENCODER, {}), provider=model.provider)
 
-    def run(rows: Sequence[Sequence[int]]) -> FloatArray:
+    def run(rows: Rows) -> FloatArray:
         return np.hstack([model.text_vectors(rows, output) for output in ("user_vector", "item_vector")])
 
     found = proved(claim, run, vocabulary=model.tokenizer.get_vocab_size())
@@ -287,7 +246,13 @@ def _open_encoder(folder: Path, manifest: Manifest, *, provider: str, threads: i
     return open_session(folder / ENCODER_FP16, provider="cuda", threads=threads)  # on the CPU half precision is only slower
 
 
-def _open(folder: Path, manifest: Manifest, tokenizer: Tokenizer, encoder: ort.InferenceSession) -> LoadedModel:
+def _open(
+    folder: Path,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    encoder: ort.InferenceSession,
+    classifiers: Mapping[str, LoadedClassifier],
+) -> LoadedModel:
     ranker = open_session(folder / RANKER, provider="cpu", threads=1)  # 256 × 23 numbers: the copy to a GPU costs more
     # One customer's 50 behaviours: on one thread, as the ranker, it takes less than waking others.
     tower = open_session(folder / TOWER, provider="cpu", threads=1) if manifest.tower == "sequence" else None
@@ -302,4 +267,5 @@ def _open(folder: Path, manifest: Manifest, tokenizer: Tokenizer, encoder: ort.I
         item_hashes=tuple(str(h) for h in items["content_hashes"]),
         item_vectors=items["vectors"].astype(stored_type(len(items["item_ids"])), copy=False),
         collaborative=CollaborativeWeights(weights["indptr"], weights["indices"], weights["weights"]),
+        classifiers=classifiers,
     )

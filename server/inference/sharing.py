@@ -7,8 +7,9 @@ import numpy as np
 from features.bundle import Invariance
 from features.item_table import FloatArray
 from server.inference.batching import Sharing
+from server.inference.tokens import Rows
 
-Run = Callable[[Sequence[Sequence[int]]], FloatArray]
+Run = Callable[[Rows], FloatArray]
 """Rows of token ids, padded at their ends where they differ in length, to float32[rows, d]."""
 
 

@@ -1,6 +1,8 @@
 """A whole bundle written in a second without PyTorch: real ONNX graphs with random weights, for tests of what reads bundles."""
 
 import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,17 @@ from features.bundle import (
     RANKER,
     TOKENIZER,
     TOWER,
+    Classifier,
     FeatureContract,
     FeatureRef,
     Manifest,
     checksums,
+    classifier_files,
+    manifest_format,
     write_manifest,
 )
 from features.candidates import CANDIDATE_COUNT
+from features.classifiers import put_into, save_folder
 from features.item_table import FloatArray, ItemTable
 from features.ranking import RANKING_FEATURES
 from features.sequence import TOWER_INPUTS, SequenceSpec
@@ -37,9 +43,18 @@ _WORDS = ("viewed", "bought", "added", "searched", "title", "text", ";")
 
 
 def write_bundle(
-    folder: Path, table: ItemTable, *, model_version: str = "m1", seed: int = 1, sequence: SequenceSpec | None = None
+    folder: Path,
+    table: ItemTable,
+    *,
+    model_version: str = "m1",
+    seed: int = 1,
+    sequence: SequenceSpec | None = None,
+    classifiers: Mapping[str, Sequence[str]] | None = None,
 ) -> Manifest:
-    """Writes a bundle over all items of ``table`` into ``folder``: with a text tower, or a sequence tower that reads as ``sequence``."""
+    """Writes a bundle over all items of ``table`` into ``folder``: with a text tower, or a sequence tower that reads as ``sequence``.
+
+    ``classifiers`` are the labels of those it carries, by name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     words = {word: code for code, word in enumerate(("[UNK]", *_WORDS, *table.ids))}
@@ -54,15 +69,60 @@ def write_bundle(
     _write_golden(folder, rng, len(words))
     if sequence is not None:
         _write_tower(folder, rng, sequence)
-    manifest = _manifest(folder, model_version, sequence)
+    made = []
+    for name, labels in (classifiers or {}).items():
+        with tempfile.TemporaryDirectory() as scratch:
+            write_classifier_folder(Path(scratch), name, labels, tokenizer, seed=seed)
+            made.append(put_into(folder, [Path(scratch)]))
+    manifest = _manifest(folder, model_version, sequence, {name: one for each in made for name, one in each.items()})
     write_manifest(folder, manifest)
     return manifest
 
 
-def _manifest(folder: Path, model_version: str, sequence: SequenceSpec | None) -> Manifest:
+def write_classifier_folder(folder: Path, name: str, labels: Sequence[str], tokenizer: Tokenizer, *, seed: int = 1) -> Classifier:
+    """Writes what a training of a classifier leaves: a real graph with random weights, its tokenizer and golden values."""
+    files, rng = classifier_files(name), np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = tokenizer.get_vocab_size()
+    tokenizer.save(str(folder / files.tokenizer))
+    onnx.save(_classifier(rng, words, len(labels)), str(folder / files.graph))
+    session = onnxruntime.InferenceSession(str(folder / files.graph), providers=["CPUExecutionProvider"])
+    ids, lengths = rng.integers(0, words, (3, 9)), np.array([1, 5, 9])
+    runs = [{"input_ids": ids[k : k + 1, :n], "attention_mask": np.ones((1, n), np.int64)} for k, n in enumerate(lengths)]
+    np.savez(folder / files.golden, input_ids=ids, lengths=lengths, logits=np.concatenate([session.run(None, run)[0] for run in runs]))
+    classifier = Classifier(
+        labels=tuple(labels),
+        tokens=12,
+        own_tokenizer=True,
+        temperature=2.0,
+        threshold=0.3,
+        base_model="none",
+        metrics={"accuracy": 0.75},
+        parity=0.0,
+        invariance={},
+        settings={"seed": seed},
+    )
+    save_folder(folder, name, classifier)
+    return classifier
+
+
+def _classifier(rng: np.random.Generator, words: int, labels: int) -> onnx.ModelProto:
+    """Mean of word vectors that hold a logit of each label."""
+    nodes = [
+        helper.make_node("Gather", ["words", "input_ids"], ["read"]),
+        helper.make_node("ReduceMean", ["read"], ["logits"], axes=[1], keepdims=0),
+    ]
+    ids = [helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "s"]) for name in ("input_ids", "attention_mask")]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", labels])
+    return _model(nodes, ids, [logits], words=(3 * rng.standard_normal((words, labels))).astype(np.float32))
+
+
+def _manifest(
+    folder: Path, model_version: str, sequence: SequenceSpec | None, classifiers: Mapping[str, Classifier] | None = None
+) -> Manifest:
     day = datetime(2026, 1, 1, tzinfo=UTC)
     return Manifest(
-        format=1 if sequence is None else 2,
+        format=manifest_format(sequence, classifiers or {}),
         model_version=model_version,
         created_at=day,
         base_model="none",
@@ -78,6 +138,7 @@ def _manifest(folder: Path, model_version: str, sequence: SequenceSpec | None) -
         contract=FeatureContract(name="ranking_v1", features=(FeatureRef(ref="user_profile:price_mean", dtype="Float64"),)),
         metrics={"ndcg_at_10": 0.5},
         parity={"encoder": 0.0},
+        classifiers=dict(classifiers or {}),
         data_from=day,
         data_until=day,
         settings={"seed": 1},

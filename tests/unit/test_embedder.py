@@ -21,6 +21,7 @@ from server.recommend.computing import Computing
 from server.recommend.snapshot import Snapshot
 from server.recommend.standing import Standings
 from server.understand.embedder import Embedder
+from server.understand.text_runs import TextRuns
 from tests.unit.bundles import write_bundle
 from tests.unit.tables import table
 
@@ -66,7 +67,8 @@ class Room:
         self.registry = CollectorRegistry()
         standings = cast("Standings", self.fleet)
         self.computing = Computing(threads=2, waiting=8)
-        self.embedder = Embedder(standings, self.computing, batches=2, waiting=waiting, metrics=Metrics(self.registry))
+        self.runs = TextRuns(self.computing, batches=2, waiting=waiting, metrics=Metrics(self.registry))
+        self.embedder = Embedder(standings, self.runs)
 
     async def ask(self, *texts: str, purpose: Purpose = Purpose.ITEM, max_tokens: int = 0) -> Embedded:
         return await self.embedder.embed(EmbedQuery(texts, purpose, max_tokens))
@@ -148,7 +150,7 @@ async def test_more_than_may_wait_is_turned_away(model: LoadedModel) -> None:
     with pytest.raises(OverloadedError) as caught:
         await room.ask(*texts(4))
     assert caught.value.reason == "ENCODE_QUEUE_FULL"
-    assert room.embedder.waiting_count == 0
+    assert room.runs.waiting_count == 0
     assert len((await room.ask(*texts(3))).embeddings) == 3
 
 
@@ -163,7 +165,7 @@ async def test_texts_of_nobody_who_stayed_are_not_encoded(model: LoadedModel) ->
     for _ in range(2):  # both threads are taken
         await room.computing._gate.enter()
     leaving = [asyncio.ensure_future(room.ask(*texts(5, seed=k))) for k in range(4)]
-    while room.embedder.waiting_count < 20:
+    while room.runs.waiting_count < 20:
         await asyncio.sleep(0.001)
     for call in leaving:
         call.cancel()

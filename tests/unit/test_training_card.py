@@ -37,6 +37,7 @@ SECTIONS = {
     "calibration": "Calibration",
     "segments": "Metrics by segment",
     "popularity": "Popularity bias",
+    "classifiers": "Text classifiers",
     "configuration": "Training configuration",
     "training": "Training time and hardware",
 }
@@ -60,6 +61,7 @@ def full(text: str = "web") -> ModelCard:
         curves=[Curve(f"train/loss {text}", range(1, 101), 1 / np.arange(1, 101)), Curve("validation/ndcg_at_10", [0, 50], [0.05, 0.1])],
         calibration=Calibration(said, came, f"Note {text}."),
         segments=[Segment(f"channel {text}", "app", 90, metrics), Segment(f"channel {text}", text, 10, metrics)],
+        classifiers={f"intent {text}": {"labels": 27, "accuracy": 0.81}},
         popularity=Popularity(np.arange(20, 0, -1), [7, *[0] * 18, 3], [1] * 20, [f"{text} {row}" for row in range(20)]),
     )
 
@@ -100,7 +102,7 @@ def test_every_field_of_a_card_is_shown_in_both_forms() -> None:
 @pytest.mark.parametrize("name", sorted(set(SECTIONS) - {"metrics"}))
 def test_a_section_stands_or_falls_with_its_field(name: str) -> None:
     values = {each.name: getattr(full(), each.name) for each in fields(ModelCard)}
-    empty = {"calibration": None, "popularity": None, "base_model": "", "data": {}, "configuration": {}, "training": {}}
+    empty = {"calibration": None, "popularity": None, "base_model": "", "data": {}, "configuration": {}, "training": {}, "classifiers": {}}
     text = render_markdown(ModelCard(**values | {name: empty.get(name, ())}))
     assert {title for title in SECTIONS.values() if f"\n## {title}\n" in text} == set(SECTIONS.values()) - {SECTIONS[name]}
     alone = {"name": "m", "metrics": values["metrics"], "intended_use": (), "not_for": ()} | {name: values[name]}
