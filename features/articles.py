@@ -139,9 +139,9 @@ def escaped(text: str) -> str:
     return _MARKUP.sub(r"\\\1", text)
 
 
-def passage_hash(title: str, passage: Passage) -> str:
-    """Returns the identity of what the encoder sees of a passage: 32 hex digits of SHA-256, never that of an item's description."""
-    return hashlib.sha256("\x1f".join(("passage", title, passage.heading, passage.text)).encode()).hexdigest()[:32]
+def text_hash(text: str) -> str:
+    """Returns the identity of a text that the encoder reads: 32 hex digits of SHA-256, never those of an item's description."""
+    return hashlib.sha256(f"passage\x1f{text}".encode()).hexdigest()[:32]
 
 
 def passage_text(title: str, passage: Passage) -> str:

@@ -14,6 +14,8 @@ import structlog
 from features.activity import UserStateCodec
 from features.registry import Registry, read_registry
 from features.settings import SettingsError
+from server.assistant.articles import Articles
+from server.assistant.rooms import open_assistant
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
 from server.database import ONLINE_REFUSES, RECORD_AWAY, connector, postgres_breaker, postgres_pool, redis_breaker, redis_client
@@ -134,6 +136,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         runs = TextRuns(computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
         ahead = Ahead(computing, codec, current=lambda: fleet.current)
         states.recomputed = ahead.committed
+        offers = Offers(pool)
         recommender = recommender_of(
             settings,
             known=known_slates,
@@ -144,10 +147,26 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             ahead=ahead,
             online=online,
             fleet=fleet,
-            offers=Offers(pool),
+            offers=offers,
             journal=journal,
             metrics=metrics,
             now=_now,
+        )
+        helping = await stack.enter_async_context(
+            open_assistant(
+                settings,
+                pool=pool,
+                recorder=recorder,
+                identities=identities,
+                standings=standings,
+                slates=recommender.slates,
+                offers=offers,
+                fleet=fleet,
+                runs=runs,
+                computing=computing,
+                metrics=metrics,
+                now=_now,
+            )
         )
         gate, keys = open_gate(settings, pool, now=_now)
         loops = (
@@ -164,6 +183,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog.run(),
             features.run(settings.registry_seconds),
             Vitals(pool, client, recorder, journal, runs, fleet, metrics).run(),
+            *helping.loops,
             *([keys.run()] if keys else []),
         )
         for loop in loops:
@@ -180,6 +200,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog=catalog,
             features=features,
             embedder=Embedder(standings, runs),
+            assistant=helping.assistant,
+            articles=Articles(pool, connect=connect),
             models=Models(fleet, connect=connect),
             gate=gate,
             audit=AdminAudit(pool),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 
 import numpy as np
@@ -15,6 +15,7 @@ from features.ranking import Profile, ranking_matrix
 from features.retrieval import all_scores, exact_scores, vector_scores
 from features.scores import Scores
 from features.signals import History, history, relation_scores
+from server.assistant.rules import AssistantRules
 from server.recommend.policy import already_bought, diversify
 from server.recommend.slate import SlateFlag
 from server.recommend.snapshot import Snapshot
@@ -23,11 +24,12 @@ from server.tracing import span
 
 @dataclass(frozen=True)
 class Policy:
-    """The shop's rules for slates; see ServerSettings for each."""
+    """The shop's rules for slates and answers; see ServerSettings for each."""
 
     slate_size: int
     exclude_purchased: bool
     max_per_category: int
+    assistant: AssistantRules = field(default_factory=AssistantRules)
 
 
 def policy_fingerprint(policy: Policy, *, hide_out_of_stock: bool, onnx_threads: int, onnx_precision: str) -> str:

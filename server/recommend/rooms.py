@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import datetime
 
+from server.assistant.rules import AssistantRules
 from server.catalog.offers import Offers
 from server.fleet import FleetWatch
 from server.ingest.identities import Identities
@@ -22,8 +23,9 @@ from server.settings import ServerSettings
 
 
 def policy_of(settings: ServerSettings) -> Policy:
-    """Returns the shop's rules for slates."""
-    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
+    """Returns the shop's rules for slates and answers."""
+    assistant = AssistantRules(settings.assistant_min_confidence, settings.assistant_scope_confidence)
+    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category, assistant=assistant)
 
 
 def recommender_of(

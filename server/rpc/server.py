@@ -14,6 +14,10 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from concord.v1 import (
+    articles_pb2,
+    articles_pb2_grpc,
+    assistant_pb2,
+    assistant_pb2_grpc,
     catalog_pb2,
     catalog_pb2_grpc,
     events_pb2,
@@ -37,6 +41,8 @@ from server.identifiers import new_identifier
 from server.metrics import Metrics
 from server.rpc.accept import patient_server
 from server.rpc.access import Access
+from server.rpc.articles import ArticleServicer
+from server.rpc.assistant import AssistantServicer
 from server.rpc.catalog import CatalogServicer
 from server.rpc.event_validation import EventValidator
 from server.rpc.events import EventServicer
@@ -63,7 +69,18 @@ _DRAIN_PAUSE = 0.3
 
 SERVICE_NAMES = tuple(
     service.full_name
-    for module in (catalog_pb2, events_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2, understanding_pb2)
+    for module in (
+        articles_pb2,
+        assistant_pb2,
+        catalog_pb2,
+        events_pb2,
+        features_pb2,
+        identity_pb2,
+        models_pb2,
+        profile_pb2,
+        recommendation_pb2,
+        understanding_pb2,
+    )
     for service in module.DESCRIPTOR.services_by_name.values()
 )
 
@@ -165,7 +182,7 @@ def build_server(
             tracing=tracing or Tracing(),
         )
         server = patient_server(edge, most_waiting=_MOST_WAITING, options=_options(settings, share_ports=share_ports))
-        _register(server, services, events, validator, deadline_seconds=settings.default_deadline_seconds)
+        _register(server, services, events, validator, new_uuid=new_uuid, deadline_seconds=settings.default_deadline_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if is_loopback(host) if settings.reflection is None else settings.reflection:
             reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -182,7 +199,15 @@ def build_server(
     return GrpcServer(main, None if one_port else open_port(settings.admin_host, settings.admin_port, admin=True), health_servicer, events)
 
 
-def _register(server: grpc.aio.Server, services: Services, events: EventServicer, validator: Validator, *, deadline_seconds: float) -> None:
+def _register(
+    server: grpc.aio.Server,
+    services: Services,
+    events: EventServicer,
+    validator: Validator,
+    *,
+    new_uuid: Callable[[], UUID],
+    deadline_seconds: float,
+) -> None:
     events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
     identity = IdentityServicer(services.identities, services.graph, services.erasure, validator)
     identity_pb2_grpc.add_IdentityServiceServicer_to_server(identity, server)
@@ -191,6 +216,9 @@ def _register(server: grpc.aio.Server, services: Services, events: EventServicer
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
     understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(UnderstandingServicer(services.embedder, validator), server)
+    assistant = AssistantServicer(services.assistant, validator, new_event_id=new_uuid)
+    assistant_pb2_grpc.add_AssistantServiceServicer_to_server(assistant, server)
+    articles_pb2_grpc.add_ArticleServiceServicer_to_server(ArticleServicer(services.articles, validator), server)
     models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 
 

@@ -15,6 +15,9 @@ class Scope(StrEnum):
     FEATURES_READ = "features:read"
     RECOMMENDATIONS_READ = "recommendations:read"
     TEXTS_READ = "texts:read"
+    ASSISTANT_ASK = "assistant:ask"
+    ARTICLES_READ = "articles:read"
+    ARTICLES_WRITE = "articles:write"
     MODELS_READ = "models:read"
     ADMIN = "admin"
 
@@ -30,11 +33,13 @@ CHANNEL_SCOPES = frozenset(
         Scope.FEATURES_READ,
         Scope.RECOMMENDATIONS_READ,
         Scope.TEXTS_READ,
+        Scope.ASSISTANT_ASK,
+        Scope.ARTICLES_READ,
     }
 )
 ALL_SCOPES = frozenset(Scope)
-# An item has one title, one price and one list of channels for the whole shop: nobody writes it for one channel alone.
-SHOP_SCOPES = frozenset({Scope.CATALOG_WRITE})
+# An item has one title, one price and one list of channels for the whole shop, and so has an article: nobody writes it for one channel.
+SHOP_SCOPES = frozenset({Scope.CATALOG_WRITE, Scope.ARTICLES_WRITE})
 
 SCOPE_OF = {
     "EventService/RecordEvents": Scope.EVENTS_WRITE,
@@ -53,6 +58,10 @@ SCOPE_OF = {
     "RecommendationService/RankItems": Scope.RECOMMENDATIONS_READ,
     "RecommendationService/SimilarItems": Scope.RECOMMENDATIONS_READ,
     "UnderstandingService/EmbedText": Scope.TEXTS_READ,
+    "AssistantService/Ask": Scope.ASSISTANT_ASK,
+    "ArticleService/UpsertArticles": Scope.ARTICLES_WRITE,
+    "ArticleService/ListArticles": Scope.ARTICLES_READ,
+    "ArticleService/DeleteArticles": Scope.ARTICLES_WRITE,
     "ModelService/ListModels": Scope.MODELS_READ,
     "ModelService/GetActiveModel": Scope.MODELS_READ,
     "ModelService/ListReplicas": Scope.MODELS_READ,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from features.article_search import FUSED, LEXICAL, ArticleIndex, Calibration, Fusion
-from features.articles import PASSAGE_CHARS, Article, Passage, escaped, passage_hash, passages
+from features.articles import PASSAGE_CHARS, Article, Passage, escaped, passage_text, passages, text_hash
+from features.catalogue import content_hash
 
 POLICY = """Before any heading, **bold** and a [link](https://shop.example/a).
 
@@ -62,10 +63,10 @@ def test_any_body_is_cut_without_an_error_and_escaped_text_shows_as_it_is(body: 
     assert len({one.heading for one in shown}) <= 1  # no heading was made of it
 
 
-def test_a_passage_never_shares_its_vector_with_another_or_an_item() -> None:
-    one, other = Passage("a", "", "x", "x"), Passage("b", "x", "", "")
-    assert passage_hash("t", one) != passage_hash("t", other)
-    assert passage_hash("t", one) == passage_hash("t", Passage("c", "", "other markup", "x"))
+def test_a_passage_never_shares_its_vector_with_an_item() -> None:
+    assert text_hash("Mug") != content_hash("Mug", "", "", "")
+    assert text_hash("Mug") == text_hash("Mug") != text_hash("mug")
+    assert passage_text("t", Passage("a", "", "*x*", "x")) == "t x"
 
 
 ARTICLES = (
@@ -87,14 +88,19 @@ def test_words_alone_find_the_article_and_its_passage() -> None:
 def test_a_score_hangs_on_no_other_passage_asked_beside_it() -> None:
     rng = np.random.default_rng(0)
     index = ArticleIndex(ARTICLES)
-    vectors = rng.normal(size=(2 * len(index), 16)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    question = vectors[len(index) + 2]
+    vectors = {}
+    for key in index.texts():
+        vector = rng.normal(size=16).astype(np.float32)
+        vectors[key] = vector / np.linalg.norm(vector)
+    titles = [vectors[text_hash(article.title)] for article in index.articles]
+    bodies = [vectors[text_hash(passage_text(a.title, p))] for a, p in zip(index.articles, index.passages, strict=True)]
+    question = bodies[2]
     hits = index.with_vectors(vectors).search("zzz", question, limit=1)
     assert hits[0].article.article_id == "shipping"
     whole = index.with_vectors(vectors).scores("refund days", question, FUSED)
-    semantic = FUSED.semantic / 2 * (vectors[: len(index)] @ question + vectors[len(index) :] @ question)
-    assert np.allclose(whole, 0.3 * index.scores("refund days", None, LEXICAL) + semantic, atol=1e-6)
+    zero = index.with_vectors(vectors)._baseline
+    semantic = FUSED.semantic * (np.maximum(np.array(titles) @ question, np.array(bodies) @ question) - zero) / (1 - zero)
+    assert np.allclose(whole, (1 - FUSED.semantic) * index.scores("refund days", None, LEXICAL) + semantic, atol=1e-6)
     assert index.scores("refund days", None, FUSED).max() <= 1 - FUSED.semantic + 1e-6
 
 
