@@ -12,7 +12,7 @@ import torch
 import typer
 
 from training.card import render_html, render_markdown
-from training.quality import next_item, online_retail
+from training.quality import faq, next_item, online_retail
 from training.quality.result import QualityResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -24,11 +24,12 @@ class Set(StrEnum):
     BEAUTY = "beauty"
     COLD = "cold"
     ONLINE_RETAIL = "online_retail"
+    FAQ = "faq"
 
 
 @app.command()
 def main(
-    name: Annotated[Set, typer.Argument(metavar="SET", help="beauty, cold (beauty with items held out) or online_retail.")],
+    name: Annotated[Set, typer.Argument(metavar="SET", help="beauty, cold (beauty with items held out), online_retail or faq.")],
     *,
     data: Annotated[Path, typer.Option(help="Folder of the public sets.", envvar="CONCORD_TEST_DATA")] = Path("../shared/data"),
     out: Annotated[Path, typer.Option(help="Rankings: one JSON line {user, items} for each customer.")] = Path("rankings.jsonl"),
@@ -57,9 +58,10 @@ def main(
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     result = _run(name, data, seed=seed, cut=cut, without=parts, towers=towers)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w") as lines:
-        lines.writelines(json.dumps({"user": user, "items": items}) + "\n" for user, items in result.rankings.items())
+    if result.rankings:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w") as lines:
+            lines.writelines(json.dumps({"user": user, "items": items}) + "\n" for user, items in result.rankings.items())
     if card is not None and result.card is not None:
         card.parent.mkdir(parents=True, exist_ok=True)
         card.with_suffix(".html").write_text(render_html(result.card))
@@ -72,6 +74,8 @@ def main(
 
 def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str], towers: Path | None) -> QualityResult:
     try:
+        if name is Set.FAQ:
+            return faq.run(data, seed=seed)
         if name is Set.ONLINE_RETAIL:
             return online_retail.run(data, seed=seed, cut=cut, without=without)
         return next_item.run(data, seed=seed, without=without, cold=name is Set.COLD, kept=towers)
