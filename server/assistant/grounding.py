@@ -79,7 +79,7 @@ def _count(line: OrderLine) -> str:
 
 
 def _left_out(text: str, answer: Answer) -> list[str]:
-    """Returns what must be said and is not: prices and days; of several things each with its own, so that none are swapped."""
+    """Returns what must be said and is not: prices, days, a passage's numbers; of several things each its own, so that none are swapped."""
     stock = WORDS[answer.language]
     facts: list[tuple[str, list[str]]] = []
     for item in answer.items:
@@ -88,6 +88,10 @@ def _left_out(text: str, answer: Answer) -> list[str]:
             needed.append(stock.in_stock if item.in_stock else stock.out_of_stock)
         facts.append((line_of(item.title), needed))
     facts += [(line_of(line.title) if line.title else stock.gone, [line.day]) for line in answer.orders]
+    numbers = {number for quote in answer.quotes for number in _numbers(quote.text)}
+    missing = [f"left out {number}" for number in sorted(numbers - _numbers(text))]
+    if missing or not facts:
+        return missing
     if len(facts) == 1:
         return [f"left out {fact}" for fact in facts[0][1] if fact not in text]
     found, end = [], 0

@@ -58,20 +58,27 @@ class Endpoint:
 
 
 @asynccontextmanager
-async def speaking(respond: Respond, *, timeout_seconds: float = 5.0, key: str = "") -> AsyncIterator[tuple[Phraser, Endpoint]]:
+async def listening(respond: Respond) -> AsyncIterator[tuple[str, Endpoint]]:
+    """Runs an endpoint; yields its base address."""
     endpoint = Endpoint(respond)
     server = await asyncio.start_server(endpoint.accept, "127.0.0.1", 0)
-    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-
-    def counted(outcome: str) -> None:
-        endpoint.outcomes[outcome] += 1
-
-    async with open_phraser(url, model="small", key=key, timeout_seconds=timeout_seconds, counted=counted) as phraser:
-        yield phraser, endpoint
+    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", endpoint
     endpoint.release.set()
     await asyncio.gather(*endpoint.calls)
     server.close()
     await server.wait_closed()
+
+
+@asynccontextmanager
+async def speaking(respond: Respond, *, timeout_seconds: float = 5.0, key: str = "") -> AsyncIterator[tuple[Phraser, Endpoint]]:
+    """Runs an endpoint, and a phraser that counts its outcomes there."""
+    async with listening(respond) as (url, endpoint):
+
+        def counted(outcome: str) -> None:
+            endpoint.outcomes[outcome] += 1
+
+        async with open_phraser(url, model="small", key=key, timeout_seconds=timeout_seconds, counted=counted) as phraser:
+            yield phraser, endpoint
 
 
 async def test_words_that_keep_to_the_facts_are_used() -> None:

@@ -116,6 +116,12 @@ def test_what_strays_is_told(text: str, about: str) -> None:
     assert any(about in one for one in strays(text, Answer(Kind.PRICE, "en", items=(MUG,))))
 
 
+def test_a_passage_is_not_phrased_without_its_numbers() -> None:
+    answer = Answer(Kind.ARTICLE, "en", quotes=(replace(QUOTE, text="Within 30 days, for 5.00 EUR. Ask for 1 EUR."),))
+    assert strays("You have 30 days, and it costs 5 EUR or 1 EUR.", answer) == []
+    assert strays("It is 1 EUR.", answer) == ["left out 30", "left out 5"]
+
+
 def test_prices_of_several_items_cannot_be_swapped() -> None:
     answer = Answer(Kind.SUGGESTIONS, "en", items=(MUG, TOWEL))
     assert strays("How about the Blue Enamel Mug at 12.90 EUR or the Linen Towel at 9.00 EUR?", answer) == []
