@@ -71,5 +71,8 @@ SCOPE_OF = {
 # Reads that write when a flag of the request is set: the scope that the flag needs on top.
 SCOPE_OF_FLAG = {"IdentityService/ResolveIdentity": ("create_if_missing", Scope.IDENTITY_WRITE)}
 
+# Methods that record what their subject did: an identity in it is one that the caller writes, as in an event.
+RECORDING = frozenset({"AssistantService/Ask"})
+
 # Served on the admin port; the first of them there alone. An operator looks at models where they are moved.
 ADMIN_PORT_SCOPES = frozenset({Scope.ADMIN, Scope.MODELS_READ})
