@@ -51,6 +51,7 @@ from server.security.audit import AdminAudit
 from server.security.gate import open_gate
 from server.settings import ServerSettings
 from server.understand.embedder import Embedder
+from server.understand.intents import Intents
 from server.understand.text_runs import TextRuns
 from server.vitals import Vitals
 
@@ -202,6 +203,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             embedder=Embedder(standings, runs),
             assistant=helping.assistant,
             articles=Articles(pool, connect=connect),
+            intents=Intents(standings, runs),
             models=Models(fleet, connect=connect),
             gate=gate,
             audit=AdminAudit(pool),

@@ -59,6 +59,9 @@ from server.security.audit import AuditEntry
 from server.security.gate import Gate
 from server.settings import ServerSettings
 from server.tracing import Tracing
+from server.understand.entities import Entity, EntityKind
+from server.understand.intents import IntentQuery, Understood
+from server.understand.patterns import Bound
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -303,6 +306,21 @@ class FakeArticles(Script):
 
 
 @dataclass
+class FakeIntents(Script):
+    """Knows two intents, and one entity of each form."""
+
+    async def detect(self, query: IntentQuery) -> Understood:
+        await self.play(query)
+        entities = (
+            Entity(EntityKind.ITEM, 0, 3, query.text[:3], "i1", 0.75),
+            Entity(EntityKind.PRICE, 4, 9, query.text[4:9], price_micros=19_990_000, currency="EUR", bound=Bound.MOST),
+            Entity(EntityKind.QUANTITY, 10, 11, query.text[10:11], count=2),
+        )
+        known = (("track_order", 0.875), ("get_refund", 0.125))
+        return Understood(known[: query.top_k], True, entities, 7, False, "m1", 3)
+
+
+@dataclass
 class FakeModels(Script):
     loaded: set[str] = field(default_factory=lambda: {"m1"})
     activation_count: int = 4
@@ -371,6 +389,7 @@ class Fakes:
     embedder: FakeEmbedder = field(default_factory=FakeEmbedder)
     assistant: FakeAssistant = field(default_factory=FakeAssistant)
     articles: FakeArticles = field(default_factory=FakeArticles)
+    intents: FakeIntents = field(default_factory=FakeIntents)
     models: FakeModels = field(default_factory=FakeModels)
     gate: Gate = field(default_factory=lambda: Gate(open_to_all=True))
     audit: FakeAudit = field(default_factory=FakeAudit)
@@ -388,6 +407,7 @@ class Fakes:
             embedder=self.embedder,
             assistant=self.assistant,
             articles=self.articles,
+            intents=self.intents,
             models=self.models,
             gate=self.gate,
             audit=self.audit,

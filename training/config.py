@@ -313,6 +313,11 @@ class TrainConfig:
             sequence_batch_size=16,
         )
 
+    @classmethod
+    def intent(cls) -> "TrainConfig":
+        """Returns the preset of text classifiers: few steps on few texts, the upper half of BERT trained (docs/understanding.md)."""
+        return cls(epochs=2, max_steps=60, batch_size=32, learning_rate=3e-5, head_learning_rate=1e-3, trainable_layers=3)
+
     def member(self, number: int) -> "TrainConfig":
         """Returns the configuration of one tower of the ensemble, counted from 0."""
         models = [model.strip() for model in self.ensemble_models.split(",")] if self.ensemble_models else [self.base_model]

@@ -1,9 +1,10 @@
-"""A text classifier: a BERT whose mean token vector is compared with one direction for each label."""
+"""A text classifier: a BERT and a linear head over its mean token vector."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import PreTrainedModel
@@ -16,18 +17,12 @@ _BATCH = 64
 
 
 class TextClassifier(nn.Module):
-    """Cosines of a text's vector with the labels' directions, times a learned scale, plus a bias.
+    """Logistic regression on the unit mean token vector of a BERT."""
 
-    The cosines keep the geometry of the pretrained sentence space: with the labels' mean vectors for directions it classifies by the
-    nearest class mean before the first step, and wordings that training never showed stay near those it did.
-    """
-
-    def __init__(self, encoder: PreTrainedModel, labels: int, *, scale: float = 16.0, dropout: float = 0.0) -> None:
+    def __init__(self, encoder: PreTrainedModel, labels: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.encoder = encoder
-        self.directions = nn.Parameter(torch.randn(labels, int(encoder.config.hidden_size)))
-        self.bias = nn.Parameter(torch.zeros(labels))
-        self.scale = nn.Parameter(torch.tensor(scale))
+        self.head = nn.Linear(int(encoder.config.hidden_size), labels)
         self.dropout = nn.Dropout(dropout)
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -35,14 +30,10 @@ class TextClassifier(nn.Module):
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return normalize(mean_pool(hidden, attention_mask), dim=-1)
 
-    def scores(self, pooled: Tensor) -> Tensor:
-        """Returns logits float32[b, labels] of unit vectors float32[b, h]."""
-        cosines = normalize(self.dropout(pooled), dim=-1) @ normalize(self.directions, dim=-1).T
-        return self.scale * cosines + self.bias
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns logits float32[b, labels] of texts int64[b, l]."""
-        return self.scores(self.pool(input_ids, attention_mask))
+        scores: Tensor = self.head(self.dropout(self.pool(input_ids, attention_mask)))
+        return scores
 
 
 @torch.inference_mode()
@@ -57,12 +48,18 @@ def predict(model: nn.Module, tokens: Tokens, outputs: int) -> FloatArray:
     return result
 
 
-def class_means(vectors: FloatArray, answers: Sequence[int], labels: int) -> FloatArray:
-    """Returns float32[labels, h]: the unit mean vector of each label's texts; zero for a label without any."""
-    sums = np.zeros((labels, vectors.shape[1]), np.float64)
-    np.add.at(sums, np.asarray(answers), vectors)
-    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-    return np.asarray(sums / np.where(lengths > 0, lengths, 1), np.float32)
+def fit_head(classifier: TextClassifier, vectors: FloatArray, answers: Sequence[int], *, strength: float = 10.0) -> None:
+    """Fits the head alone by logistic regression on unit vectors float32[n, h] of the encoder as it is; each label must occur.
+
+    ``strength`` is the inverse of the penalty on the weights.
+    """
+    model = LogisticRegression(C=strength, max_iter=500).fit(vectors, np.asarray(answers))
+    weights, biases = model.coef_, model.intercept_
+    if len(weights) == 1:  # of two labels scikit-learn gives the second one's margin
+        weights, biases = np.concatenate([-weights, weights]) / 2, np.concatenate([-biases, biases]) / 2
+    with torch.no_grad():
+        classifier.head.weight.copy_(torch.from_numpy(weights))
+        classifier.head.bias.copy_(torch.from_numpy(biases))
 
 
 def fit_temperature(logits: FloatArray, answers: Sequence[int]) -> float:

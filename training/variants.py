@@ -59,7 +59,7 @@ def write_variant(variant: Variant, out: Path, *, encoder: Path, tower: Tower, c
         elif variant is Variant.FP16:
             _halve(encoder, out)
         elif variant in (Variant.INT8, Variant.INT4):
-            _weights_only(encoder, out, bits=8 if variant is Variant.INT8 else 4)
+            weights_only(encoder, out, bits=8 if variant is Variant.INT8 else 4)
         elif variant is Variant.STATIC:
             _static(encoder, out, calibration)
         else:
@@ -107,9 +107,10 @@ def _halve(encoder: Path, out: Path) -> None:
     onnx.save(convert_float_to_float16(onnx.load(encoder), keep_io_types=True), out)
 
 
-def _weights_only(encoder: Path, out: Path, *, bits: int) -> None:
-    """Quantizes matrices, and with 4 bits also the embeddings, for which ONNX Runtime has no 8-bit operator."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+def weights_only(encoder: Path, out: Path, *, bits: int) -> None:
+    """Quantizes a graph's matrices, and with 4 bits also the embeddings, for which ONNX Runtime has no 8-bit operator."""
+    with _root_logger_kept():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     model = onnx.load(encoder)
     kinds = ("MatMul",) if bits == 8 else ("MatMul", "Gather")

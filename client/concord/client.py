@@ -48,7 +48,7 @@ from concord.v1.recommendation_pb2 import (
     SimilarItemsRequest,
     SimilarItemsResponse,
 )
-from concord.v1.understanding_pb2 import EmbedTextRequest, EmbedTextResponse
+from concord.v1.understanding_pb2 import DetectIntentRequest, DetectIntentResponse, EmbedTextRequest, EmbedTextResponse
 
 # Why a token that this client remembered may be refused although its caller did nothing wrong.
 _OUTLIVED = {"TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"}
@@ -330,6 +330,20 @@ class Concord(AssistantCalls):
         wanted = f"EMBEDDING_PURPOSE_{purpose.upper()}"
         request = EmbedTextRequest(channel=self._channel, texts=texts, purpose=wanted, max_tokens=max_tokens)
         answer: EmbedTextResponse = await self._call(self._understanding.EmbedText, request, timeout)
+        return answer
+
+    async def intent(self, text: str, *, top_k: int = 3, timeout: float | None = None) -> DetectIntentResponse:
+        """Returns what the writer of ``text`` wants, likeliest first, and the items, orders and prices it speaks of.
+
+        Example:
+            ```python
+            answer = await concord.intent("where is my order #A-1002?")
+            if answer.in_scope:
+                print(answer.intents[0].name, [(entity.text, entity.value) for entity in answer.entities])
+            ```
+        """
+        request = DetectIntentRequest(channel=self._channel, text=text, top_k=top_k)
+        answer: DetectIntentResponse = await self._call(self._understanding.DetectIntent, request, timeout)
         return answer
 
     async def _read(self, method: Any, request: Any, timeout: float | None, *, given: bool) -> Any:

@@ -2,6 +2,6 @@
 
 from features.sample_shop.files import write
 from features.sample_shop.generate import generate
-from features.sample_shop.shop import Event, Identity, Shop
+from features.sample_shop.shop import Event, Identity, Shop, Utterance
 
-__all__ = ["Event", "Identity", "Shop", "generate", "write"]
+__all__ = ["Event", "Identity", "Shop", "Utterance", "generate", "write"]

@@ -14,7 +14,7 @@ MAPPING = "sample_shop"
 
 
 def write(shop: Shop, folder: Path) -> Path:
-    """Writes ``items``, ``relations``, ``identities`` and ``events`` as Parquet, and ``mapping.toml`` beside them.
+    """Writes ``items``, ``relations``, ``identities``, ``events`` and ``utterances`` as Parquet, and ``mapping.toml`` beside them.
 
     Returns:
         The path of the mapping, for ``features.importers.import_folder``.
@@ -25,6 +25,7 @@ def write(shop: Shop, folder: Path) -> Path:
         "relations": [vars(relation) for relation in shop.relations],
         "identities": [vars(identity) for identity in shop.identities],
         "events": [vars(event) for event in shop.events],
+        "utterances": [vars(utterance) for utterance in shop.utterances],
     }
     for name, rows in tables.items():
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")

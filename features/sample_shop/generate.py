@@ -9,6 +9,7 @@ from features.sample_shop.catalogue import HISTORY_DAYS, relate, stock_shelves
 from features.sample_shop.customers import make_customer
 from features.sample_shop.sessions import Life, Shelves
 from features.sample_shop.shop import Event, Identity, Shop
+from features.sample_shop.utterances import utterances
 
 SESSIONS_PER_USER = 9.0
 _CATALOGUE, _CUSTOMERS = 0, 1  # streams of randomness
@@ -40,4 +41,6 @@ def generate(seed: int, *, end: datetime, language: Literal["en", "zh"] = "en", 
         identities.extend(customer.identities)
         events.extend(Life(rng, customer, shelves, start=start, language=language).events())
     events.sort(key=lambda event: (event.occurred_at, event.event_id))
-    return Shop(tuple(entry.item for entry in entries), tuple(relate(entries)), tuple(identities), tuple(events))
+    stocked = tuple(entry.item for entry in entries)
+    said = utterances(stocked, seed, language=language) if stocked else ()
+    return Shop(stocked, tuple(relate(entries)), tuple(identities), tuple(events), said)

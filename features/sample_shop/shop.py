@@ -33,10 +33,19 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Utterance:
+    """A message and what its writer wants; ``out_of_scope`` where it is nothing a shop could answer."""
+
+    text: str
+    intent: str
+
+
+@dataclass(frozen=True)
 class Shop:
-    """A whole shop; events are ordered by time."""
+    """A whole shop; events are ordered by time. The utterances are what `concord train intent` reads."""
 
     items: tuple[Item, ...]
     relations: tuple[Relation, ...]
     identities: tuple[Identity, ...]
     events: tuple[Event, ...]
+    utterances: tuple[Utterance, ...] = ()

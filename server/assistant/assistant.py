@@ -1,6 +1,5 @@
 """The way of a question: record it, read the conversation, plan, look facts up, phrase, and commit the turn that all answer with."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -31,7 +30,6 @@ from server.recommend.slates import Slates
 from server.recommend.snapshot import Snapshot
 from server.recommend.standing import Stand, Standings
 from server.understand.classifiers import Classification, Classifiers
-from server.understand.names import CatalogueNames
 
 # Each turn follows a message of the same customer, or a pointer, that overtook this one; more than a few in one call are a crowd.
 _TURNS = 6
@@ -105,7 +103,6 @@ class Assistant:
         self._hide_out_of_stock = hide_out_of_stock
         self._metrics = metrics
         self._now = now
-        self._names: dict[int, asyncio.Task[CatalogueNames]] = {}
 
     async def ask(self, question: Question) -> Reply:
         """Records a message and answers it.
@@ -173,11 +170,10 @@ class Assistant:
         snapshot = stand.snapshot
         with clock("articles"):
             articles = await self._library.at_least(talk.article_version, snapshot.model)
-            names = await self._names_of(snapshot)
         with clock("plan"):
             intent = await self._intent(reading, snapshot)
             plan = await self._computing.run(
-                partial(planned, reading, talk.before, intent, snapshot=snapshot, names=names, articles=articles.index, rules=self._rules)
+                partial(planned, reading, talk.before, intent, snapshot=snapshot, articles=articles.index, rules=self._rules)
             )
         with clock("facts"):
             answer, versions = await self._with_facts(plan, user_id, version, stand, clock)
@@ -217,15 +213,6 @@ class Assistant:
             return None
         (found,) = await self._classifiers.classify(snapshot.model, _INTENT, [reading.text])
         return found
-
-    async def _names_of(self, snapshot: Snapshot) -> CatalogueNames:
-        """Returns the names of a snapshot's items, read once an epoch off the event loop."""
-        version = snapshot.index_version
-        if version not in self._names:
-            self._names[version] = asyncio.create_task(asyncio.to_thread(CatalogueNames.of, snapshot.table))
-            for old in list(self._names)[:-2]:
-                del self._names[old]
-        return await asyncio.shield(self._names[version])
 
 
 def _unknown() -> NotFoundError:

@@ -12,7 +12,6 @@ from server.assistant.rules import AssistantRules
 from server.recommend.snapshot import Snapshot
 from server.understand.classifiers import Classification
 from server.understand.entities import Entity, EntityKind, find_entities
-from server.understand.names import CatalogueNames
 from server.understand.patterns import Bound
 
 _QUOTES = 3  # kept of an answer, best first, for channels that may not quote the best one
@@ -65,7 +64,6 @@ def planned(
     intent: Classification | None,
     *,
     snapshot: Snapshot,
-    names: CatalogueNames,
     articles: ArticleIndex,
     rules: AssistantRules,
 ) -> Plan:
@@ -76,7 +74,6 @@ def planned(
         before: the turns before it, newest first.
         intent: what the bundle's intent classifier says, None where it has none.
         snapshot: the catalogue and the model.
-        names: of the snapshot's items.
         articles: of the shop.
         rules: when to hand over.
     """
@@ -90,8 +87,8 @@ def planned(
         return replace(plain, kind=Kind.HANDOVER, reason=Reason.COMPLAINT)
     if asks & Ask.COURTESY:
         return replace(plain, kind=Kind.COURTESY)
-    mentions = _Mentions(find_entities(reading.text, names), snapshot)
-    rows, going_on = _meant(reading, mentions, before, snapshot, names)
+    mentions = _Mentions(find_entities(reading.text, snapshot.names), snapshot)
+    rows, going_on = _meant(reading, mentions, before, snapshot)
     if going_on is not None and not asks & (Ask.PRICE | Ask.STOCK | Ask.SUGGESTIONS):
         asks |= going_on
     vector = snapshot.model.passage_vector(reading.text) if snapshot.model else None
@@ -160,9 +157,7 @@ def _intended(intent: Classification | None) -> Ask:
     return _INTENTS.get(label, Ask.NOTHING) if probability >= _INTENT_CONFIDENCE else Ask.NOTHING
 
 
-def _meant(
-    reading: Reading, mentions: _Mentions, before: Sequence[Turn], snapshot: Snapshot, names: CatalogueNames
-) -> tuple[tuple[int, ...], Ask | None]:
+def _meant(reading: Reading, mentions: _Mentions, before: Sequence[Turn], snapshot: Snapshot) -> tuple[tuple[int, ...], Ask | None]:
     """Returns the items a message is about, and what it goes on asking for where it goes on from a turn that had items."""
     last = _last_with_items(before)
     if last is None:
@@ -174,7 +169,7 @@ def _meant(
     if reading.place is not None and held:
         return (held[reading.place],) if reading.place < len(held) else (), going_on
     if reading.elliptic and reading.content and held:
-        return _variants(held[0], reading.content, snapshot, names), going_on
+        return _variants(held[0], reading.content, snapshot), going_on
     if (reading.refers or reading.elliptic) and held:
         return tuple(held[:1]), going_on
     return (), None
@@ -189,10 +184,10 @@ def _last_with_items(before: Sequence[Turn]) -> Answer | None:
     return None
 
 
-def _variants(row: int, content: Sequence[str], snapshot: Snapshot, names: CatalogueNames) -> tuple[int, ...]:
+def _variants(row: int, content: Sequence[str], snapshot: Snapshot) -> tuple[int, ...]:
     """Returns items named like one, but with other words: for "in blue" those of a red mug's kind that are blue."""
     wanted = {term for word in content for term in analyse(word)}
-    found = find_entities(f"{' '.join(content)} {snapshot.table.titles[row]}", names)
+    found = find_entities(f"{' '.join(content)} {snapshot.table.titles[row]}", snapshot.names)
     rows = [snapshot.table.rows[one.value] for one in found if one.kind is EntityKind.ITEM]
     return tuple(other for other in rows if other != row and wanted <= set(analyse(snapshot.table.titles[other])))[:1]
 

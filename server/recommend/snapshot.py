@@ -13,6 +13,7 @@ from features.signals import CollaborativeWeights, SignalConfig
 from server.database import Pool
 from server.errors import PreconditionError
 from server.inference.model import LoadedModel
+from server.understand.names import NO_NAMES, CatalogueNames
 from server.understand.vectors import StoredVectors
 
 
@@ -26,6 +27,7 @@ class Snapshot:
         vectors: unit item vectors, float32[n, d] or of a large catalogue float16[n, d] ([n, 0] without a model).
         collaborative: weights over the table's rows.
         index: of the vectors of a large catalogue.
+        names: what the table's items, brands and categories are called.
     """
 
     model: LoadedModel | None
@@ -33,6 +35,7 @@ class Snapshot:
     vectors: VectorArray
     collaborative: CollaborativeWeights
     index: VectorIndex | None = None
+    names: CatalogueNames = NO_NAMES
 
     @property
     def model_version(self) -> str:
@@ -66,33 +69,34 @@ class SnapshotBuilder:
     def __init__(self, pool: Pool, *, dsn: str) -> None:
         self._stored = StoredVectors(pool)
         self._dsn = dsn
-        self._tables: dict[int, ItemTable] = {}
+        self._tables: dict[int, tuple[ItemTable, CatalogueNames]] = {}
         self._reading = asyncio.Lock()
 
     async def build(self, model: LoadedModel | None, index_version: int) -> Snapshot:
         """Returns the snapshot of ``model`` over an epoch."""
-        table = await self._table(index_version)
+        table, names = await self._table(index_version)
         if model is None:
-            return Snapshot(None, table, np.zeros((len(table), 0), np.float32), CollaborativeWeights.empty(len(table)))
+            return Snapshot(None, table, np.zeros((len(table), 0), np.float32), CollaborativeWeights.empty(len(table)), names=names)
         vectors, missing, collaborative = await asyncio.to_thread(_of_bundle, model, table)
         if missing:
             await self._fill_encoded(vectors, model, table, missing)
-        return Snapshot(model, table, vectors, collaborative, await asyncio.to_thread(indexed, vectors))
+        return Snapshot(model, table, vectors, collaborative, await asyncio.to_thread(indexed, vectors), names)
 
     def keep(self, index_versions: Collection[int]) -> None:
         """Lets go of the tables of all other epochs."""
-        self._tables = {version: table for version, table in self._tables.items() if version in index_versions}
+        self._tables = {version: read for version, read in self._tables.items() if version in index_versions}
 
-    async def _table(self, index_version: int) -> ItemTable:
+    async def _table(self, index_version: int) -> tuple[ItemTable, CatalogueNames]:
         """Reads each epoch's table once: several models over one epoch share it."""
         async with self._reading:
             if index_version not in self._tables:
                 self._tables[index_version] = await asyncio.to_thread(self._read_table, index_version)
             return self._tables[index_version]
 
-    def _read_table(self, index_version: int) -> ItemTable:
+    def _read_table(self, index_version: int) -> tuple[ItemTable, CatalogueNames]:
         with psycopg.connect(self._dsn, connect_timeout=3) as connection:
-            return load_item_table(connection, index_version)
+            table = load_item_table(connection, index_version)
+        return table, CatalogueNames.of(table)
 
     async def _fill_encoded(self, vectors: VectorArray, model: LoadedModel, table: ItemTable, rows: Sequence[int]) -> None:
         texts = {table.content_hashes[row]: table.texts[row] for row in rows}

@@ -30,6 +30,7 @@ from server.domain import (
 )
 from server.security.audit import AuditEntry
 from server.security.principals import Principal
+from server.understand.intents import IntentQuery, Understood
 
 
 class Recorder(Protocol):
@@ -162,6 +163,14 @@ class Articles(Protocol):
         ...
 
 
+class Intents(Protocol):
+    """Says what texts are about; see server.understand.intents."""
+
+    async def detect(self, query: IntentQuery) -> Understood:
+        """Returns what the writer of a text wants and speaks of."""
+        ...
+
+
 class Models(Protocol):
     """Knows the published models and moves the pointer; see server.models."""
 
@@ -236,6 +245,7 @@ class Services:
     embedder: Embedder
     assistant: Assistant
     articles: Articles
+    intents: Intents
     models: Models
     gate: Gate
     audit: AuditLog

@@ -43,6 +43,7 @@ ENTITIES = 500
 ATTRIBUTES = 50
 TEXTS = 128
 TEXT_CHARS, TEXTS_CHARS = 10_000, 100_000  # to be encoded: of one, and of a request's together, 0.1 s of tokenizing
+TOP_K, DEFAULT_TOP_K = 100, 3
 LEAST_TOKENS, MOST_TOKENS = 3, 512  # one between the model's two marks; what a BERT has positions for
 ACTIVATION_WAIT_SECONDS, DEFAULT_ACTIVATION_WAIT_SECONDS = 3600.0, 30.0
 # Pages.

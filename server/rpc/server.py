@@ -215,7 +215,9 @@ def _register(
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
-    understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(UnderstandingServicer(services.embedder, validator), server)
+    understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(
+        UnderstandingServicer(services.embedder, services.intents, validator), server
+    )
     assistant = AssistantServicer(services.assistant, validator, new_event_id=new_uuid)
     assistant_pb2_grpc.add_AssistantServiceServicer_to_server(assistant, server)
     articles_pb2_grpc.add_ArticleServiceServicer_to_server(ArticleServicer(services.articles, validator), server)

@@ -3,15 +3,18 @@
 from concord.v1 import understanding_pb2, understanding_pb2_grpc
 from server.domain import Embedding
 from server.rpc.interceptor import Context
-from server.rpc.ports import Embedder
+from server.rpc.ports import Embedder, Intents
+from server.rpc.translate import MICROS
 from server.rpc.validation import Validator
+from server.understand.entities import Entity
 
 
 class UnderstandingServicer(understanding_pb2_grpc.UnderstandingServiceServicer):
     """Reads texts with the active model."""
 
-    def __init__(self, embedder: Embedder, validator: Validator) -> None:
+    def __init__(self, embedder: Embedder, intents: Intents, validator: Validator) -> None:
         self._embedder = embedder
+        self._intents = intents
         self._validator = validator
 
     async def EmbedText(self, request: understanding_pb2.EmbedTextRequest, _context: Context) -> understanding_pb2.EmbedTextResponse:
@@ -20,6 +23,38 @@ class UnderstandingServicer(understanding_pb2_grpc.UnderstandingServiceServicer)
         return understanding_pb2.EmbedTextResponse(
             embeddings=[_embedding(one) for one in embedded.embeddings], model_version=embedded.model_version
         )
+
+    async def DetectIntent(
+        self, request: understanding_pb2.DetectIntentRequest, _context: Context
+    ) -> understanding_pb2.DetectIntentResponse:
+        """Returns what the writer of a text wants and speaks of."""
+        found = await self._intents.detect(self._validator.intent(request))
+        return understanding_pb2.DetectIntentResponse(
+            intents=[understanding_pb2.Intent(name=name, probability=probability) for name, probability in found.intents],
+            in_scope=found.in_scope,
+            entities=[_entity(one) for one in found.entities],
+            token_count=found.token_count,
+            truncated=found.truncated,
+            model_version=found.model_version,
+            index_version=found.index_version,
+        )
+
+
+def _entity(one: Entity) -> understanding_pb2.Entity:
+    made = understanding_pb2.Entity(
+        kind=f"ENTITY_KIND_{one.kind.name}",
+        start=one.start,
+        end=one.end,
+        text=one.text,
+        value=one.value,
+        confidence=one.confidence,
+        quantity=one.count or 0,
+    )
+    if one.price_micros is not None:
+        units, rest = divmod(one.price_micros, MICROS)
+        bound = f"PRICE_BOUND_{one.bound.name}"
+        made.price.CopyFrom(understanding_pb2.SpokenPrice(currency_code=one.currency, units=units, nanos=rest * 1_000, bound=bound))
+    return made
 
 
 def _embedding(one: Embedding) -> understanding_pb2.TextEmbedding:

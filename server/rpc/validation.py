@@ -10,6 +10,7 @@ from server.domain import EVERYTHING, EmbedQuery, EntityKey, ItemFilter, Recomme
 from server.errors import InvalidRequestError
 from server.rpc import rules
 from server.rpc.translate import PURPOSES, RELATION_NAMES
+from server.understand.intents import IntentQuery
 
 
 class Validator:
@@ -166,6 +167,12 @@ class Validator:
         if request.max_tokens and not rules.LEAST_TOKENS <= request.max_tokens <= rules.MOST_TOKENS:
             raise InvalidRequestError("max_tokens", f"must be {rules.LEAST_TOKENS} to {rules.MOST_TOKENS}, or 0 for the model's own limit")
         return EmbedQuery(texts, PURPOSES[request.purpose], request.max_tokens)
+
+    def intent(self, request: understanding_pb2.DetectIntentRequest) -> IntentQuery:
+        """Reads a text whose writer wants something."""
+        self.channel(request.channel, "channel")
+        text = rules.text(request.text, "text", most=rules.TEXT_CHARS)
+        return IntentQuery(text, rules.page(request.top_k, "top_k", most=rules.TOP_K, default=rules.DEFAULT_TOP_K))
 
     def _entity(self, row: features_pb2.EntityRow, field: str) -> EntityKey:
         if not row.user_id and not row.item_id:

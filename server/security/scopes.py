@@ -62,6 +62,7 @@ SCOPE_OF = {
     "ArticleService/UpsertArticles": Scope.ARTICLES_WRITE,
     "ArticleService/ListArticles": Scope.ARTICLES_READ,
     "ArticleService/DeleteArticles": Scope.ARTICLES_WRITE,
+    "UnderstandingService/DetectIntent": Scope.TEXTS_READ,
     "ModelService/ListModels": Scope.MODELS_READ,
     "ModelService/GetActiveModel": Scope.MODELS_READ,
     "ModelService/ListReplicas": Scope.MODELS_READ,

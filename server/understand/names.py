@@ -73,7 +73,7 @@ class Names(NamedTuple):
     unspaced: Mapping[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CatalogueNames:
     """Of one index epoch.
 
@@ -175,6 +175,19 @@ class CatalogueNames:
     def categories_in(self, text: str, words: Sequence[Word]) -> list[Named]:
         """Returns the categories a text names, whole or by a part of their path; several where they share that part."""
         return _spoken(text, words, self.categories)
+
+
+NO_NAMES = CatalogueNames(
+    ids=(),
+    codes={},
+    starts=np.zeros(1, np.int32),
+    rows=np.zeros(0, np.int32),
+    rarity=np.zeros(0, np.float32),
+    weights=np.zeros(0, np.float32),
+    brands=Names({}, {}),
+    categories=Names({}, {}),
+)
+"""Of a catalogue without items."""
 
 
 def _covers(better: Named, one: Named) -> bool:

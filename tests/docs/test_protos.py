@@ -116,6 +116,7 @@ def test_every_service_of_the_contract_is_there(files):
         "ArticleService.UpsertArticles",
         "ArticleService.ListArticles",
         "ArticleService.DeleteArticles",
+        "UnderstandingService.DetectIntent",
         "ModelService.ListModels",
         "ModelService.GetActiveModel",
         "ModelService.ActivateModel",

@@ -24,6 +24,7 @@ from features.store import apply_repository
 from server.settings import ServerSettings
 from tests.integration import serving
 from tests.integration.times import START
+from tests.unit.bundles import write_classifier_folder
 
 if TYPE_CHECKING:
     from training.run import TrainResult
@@ -131,11 +132,13 @@ def trained(new_shop: NewShop, tmp_path_factory: pytest.TempPathFactory) -> "tup
 
 @pytest.fixture(scope="session")
 def bundled(trained: "tuple[ServerSettings, TrainResult]", tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """The bundle that the run of ``trained`` was exported as."""
+    """The bundle that the run of ``trained`` was exported as, with a text classifier of random weights."""
     from training.run import export
+    from training.text import load_tokenizer
 
-    folder = tmp_path_factory.mktemp("bundled")
-    return folder, export(trained[0], trained[1].run_dir, folder)
+    folder, classifier = tmp_path_factory.mktemp("bundled"), tmp_path_factory.mktemp("classifier")
+    write_classifier_folder(classifier, "intent", ("ask", "buy", "complain"), load_tokenizer("tiny"))
+    return folder, export(trained[0], trained[1].run_dir, folder, classifiers=[classifier])
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """The assistant over real stores, a really trained encoder and real gRPC: facts, conversations across channels and replicas."""
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +22,7 @@ from features.catalogue import Item, publish_epoch, upsert_items
 from server.settings import ServerSettings
 from tests.integration.replicas import query
 from tests.integration.serving import connected, served
+from tests.integration.test_processes import run
 
 KIND, REASON = AnswerKind, HandoverReason
 RETURNS = "Send anything back within 30 days, unworn, for a full refund."
@@ -121,6 +124,36 @@ async def test_a_retry_in_any_channel_is_the_same_answer_and_the_same_event(flee
     assert {answer.text for answer in answers[1::2]} == {"I cannot find that item here."}  # it is sold on the web alone
     assert len(query(fleet.settings, "SELECT 1 FROM assistant_turns WHERE event_id = %s", event_id)) == 1
     assert len(query(fleet.settings, "SELECT 1 FROM events WHERE event_id = %s", event_id)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "what is your return policy?",
+        "how much is the Zanzibar blue enamel mug?",
+        "something like the Zanzibar red enamel mug",
+        "who is Zeus",
+    ],
+)
+async def test_equal_states_give_equal_answers_on_every_replica(fleet: Fleet, who: str, text: str) -> None:
+    """Two customers nobody has met before, asked about in turn: nothing but who they are differs."""
+    async with Concord(fleet.addresses[1], channel="web", timeout=20.0) as other:
+        answers = [await client.ask(f"{who}-{k}", text) for k, client in enumerate((fleet.web, other))]
+    for answer in answers:
+        for field in ("event_id", "user_id", "consistency_token"):
+            answer.ClearField(field)
+    assert answers[0] == answers[1]
+
+
+async def test_the_command_line_imports_and_asks(fleet: Fleet, who: str, tmp_path: Path) -> None:
+    (tmp_path / "faq.csv").write_text('question,answer\nIs there a car park at Quagga Lane?,"Yes, below the shop."\n')
+    done = await asyncio.to_thread(run, fleet.settings, "articles", "import", str(tmp_path / "faq.csv"), "--mapping", "faq")
+    assert (done.returncode, done.stderr.count("error")) == (0, 0), done.stderr
+    asked = ("ask", who, "is there a car park at Quagga Lane?", "--server", fleet.addresses[1])
+    done = await asyncio.to_thread(run, fleet.settings, *asked)
+    assert done.stdout.strip() == "Yes, below the shop."
+    done = await asyncio.to_thread(run, fleet.settings, *asked, "--full", "--format", "rich", "--channel", "app")
+    assert json.loads(done.stdout)["citations"][0]["passage"]["title"] == "Is there a car park at Quagga Lane?"
 
 
 async def test_an_article_is_quoted_with_its_source_in_every_format(fleet: Fleet, who: str) -> None:

@@ -22,6 +22,7 @@ from cli.main import app
 from concord import Concord, user
 from features.bundle import COLLABORATIVE, MANIFEST, TRAINING, Manifest, checksums, write_manifest
 from features.catalogue import Item, publish_epoch, upsert_items
+from features.classifiers import put_into
 from features.importers import import_events, load_mapping
 from features.models import ModelVersion, list_models
 from features.sample_shop import generate, write
@@ -31,10 +32,12 @@ from tests.integration import serving
 from tests.integration.fixtures import NewShop
 from tests.integration.test_processes import environment
 from tests.integration.times import NOW
+from tests.unit.bundles import write_classifier_folder
 from training.config import TrainConfig
 from training.events import to_micros
 from training.ranker import Ranker
 from training.runs import Begun, begin
+from training.text import load_tokenizer
 from training.warm_start import load_origin, save_origin
 
 # Budgets of an update in these tests: seconds, not minutes.
@@ -83,14 +86,17 @@ class Growing:
 
 
 def with_an_untrained_ranker(bundle: Path, folder: Path) -> Path:
-    """Writes a bundle whose model ranks badly: an update of it has something to win."""
+    """Writes a bundle whose model ranks badly: an update of it has something to win. It also knows two intents."""
     shutil.copytree(bundle, folder)
     origin = load_origin(folder / TRAINING)
     ranker = Ranker(origin.trained.config.ranker_hidden)
     ranker.mean, ranker.scale = origin.trained.ranker.mean, origin.trained.ranker.scale
     save_origin(replace(origin, trained=replace(origin.trained, ranker=ranker)), folder / TRAINING)
     manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    write_manifest(folder, manifest.model_copy(update={"model_version": "poor", "files": dict(checksums(folder))}))
+    scratch = folder.with_name("classifier")
+    write_classifier_folder(scratch, "intent", ("ask", "buy"), load_tokenizer("tiny"))
+    changes = {"model_version": "poor", "format": 3, "classifiers": put_into(folder, [scratch]), "files": dict(checksums(folder))}
+    write_manifest(folder, manifest.model_copy(update=changes))
     return folder
 
 
@@ -195,6 +201,7 @@ def test_a_challenger_that_learns_nothing_ranks_as_the_champion_and_does_not_rep
     assert report["counts"]["new_visits"] > 0
     assert report["counts"]["replayed_visits"] > 0
     assert challenger.manifest["settings"]["warm_start"] == champion
+    assert challenger.manifest["classifiers"]["intent"]["labels"] == ["ask", "buy"]  # carried on: an update learns nothing about them
     assert challenger.manifest["metrics"]["training_gain_ndcg_at_10"] == 0.0
     assert challenger.manifest["metrics"]["ndcg_at_10"] == report["refreshed_metrics"]["ndcg_at_10"]
     assert datetime.fromisoformat(report["cut"]) > datetime.fromisoformat(updated.models()[-1].manifest["data_until"])

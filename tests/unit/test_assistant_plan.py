@@ -56,8 +56,8 @@ def table() -> ItemTable:
 
 
 TABLE = table()
-SNAPSHOT = Snapshot(None, TABLE, np.zeros((len(TABLE), 0), np.float32), CollaborativeWeights.empty(len(TABLE)))
-NAMES = CatalogueNames.of(TABLE)
+VECTORS, WEIGHTS = np.zeros((len(TABLE), 0), np.float32), CollaborativeWeights.empty(len(TABLE))
+SNAPSHOT = Snapshot(None, TABLE, VECTORS, WEIGHTS, names=CatalogueNames.of(TABLE))
 OFFERS = OfferTable(
     1,
     {
@@ -76,7 +76,7 @@ def told(kind: Kind, *items: str) -> Turn:
 
 
 def plan(text: str, *before: Turn, intent: Classification | None = None) -> Plan:
-    return planned(read(text), before, intent, snapshot=SNAPSHOT, names=NAMES, articles=ARTICLES, rules=RULES)
+    return planned(read(text), before, intent, snapshot=SNAPSHOT, articles=ARTICLES, rules=RULES)
 
 
 def ids(made: Plan) -> list[str]:

@@ -31,6 +31,7 @@ from features.models import OnUnready
 from server.domain import EmbedQuery, FeatureTable, Purpose
 from server.rpc import rules
 from server.rpc.translate import datetime_of, micros_of, money_of, set_duration, timestamp_of, timestamp_of_micros
+from server.understand.intents import IntentQuery
 from tests.fakes import NOW, FakeCatalog, FakeFeatures, Fakes, serving
 
 SUBJECT = common_pb2.Subject(user_id="u1")
@@ -290,3 +291,21 @@ async def test_an_embedding_is_answered_whole() -> None:
     unit = [float(np.float32(0.6)), float(np.float32(0.8)), 0.0]
     assert [list(one.vector) for one in answer.embeddings] == [unit, [], unit]
     assert [(one.token_count, one.truncated) for one in answer.embeddings] == [(3, False), (0, False), (300, True)]
+
+
+async def test_an_intent_is_answered_whole() -> None:
+    async with serving() as edge:
+        stub = understanding_pb2_grpc.UnderstandingServiceStub(edge.channel)
+        answer = await stub.DetectIntent(understanding_pb2.DetectIntentRequest(channel="web", text="mug 19.99 2"))
+        (most,) = (await stub.DetectIntent(understanding_pb2.DetectIntentRequest(channel="web", text="mug", top_k=1))).intents
+    assert edge.fakes.intents.calls == [IntentQuery("mug 19.99 2", 3), IntentQuery("mug", 1)]
+    assert [(one.name, one.probability) for one in answer.intents] == [("track_order", 0.875), ("get_refund", 0.125)]
+    assert most.name == "track_order"
+    item, price, quantity = answer.entities
+    assert (item.kind, item.start, item.end, item.text) == (understanding_pb2.ENTITY_KIND_ITEM, 0, 3, "mug")
+    assert (item.value, item.confidence, item.HasField("price")) == ("i1", 0.75, False)
+    bound = understanding_pb2.PRICE_BOUND_MOST
+    assert price.price == understanding_pb2.SpokenPrice(currency_code="EUR", units=19, nanos=990_000_000, bound=bound)
+    assert (quantity.kind, quantity.quantity) == (understanding_pb2.ENTITY_KIND_QUANTITY, 2)
+    told = (answer.in_scope, answer.token_count, answer.truncated, answer.model_version, answer.index_version)
+    assert told == (True, 7, False, "m1", 3)

@@ -77,6 +77,10 @@ def link(**changes: Any) -> identity_pb2.LinkIdentitiesRequest:
     return identity_pb2.LinkIdentitiesRequest(**{"identity": identity(), "subject": USER} | changes)
 
 
+def intent(**changes: Any) -> understanding_pb2.DetectIntentRequest:
+    return understanding_pb2.DetectIntentRequest(**{"channel": "web", "text": "t"} | changes)
+
+
 def embed(**changes: Any) -> understanding_pb2.EmbedTextRequest:
     base = {"channel": "web", "texts": ["t"], "purpose": understanding_pb2.EMBEDDING_PURPOSE_ITEM}
     return understanding_pb2.EmbedTextRequest(**base | changes)
@@ -95,6 +99,7 @@ METHODS = {
     profile_pb2.GetProfileRequest: "ProfileService/GetProfile",
     models_pb2.ActivateModelRequest: "ModelService/ActivateModel",
     understanding_pb2.EmbedTextRequest: "UnderstandingService/EmbedText",
+    understanding_pb2.DetectIntentRequest: "UnderstandingService/DetectIntent",
 }
 
 VIOLATIONS: list[tuple[Message, str, str]] = [
@@ -149,6 +154,11 @@ VIOLATIONS: list[tuple[Message, str, str]] = [
     (embed(texts=["a\0b"]), "texts[0]", "must not contain NUL (U+0000)"),
     (embed(purpose=0), "purpose", "is required: a known purpose"),
     (embed(purpose=7), "purpose", "is required: a known purpose"),
+    (intent(channel=""), "channel", "is required: a registered channel"),
+    (intent(text="t" * 10_001), "text", "must have at most 10000 characters"),
+    (intent(text="a\0b"), "text", "must not contain NUL (U+0000)"),
+    (intent(top_k=-1), "top_k", "must be 1 to 100, or 0 for 3"),
+    (intent(top_k=101), "top_k", "must be 1 to 100, or 0 for 3"),
     (embed(max_tokens=2), "max_tokens", "must be 3 to 512, or 0 for the model's own limit"),
     (embed(max_tokens=-1), "max_tokens", "must be 3 to 512, or 0 for the model's own limit"),
     (embed(max_tokens=513), "max_tokens", "must be 3 to 512, or 0 for the model's own limit"),
@@ -271,6 +281,8 @@ async def test_reasons_programs_rely_on(edge: Edge, request_: Message, reason: s
         link(subject=common_pb2.Subject(identity=identity("store", "x" * 256))),
         embed(texts=["t" * 10_000] * 10, max_tokens=512),
         embed(texts=[""] * 128, max_tokens=3),
+        intent(text=""),
+        intent(text="t" * 10_000, top_k=100),
     ],
 )
 async def test_what_the_contract_allows_is_allowed(edge: Edge, request_: Message) -> None:

@@ -1,4 +1,4 @@
-"""Trains on a public set by its published protocol and writes the rankings for the judge.
+"""Trains on a public set by its published protocol and writes the rankings for the judge, where the set is one of rankings.
 
 python -m training.quality beauty --seed 0 --out rankings.jsonl
 """
@@ -12,9 +12,11 @@ import torch
 import typer
 
 from training.card import render_html, render_markdown
-from training.quality import faq, next_item, online_retail
+from training.quality import faq, intents, next_item, online_retail
 from training.quality.result import QualityResult
 
+_PARTS = f"{', '.join(next_item.PARTS)}; of the intents {', '.join(intents.PARTS)}"
+_SETS = "beauty, cold (beauty with items held out), online_retail, faq, intents, or intents_5 and intents_20 (of so many examples each)."
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -25,17 +27,23 @@ class Set(StrEnum):
     COLD = "cold"
     ONLINE_RETAIL = "online_retail"
     FAQ = "faq"
+    INTENTS = "intents"
+    INTENTS_5 = "intents_5"
+    INTENTS_20 = "intents_20"
+
+
+_EXAMPLES = {Set.INTENTS: None, Set.INTENTS_5: 5, Set.INTENTS_20: 20}
 
 
 @app.command()
 def main(
-    name: Annotated[Set, typer.Argument(metavar="SET", help="beauty, cold (beauty with items held out), online_retail or faq.")],
+    name: Annotated[Set, typer.Argument(metavar="SET", help=_SETS)],
     *,
     data: Annotated[Path, typer.Option(help="Folder of the public sets.", envvar="CONCORD_TEST_DATA")] = Path("../shared/data"),
     out: Annotated[Path, typer.Option(help="Rankings: one JSON line {user, items} for each customer.")] = Path("rankings.jsonl"),
     seed: Annotated[int, typer.Option(help="Of every random choice of the run.")] = 0,
     cut: Annotated[str, typer.Option(help="Online Retail only: rank for what follows this day; tune on an earlier one.")] = "2011-11-01",
-    without: Annotated[str, typer.Option(help=f"Parts left out, for the ablation: {', '.join(next_item.PARTS)}.")] = "",
+    without: Annotated[str, typer.Option(help=f"Parts left out, for the ablation: {_PARTS}.")] = "",
     card: Annotated[
         Path | None, typer.Option(help="Beauty and cold: also write the model card there, as HTML, and as Markdown beside it.")
     ] = None,
@@ -52,8 +60,8 @@ def main(
         python -m training.quality online_retail --cut 2011-10-01 --without recency
     """
     parts = frozenset(part.strip() for part in without.split(",") if part.strip())
-    if parts - set(next_item.PARTS):
-        raise typer.BadParameter(f"unknown part {', '.join(sorted(parts - set(next_item.PARTS)))}", param_hint="--without")
+    if unknown := parts - set(intents.PARTS if name in _EXAMPLES else next_item.PARTS):
+        raise typer.BadParameter(f"unknown part {', '.join(sorted(unknown))}", param_hint="--without")
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
@@ -76,6 +84,8 @@ def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str],
     try:
         if name is Set.FAQ:
             return faq.run(data, seed=seed)
+        if name in _EXAMPLES:
+            return intents.run(data, seed=seed, examples=_EXAMPLES[name], without=without)
         if name is Set.ONLINE_RETAIL:
             return online_retail.run(data, seed=seed, cut=cut, without=without)
         return next_item.run(data, seed=seed, without=without, cold=name is Set.COLD, kept=towers)

@@ -10,7 +10,7 @@ class QualityResult:
     """One run on one set.
 
     Attributes:
-        rankings: each customer's items, best first, 20 to 100 of them unless the catalogue has fewer left; none where no judge asks.
+        rankings: each customer's items, best first, 20 to 100 of them unless the catalogue has fewer left; none of a set of texts.
         validation: metrics on the part that the run was tuned on, never on the judge's targets.
         details: configuration, counts and weights, as JSON can hold them.
         seconds: wall-clock time of the whole run.
