@@ -16,6 +16,7 @@ from server.understand.patterns import Bound
 
 _QUOTES = 3  # kept of an answer, best first, for channels that may not quote the best one
 _INTENT_CONFIDENCE = 0.8
+_BRIEF = 3  # words that say something: such a message is about what it names, a longer one about what it says of it
 _BESIDE = 1  # words beside a category or brand with which a message still is about nothing else
 # Labels of an intent classifier that mean the same as the patterns; others only say whether a message is about the shop.
 _INTENTS = {"contact_human_agent": Ask.PERSON, "complaint": Ask.COMPLAINT, "track_order": Ask.ORDERS | Ask.DELIVERY}
@@ -91,6 +92,9 @@ def planned(
     rows, going_on = _meant(reading, mentions, before, snapshot)
     if going_on is not None and not asks & (Ask.PRICE | Ask.STOCK | Ask.SUGGESTIONS):
         asks |= going_on
+    brief = len(reading.content) <= _BRIEF
+    if reading.cheaper and brief and _last_with_items(before) is not None:
+        asks |= Ask.SUGGESTIONS
     vector = snapshot.model.passage_vector(reading.text) if snapshot.model else None
     hits = articles.search(reading.text, vector, limit=_QUOTES)
     sure = tuple(hit for hit in hits if hit.confidence >= rules.min_confidence)
@@ -105,7 +109,7 @@ def planned(
         return replace(plain, kind=Kind.STOCK, rows=rows)
     if reading.elliptic and going_on is not None and asks & (Ask.PRICE | Ask.STOCK):  # "and in blue?", of which there is none
         return replace(plain, kind=Kind.PRICE if asks & Ask.PRICE else Kind.STOCK)
-    if asks & (Ask.ORDERS | Ask.RETURNS) and not by_rule and (not sure or asks & (Ask.DELIVERY | Ask.HISTORY)):
+    if asks & (Ask.ORDERS | Ask.RETURNS) and not by_rule and (asks & (Ask.DELIVERY | Ask.HISTORY) or (brief and not sure)):
         kind = Kind.ORDERS if asks & Ask.ORDERS else Kind.RETURNS
         return replace(plain, kind=kind, hits=sure[:1] if asks & Ask.DELIVERY else (), order_ids=mentions.order_ids)
     if sure:

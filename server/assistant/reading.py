@@ -70,8 +70,8 @@ _PATTERNS: dict[Ask, tuple[str, ...]] = {
     ),
     Ask.SUGGESTIONS: (
         r"\brecommend\b|\brecommendations?\b|\bsuggest(?:ions?)?\b|\bsimilar\b|\balternatives?\b|\bgift ideas?\b|\bmore like\b",
-        r"\b(?:something|anything) (?:like|similar|else|for|under|below|cheaper|nice)\b|\blooking for\b|\bcheaper\b",
-        r"推荐|类似|差不多的|便宜[一点些]|有什么好|想买",
+        r"\b(?:something|anything) (?:like|similar|else|for|under|below|cheaper|nice)\b|\blooking for\b",
+        r"推荐|类似|差不多的|有什么好|想买",
     ),
     Ask.RULE: (
         r"^\W{0,5}(?:and |so |hi,? |hello,? |please,? )?how (?:do|can|could|would|should|long|many|soon|often)\b",

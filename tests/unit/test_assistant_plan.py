@@ -96,6 +96,9 @@ def ids(made: Plan) -> list[str]:
         ("我的订单在哪", Kind.ORDERS, []),
         ("show me my returns", Kind.RETURNS, []),
         ("where is my order?", Kind.ORDERS, []),
+        ("my last order", Kind.ORDERS, []),
+        ("my parcel came with a stain on the lining of the box", Kind.HANDOVER, []),
+        ("a competitor sells that same thing cheaper, they told my neighbour", Kind.HANDOVER, []),
         ("Can I cancel my order?", Kind.ARTICLE, []),
         ("How can I track my order?", Kind.ARTICLE, []),
         ("what is your return policy?", Kind.ARTICLE, []),
@@ -125,6 +128,8 @@ def test_a_message_is_taken_for_what_it_asks(text: str, kind: Kind, items: list[
         ("what about the brass desk lamp?", told(Kind.STOCK, "red"), Kind.STOCK, ["lamp"]),
         ("and in purple?", told(Kind.PRICE, "red"), Kind.PRICE, []),
         ("anything cheaper?", told(Kind.PRICE, "lamp"), Kind.SUGGESTIONS, ["lamp"]),
+        ("cheaper?", told(Kind.PRICE, "lamp"), Kind.SUGGESTIONS, ["lamp"]),
+        ("便宜一点的", told(Kind.PRICE, "lamp"), Kind.SUGGESTIONS, ["lamp"]),
         ("Can I cancel my order?", told(Kind.PRICE, "lamp"), Kind.ARTICLE, []),
     ],
 )
