@@ -17,7 +17,7 @@ from harness import WORK
 
 # 21 features of a customer, over both views.
 FEATURES = [
-    *(f"user_activity:{name}" for name in ("version", "recent_items", "recent_actions", "recent_channels", "recent_times")),
+    *(f"user_activity:{name}" for name in ("version", "recent_items", "recent_action_codes", "recent_channels", "recent_times")),
     *(f"user_activity:{name}" for name in ("purchased_items", "purchased_days", "views_7d", "carts_7d", "purchases_28d", "searches_7d")),
     *(f"user_profile:{name}" for name in ("event_count", "purchase_count", "purchase_value", "days_since_event", "days_since_purchase")),
     *(f"user_profile:{name}" for name in ("price_mean", "price_low", "price_high", "top_categories", "top_category_shares")),

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from cli.stack import running_server
 from concord.v1 import common_pb2, events_pb2, events_pb2_grpc, recommendation_pb2, recommendation_pb2_grpc
 from features.activity import READ_STATE, UserStateCodec, activity_of
-from features.behaviour import behaviour_text
+from features.behaviour import BEHAVIOUR_COLUMNS, behaviour_text
 from features.bundle import ENCODER, TOKENIZER, Manifest
 from features.item_table import load_item_table
 from features.models import list_models
@@ -52,7 +52,7 @@ class BareEncoder:
         """Returns how long the run on the customer's behaviours takes; reading and tokenizing them is not counted."""
         row = connection.execute(READ_STATE, [[customer]]).fetchone()
         assert row is not None
-        names = ("version", "recent_items", "recent_actions", "recent_channels", "recent_times", "recent_texts")
+        names = ("version", *BEHAVIOUR_COLUMNS)
         values = {name: _Value(row.get(name)) for name in (*names, "purchased_items", "purchased_days")}
         activity = activity_of(values)  # type: ignore[arg-type]
         assert activity is not None

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,11 @@ import psycopg
 from rich.console import Console
 
 from cli.stack import running_stack
+from features.importers import import_folder, load_mapping
+from features.sample_shop import Shop, write
+from features.schema import migrate
 from features.settings import Settings, load_settings
+from features.store import apply_repository
 
 WORK = Path(__file__).resolve().parents[1] / "build" / "bench"
 """Where shops, peers' venvs and results lie; not in git."""
@@ -133,6 +138,19 @@ def returning_customers(settings: Settings, count: int, *, offset: int = 0) -> l
     """
     with psycopg.connect(settings.postgres_dsn) as connection:
         return [row[0] for row in connection.execute(query, [count, offset])]
+
+
+@contextmanager
+def imported(shop: Shop) -> Iterator[Settings]:
+    """Yields the settings of a shop on embedded servers of its own."""
+    with tempfile.TemporaryDirectory(prefix="concord-bench-", ignore_cleanup_errors=True) as name, running_stack(Path(name)) as stack:
+        folder = Path(name)
+        settings = Settings(postgres_dsn=stack.postgres_dsn, redis_url=stack.redis_url, data_dir=folder)
+        migrate(settings.postgres_dsn)
+        apply_repository(settings)
+        write(shop, folder / "sample")
+        import_folder(settings.postgres_dsn, folder / "sample", load_mapping("sample_shop"), rejects=folder)
+        yield settings
 
 
 @contextmanager

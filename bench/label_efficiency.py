@@ -12,13 +12,10 @@ customer's first purchase visit after the cut, all items ranked by the product o
 import argparse
 import copy
 import json
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,12 +24,9 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from cli.context import shop as named_shop
-from cli.stack import running_stack
-from features.importers import import_folder, load_mapping
-from features.sample_shop import generate, write
-from features.schema import migrate
+from features.sample_shop import generate
 from features.settings import Settings
-from features.store import apply_repository
+from harness import imported
 from training.checkpoint import new_tower
 from training.config import TrainConfig
 from training.dataset import Customers, Shop, join_customers, open_shop, split_of
@@ -46,20 +40,6 @@ from training.train import TowerSet, Trainer, mean_ndcg
 from training.warmup import past_activities, warm_up
 
 OBJECTIVES = ("none", "mlm", "contrastive")
-
-
-@contextmanager
-def sample_settings(seed: int) -> Iterator[Settings]:
-    """Yields the settings of a freshly generated and imported sample shop on embedded servers."""
-    with tempfile.TemporaryDirectory(prefix="concord-bench-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        with running_stack(folder) as stack:
-            settings = Settings(postgres_dsn=stack.postgres_dsn, redis_url=stack.redis_url, data_dir=folder)
-            migrate(settings.postgres_dsn)
-            apply_repository(settings)
-            write(generate(seed, end=datetime(2026, 11, 1, tzinfo=UTC)), folder / "sample")
-            import_folder(settings.postgres_dsn, folder / "sample", load_mapping("sample_shop"), rejects=folder)
-            yield settings
 
 
 @dataclass(frozen=True)
@@ -150,7 +130,7 @@ def main() -> None:
     base = replace(base, user_tokens=48, behaviour_limit=8, tower_labels=4_000, evaluation_users=500, checkpoint_steps=0)
     base = base.with_values(dict(text.split("=", 1) for text in arguments.set))
     prepare_torch(base)
-    with named_shop(Settings) if arguments.here else sample_settings(7) as settings:
+    with named_shop(Settings) if arguments.here else imported(generate(7, end=datetime(2026, 11, 1, tzinfo=UTC))) as settings:
         on = ground(settings, base)
         runs = [study(on, replace(base, seed=base.seed + seed), shares) for seed in range(arguments.seeds)]
     names = ["0", *(f"{share:g}" for share in shares)]

@@ -1,7 +1,7 @@
 """Shops of any size for benchmarks of size: a generated catalogue, and the sample shop's model widened to carry it."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +26,24 @@ _CATEGORIES, _BRANDS, _BATCH = 40, 200, 10_000
 _EMPTY = "empty"
 
 
+def numbered_item(number: int) -> Item:
+    """Returns an item that differs from the others by its number."""
+    return Item(
+        f"sku-{number:07d}",
+        f"thing number {number}",
+        category=f"category {number % _CATEGORIES}",
+        brand=f"brand {number % _BRANDS}",
+        price_micros=(1 + number % 500) * 1_000_000,
+        currency="EUR",
+        stock=100,
+        listed_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+
+
 @contextmanager
-def large_shop(sample: Settings, item_count: int, *, redis_database: int, name: str = "") -> Iterator[Settings]:
+def large_shop(
+    sample: Settings, item_count: int, *, redis_database: int, name: str = "", item: Callable[[int], Item] = numbered_item
+) -> Iterator[Settings]:
     """Yields a shop of ``item_count`` items beside the sample shop, with the sample shop's model over all of them.
 
     Its database ``name`` is made the first time (some seconds for 10,000 items) and stays; its Redis database is emptied.
@@ -47,7 +63,7 @@ def large_shop(sample: Settings, item_count: int, *, redis_database: int, name: 
             connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [_EMPTY])
             connection.execute(sql.SQL("DROP DATABASE IF EXISTS {}").format(sql.Identifier(name)))
             connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(_EMPTY)))
-        _prepare(sample, settings, item_count)
+        _prepare(sample, settings, item_count, item)
         done.touch()
     yield settings
 
@@ -66,10 +82,10 @@ def empty_shop(sample: Settings) -> Settings:
     return settings
 
 
-def _prepare(sample: Settings, settings: Settings, item_count: int) -> None:
+def _prepare(sample: Settings, settings: Settings, item_count: int, item: Callable[[int], Item]) -> None:
     with psycopg.connect(settings.postgres_dsn) as connection:
         for start in range(0, item_count, _BATCH):
-            upsert_items(connection, [_item(number) for number in range(start, min(start + _BATCH, item_count))])
+            upsert_items(connection, [item(number) for number in range(start, min(start + _BATCH, item_count))])
         publish_epoch(connection)
         table = load_item_table(connection)
     with psycopg.connect(sample.postgres_dsn) as connection:
@@ -78,19 +94,6 @@ def _prepare(sample: Settings, settings: Settings, item_count: int) -> None:
     with psycopg.connect(settings.postgres_dsn) as connection:
         activate(connection, publish(connection, widened, settings.models_base).model_version)
     shutil.rmtree(widened)
-
-
-def _item(number: int) -> Item:
-    return Item(
-        f"sku-{number:07d}",
-        f"thing number {number}",
-        category=f"category {number % _CATEGORIES}",
-        brand=f"brand {number % _BRANDS}",
-        price_micros=(1 + number % 500) * 1_000_000,
-        currency="EUR",
-        stock=100,
-        listed_at=datetime(2026, 1, 1, tzinfo=UTC),
-    )
 
 
 def widen(bundle: Path, folder: Path, table: ItemTable) -> Path:

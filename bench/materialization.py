@@ -36,7 +36,7 @@ from rich.table import Table
 
 from cli.stack import running_stack
 from features.batch_views import materialize_view, newest_rows, stream
-from features.bulk_write import Commands, commands, send
+from features.bulk_write import Commands, commands, encoded, send
 from features.layout import view_layout
 from features.overlap import overlapped
 from features.schema import migrate
@@ -121,7 +121,10 @@ def prepared(settings: Settings, store: FeatureStore, users: int) -> list[Comman
     for view in (store.get_feature_view(f"{name}_{users}") for name in _SCHEMAS):
         layout = view_layout(view.to_proto())
         rows = stream(settings.postgres_dsn, newest_rows(view, layout, _AT, _AT))
-        made += [commands([b"HSET"], layout, batch, project=settings.project) for batch in rows]
+        fields = (layout.timestamp_field, *layout.fields)
+        for batch in rows:
+            key, *values = encoded(layout, batch, project=settings.project)
+            made.append(commands([b"HSET", key, *(part for pair in zip(fields, values, strict=True) for part in pair)]))
     return made
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from server.audit.run import Scope
     from server.audit.store import AuditStore
     from server.audit.workshop import Workshop
-    from server.recommend.compute import Policy
 
 _out = Console()
 _SHOWN = 40
@@ -86,6 +85,7 @@ async def run_audit(
     from server.audit.report import AuditReport
     from server.audit.run import Audit
     from server.recommend.compute import policy_fingerprint
+    from server.recommend.rooms import policy_of
 
     report = AuditReport(str(uuid.uuid4()), datetime.now(UTC))
     started = time.monotonic()
@@ -95,7 +95,7 @@ async def run_audit(
             report.notes.append("no replica lives, so nothing was probed")
         prober = Prober(clients.ask, replicas=addresses, channels=settings.channels) if addresses else None
         rules = policy_fingerprint(
-            _policy(settings),
+            policy_of(settings),
             hide_out_of_stock=settings.hide_out_of_stock,
             onnx_threads=settings.onnx_threads,
             onnx_precision=settings.onnx_precision,
@@ -123,6 +123,7 @@ async def _rooms(settings: ServerSettings) -> "AsyncIterator[tuple[AuditStore, W
     from server.database import postgres_breaker, postgres_pool, redis_breaker, redis_client
     from server.models import BundleLoader
     from server.online.store import OnlineStore
+    from server.recommend.rooms import policy_of
     from server.recommend.snapshot import SnapshotBuilder
 
     codec = UserStateCodec((await asyncio.to_thread(load_registry, settings)).layouts, settings.project)
@@ -133,15 +134,9 @@ async def _rooms(settings: ServerSettings) -> "AsyncIterator[tuple[AuditStore, W
         client = redis_client(settings)
         stack.push_async_callback(client.aclose)
         loader = BundleLoader(settings, provider=settings.onnx_provider, threads=settings.onnx_threads, precision=settings.onnx_precision)
-        workshop = Workshop(store, loader, SnapshotBuilder(pool, dsn=settings.postgres_dsn), _policy(settings))
+        workshop = Workshop(store, loader, SnapshotBuilder(pool, dsn=settings.postgres_dsn), policy_of(settings))
         online = OnlineStore(client, codec, redis_breaker(settings, client, lambda _open: None))
         yield store, workshop, OnlineAudit(client, codec, online, store=store, workshop=workshop)
-
-
-def _policy(settings: ServerSettings) -> "Policy":
-    from server.recommend.compute import Policy
-
-    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category)
 
 
 def _print(report: "AuditReport") -> None:

@@ -1,7 +1,8 @@
-"""Commands that run a server or call one: serve, health, record, recommend."""
+"""Commands that run a server or call one: serve, health, record, recommend, search."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from server.loop import finished
 
 if TYPE_CHECKING:
     from concord import Concord
+    from concord.v1.common_pb2 import Money
     from server.listening import Ports
 
 _out = Console()
@@ -32,6 +34,8 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: concord health --server 127.0.0.1:50051")(health)
     app.command(epilog="Example: concord record alice purchase --item sku-1 --channel store")(record)
     app.command(epilog="Example: concord recommend alice --channel app --surface home --limit 5")(recommend)
+    app.command(epilog='Example: concord search alice "enamel mug" --max-price 20EUR --channel app')(search)
+    app.command(epilog="Example: concord suggest ena --channel app")(suggest)
 
 
 def serve(
@@ -138,20 +142,92 @@ def recommend(
     server: _Server = "127.0.0.1:50051",
 ) -> None:
     """Asks for recommendations and prints them with prices, reasons and versions."""
-    from concord.v1 import recommendation_pb2
 
     async def call() -> Any:
         async with connected(server, channel) as client:
             return await client.recommend(customer, surface=surface, limit=limit)
 
     answer = finished(call())
+    _print_items(answer)
+    _out.print(f"slate {answer.slate_id}, versions {MessageToDict(answer.versions, preserving_proto_field_name=True)}")
+
+
+def search(
+    customer: Annotated[str, typer.Argument(help="The customer's id in the channel.")],
+    query: Annotated[str, typer.Argument(help="What is searched for.")],
+    channel: _Channel = "web",
+    category: Annotated[list[str] | None, typer.Option(help="Only of this category; may be named several times.")] = None,
+    brand: Annotated[list[str] | None, typer.Option(help="Only of this brand; may be named several times.")] = None,
+    max_price: Annotated[str, typer.Option(help="At most this price, with its currency: 20EUR or 19.90USD.")] = "",
+    limit: Annotated[int, typer.Option(help="How many items, 1 to 100.")] = 10,
+    recorded: Annotated[bool, typer.Option("--record/--no-record", help="Record the search as the customer's.")] = False,
+    server: _Server = "127.0.0.1:50051",
+) -> None:
+    """Searches for a customer and prints what is found with prices and reasons, what there is to choose, and versions.
+
+    A look from the command line is nothing that the customer did, so it is not recorded unless that is asked for.
+    """
+    from concord.v1.recommendation_pb2 import ItemFilter
+    from concord.v1.search_pb2 import SearchOutcome
+
+    wanted = ItemFilter(categories=category or (), brands=brand or ())
+    if max_price:
+        wanted.max_price.CopyFrom(_money(max_price))
+
+    async def call() -> Any:
+        async with connected(server, channel) as client:
+            return await client.search(customer, query, limit=limit, item_filter=wanted, skip_recording=not recorded)
+
+    answer = finished(call())
+    _print_items(answer)
+    outcome = SearchOutcome.Name(answer.outcome).removeprefix("SEARCH_OUTCOME_").lower()
+    meant = f', searched for "{answer.corrected_query}"' if answer.corrected_query else ""
+    _out.print(f"{answer.total_matches} found: {outcome}{meant}", highlight=False)
+    for name, values in (("categories", answer.categories), ("brands", answer.brands)):
+        if values:
+            _out.print(f"{name}: " + ", ".join(f"{one.value} ({one.item_count})" for one in values), highlight=False)
+    degraded = f", degraded: {', '.join(answer.degraded_reasons)}" if answer.degraded else ""
+    versions = MessageToDict(answer.versions, preserving_proto_field_name=True)
+    _out.print(f"slate {answer.slate_id}, versions {versions}{degraded}")
+
+
+def suggest(
+    prefix: Annotated[str, typer.Argument(help="What has been typed so far.")] = "",
+    channel: _Channel = "web",
+    limit: Annotated[int, typer.Option(help="How many suggestions, 1 to 20.")] = 8,
+    server: _Server = "127.0.0.1:50051",
+) -> None:
+    """Prints how what has been typed may go on."""
+    from concord.v1.search_pb2 import SuggestionKind
+
+    async def call() -> Any:
+        async with connected(server, channel) as client:
+            return await client.suggest(prefix, limit=limit)
+
+    for one in finished(call()).suggestions:
+        kind = SuggestionKind.Name(one.kind).removeprefix("SUGGESTION_KIND_").lower()
+        _out.print(f"{one.text}  ({kind})", highlight=False)
+
+
+def _print_items(answer: Any) -> None:
+    from concord.v1 import recommendation_pb2
+
     table = Table("#", "item", "title", "price", "score", "why")
     for item in answer.items:
         price = f"{item.price.units + item.price.nanos / 1e9:.2f} {item.price.currency_code}"
         reasons = ", ".join(recommendation_pb2.ReasonCode.Name(code).removeprefix("REASON_CODE_").lower() for code in item.reason_codes)
         table.add_row(str(item.position), item.item_id, item.title, price, f"{item.score:.4f}", reasons)
     _out.print(table)
-    _out.print(f"slate {answer.slate_id}, versions {MessageToDict(answer.versions, preserving_proto_field_name=True)}")
+
+
+def _money(text: str) -> "Money":
+    """Reads an amount with its currency, such as 19.90EUR."""
+    from concord.v1.common_pb2 import Money
+
+    if not (found := re.fullmatch(r"(\d{1,13})(?:\.(\d{1,6}))?\s*([A-Z]{3})", text)):
+        raise typer.BadParameter("must be an amount and its currency, such as 19.90EUR", param_hint="--max-price")
+    units, fraction, currency = found.groups()
+    return Money(currency_code=currency, units=int(units), nanos=int((fraction or "").ljust(9, "0")))
 
 
 def connected(server: str, channel: str) -> "Concord":

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, cast
 
-from features.behaviour import Activity, Behaviour
-from features.layout import FeatureValue, ViewLayout, entity_key
+from features.behaviour import BEHAVIOUR_COLUMNS, Activity, behaviours_of
+from features.layout import FeatureValue, ViewLayout, entity_key, hash_field
 from features.ranking import Profile
 
 ACTIVITY_VIEW = "user_activity"
@@ -22,6 +22,13 @@ MERGED_FIELD = "_concord:merged"
 MARKER_VERSION_FIELD = "_concord:version"
 MEMBERSHIP_FIELD = "_concord:membership"
 FORGOTTEN_FIELD = "_concord:forgotten"
+
+# A state without this feature was written by a release that kept actions as names and nothing of ratings: it reads as none at all,
+# is older than any other, whatever its version, and what it held under the earlier name goes when it is replaced.
+FORM_FEATURE = "recent_action_codes"
+_FORM_FIELD, _EARLIER_FIELD = (
+    "".join(f"\\{octet:03}" for octet in hash_field(f"{ACTIVITY_VIEW}:{name}")) for name in (FORM_FEATURE, "recent_actions")
+)
 
 # One statement, so one snapshot: version, membership and behaviours can never be of different moments. A merged persona has a
 # row that names its survivor and no behaviours; an unknown one has none.
@@ -65,9 +72,9 @@ local function version_of(raw)
 end
 local offered, membership, merged, pairs = tonumber(ARGV[1]), ARGV[3], ARGV[4], tonumber(ARGV[5])
 local seen = redis.call(
-    'HMGET', KEYS[1], ARGV[2], '{MARKER_VERSION_FIELD}', '{MEMBERSHIP_FIELD}', '{FORGOTTEN_FIELD}', ARGV[7 + 2 * pairs])
+    'HMGET', KEYS[1], ARGV[2], '{MARKER_VERSION_FIELD}', '{MEMBERSHIP_FIELD}', '{FORGOTTEN_FIELD}', ARGV[7 + 2 * pairs], '{_FORM_FIELD}')
 if seen[4] then return -1 end
-local current = math.max(version_of(seen[1]), tonumber(seen[2] or '-1'))
+local current = math.max(version_of(seen[6] and seen[1]), tonumber(seen[2] or '-1'))
 local regrouped = (seen[3] or '0') ~= membership
 if current < offered then
     if merged ~= '' then
@@ -77,6 +84,7 @@ if current < offered then
     end
     redis.call('HSET', KEYS[1], '{MEMBERSHIP_FIELD}', membership, unpack(ARGV, 6, 5 + 2 * pairs))
     redis.call('HDEL', KEYS[1], '{MERGED_FIELD}', '{MARKER_VERSION_FIELD}')
+    if seen[1] and not seen[6] then redis.call('HDEL', KEYS[1], '{_EARLIER_FIELD}') end
     if regrouped and seen[5] and ARGV[6 + 2 * pairs] == '0' then redis.call('HDEL', KEYS[1], unpack(ARGV, 7 + 2 * pairs, #ARGV)) end
     current = offered
 elseif regrouped or merged ~= '' then
@@ -113,7 +121,9 @@ class UserStateCodec:
         self.activity = layouts[ACTIVITY_VIEW]
         self.profile = layouts[PROFILE_VIEW]
         self.project = project
-        self.version_field = self.activity.fields[self.activity.features.index("version")]
+        self.version_field, self.form_field = (
+            self.activity.fields[self.activity.features.index(name)] for name in ("version", FORM_FEATURE)
+        )
         self.hash_fields = (*self.activity.hash_fields, *self.profile.hash_fields)
 
     def key(self, user_id: str) -> bytes:
@@ -149,14 +159,18 @@ class UserStateCodec:
         return {ACTIVITY_VIEW: self.activity.decode(replies[:cut], now), PROFILE_VIEW: self.profile.decode(replies[cut:], now)}
 
 
+def is_whole(features: Mapping[str, FeatureValue]) -> bool:
+    """Whether the decoded ``user_activity`` view is a state of this release's form, and not one of an earlier release, or none."""
+    return features["version"].value is not None and features[FORM_FEATURE].value is not None
+
+
 def activity_of(features: Mapping[str, FeatureValue]) -> Activity | None:
-    """Builds the activity from the decoded ``user_activity`` view, None when the customer has no online state."""
-    if features["version"].value is None:
+    """Builds the activity from the decoded ``user_activity`` view, None when the customer has no online state of this form."""
+    if not is_whole(features):
         return None
-    columns = [features[name].value or [] for name in ("recent_items", "recent_actions", "recent_channels", "recent_times", "recent_texts")]
     return Activity(
         version=features["version"].value,
-        behaviours=tuple(Behaviour(*row) for row in zip(*columns, strict=True)),
+        behaviours=behaviours_of(*(features[name].value or () for name in BEHAVIOUR_COLUMNS)),
         purchased_items=tuple(features["purchased_items"].value or ()),
         purchased_days=tuple(features["purchased_days"].value or ()),
     )

@@ -5,10 +5,9 @@ customer who was forgotten or merged meanwhile: decided and done in one step, wh
 first and writes later.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,18 @@ import redis
 from redis.exceptions import ResponseError
 
 from features.activity import FORGOTTEN_FIELD, MERGED_FIELD
-from features.columns import encode_column, encode_times, entity_keys, joined
+from features.columns import common_size, encode_column, encode_times, entity_keys, joined
 from features.layout import ViewLayout
 from features.overlap import overlapped
 
 # While one batch's answers are read, Redis works on the next.
 _CONNECTIONS = 2
 
-# ARGV: the field of the view's event time, that time, then fields and values; all of it is what HSET takes.
+# KEYS[1]: the entity. ARGV: the view's event time, then the value of each feature. The view's hash fields stand in the script: as
+# arguments of every row they were half of what Redis reads and turns into Lua's strings and back, a sixth of its time.
 # Times compare as Feast compares them: equal is not newer, and one of 1970 or before gives way to any.
 # Ordered so that a hash without the view, or with this very time, costs no decoding.
-_WRITE = f"""
+_DECIDE = f"""
 local function time_of(raw)
     local parts, i = {{0, 0}}, 1
     while i <= #raw do
@@ -45,17 +45,16 @@ local function time_of(raw)
     end
     return parts[1], parts[2]
 end
-local seen = redis.call('HMGET', KEYS[1], ARGV[1], '{FORGOTTEN_FIELD}', '{MERGED_FIELD}')
-if seen[1] == ARGV[2] or seen[2] or seen[3] then return 0 end
+local seen = redis.call('HMGET', KEYS[1], TIME_FIELD, '{FORGOTTEN_FIELD}', '{MERGED_FIELD}')
+if seen[1] == ARGV[1] or seen[2] or seen[3] then return 0 end
 if seen[1] then
     local seconds, nanos = time_of(seen[1])
-    local offered, offered_nanos = time_of(ARGV[2])
+    local offered, offered_nanos = time_of(ARGV[1])
     local newer = offered > seconds or (offered == seconds and offered_nanos > nanos)
     if (seconds > 0 or nanos > 0) and not newer then return 0 end
 end
-redis.call('HSET', KEYS[1], unpack(ARGV))
 """
-_EXPIRE = "redis.call('EXPIRE', KEYS[1], {seconds})\n"
+_HSET_FIELDS = 100  # Lua passes at most 250 values at a time
 
 
 @dataclass(frozen=True)
@@ -89,38 +88,51 @@ def write_view(
     Raises:
         redis.exceptions.RedisError: Redis refused a row or went away. Writing all again is harmless.
     """
-    expire = "" if expire_seconds is None else _EXPIRE.format(seconds=expire_seconds)
-    script: Any = client.script_load(f"{_WRITE}{expire}return 1")
+    script: Any = client.script_load(_script(layout, expire_seconds))
     call = (b"EVALSHA", script.encode(), b"1")
-    ready = (commands(call, layout, batch, project=project) for batch in batches)
+    ready = (commands([*call, *encoded(layout, batch, project=project)]) for batch in batches)
     return sum(overlapped(partial(send, client), ready, threads=_CONNECTIONS))
 
 
-def commands(call: Sequence[bytes], layout: ViewLayout, batch: pa.RecordBatch, *, project: str) -> Commands:
-    """Returns one command for each row of a batch: ``call``, the entity's key, and fields and values as HSET takes them."""
-    arguments: list[pa.Array | bytes] = [*call, entity_keys(layout.join_key, batch.column(0), project)]
-    arguments += [layout.timestamp_field, encode_times(batch.column(1))]
-    for field, dtype, column in zip(layout.fields, layout.dtypes, batch.columns[2:], strict=True):
-        arguments += [field, encode_column(dtype, column)]
-    pieces = [b"*%d\r\n" % len(arguments), *(piece for argument in arguments for piece in _bulk_string(argument))]
-    whole = joined(*_merged(pieces))
+def _script(layout: ViewLayout, expire_seconds: int | None) -> str:
+    """Returns the script that writes a row of a view; it answers 1 where it did."""
+    time_field = _literal(layout.timestamp_field)
+    fields = [time_field, *map(_literal, layout.fields)]
+    pairs = [f"{field}, ARGV[{place}]" for place, field in enumerate(fields, 1)]
+    writes = [f"redis.call('HSET', KEYS[1], {', '.join(pairs[k : k + _HSET_FIELDS])})" for k in range(0, len(pairs), _HSET_FIELDS)]
+    expires = [] if expire_seconds is None else [f"redis.call('EXPIRE', KEYS[1], {expire_seconds})"]
+    return "\n".join([_DECIDE.replace("TIME_FIELD", time_field), *writes, *expires, "return 1"])
+
+
+def _literal(field: bytes) -> str:
+    return "'" + "".join(f"\\{octet:03d}" for octet in field) + "'"
+
+
+def encoded(layout: ViewLayout, batch: pa.RecordBatch, *, project: str) -> list[pa.Array]:
+    """Returns a batch's columns as binaries: the entities' keys, their event times, then the values of each feature."""
+    columns = zip(layout.dtypes, batch.columns[2:], strict=True)
+    keys = entity_keys(layout.join_key, batch.column(0), project)
+    return [keys, encode_times(batch.column(1)), *(encode_column(dtype, column) for dtype, column in columns)]
+
+
+def commands(arguments: Sequence[pa.Array | bytes]) -> Commands:
+    """Returns one command for each row of the arrays among its arguments; a constant is the same in every row."""
+    pieces, constant = [], b"*%d\r\n" % len(arguments)
+    for argument in arguments:
+        if isinstance(argument, bytes):
+            constant += b"$%d\r\n%b\r\n" % (len(argument), argument)
+        elif (size := common_size(argument)) is not None:
+            pieces += [b"%b$%d\r\n" % (constant, size), argument]
+            constant = b"\r\n"
+        else:
+            # What stands before each length, and the few lengths there are, are put together once: a third of the pieces to copy.
+            lengths = pc.binary_length(argument).dictionary_encode()
+            heads = [b"%b$%d\r\n" % (constant, length) for length in lengths.dictionary.to_pylist()]
+            pieces += [pa.array(heads, pa.binary()).take(lengths.indices), argument]
+            constant = b"\r\n"
+    whole = joined(*pieces, constant)
     size = int(np.frombuffer(whole.buffers()[1], np.int32)[len(whole)]) if len(whole) else 0
     return Commands(memoryview(whole.buffers()[2] or b"")[:size], len(whole))
-
-
-def _bulk_string(argument: pa.Array | bytes) -> tuple[pa.Array | bytes, ...]:
-    if isinstance(argument, bytes):
-        return (b"$%d\r\n%b\r\n" % (len(argument), argument),)
-    return b"$", pc.binary_length(argument).cast(pa.string()).cast(pa.binary()), b"\r\n", argument, b"\r\n"
-
-
-def _merged(pieces: Iterable[pa.Array | bytes]) -> Iterator[pa.Array | bytes]:
-    """Makes one constant of those that follow each other: fewer pieces to copy for every row."""
-    for constant, group in groupby(pieces, lambda piece: isinstance(piece, bytes)):
-        if constant:
-            yield b"".join(group)
-        else:
-            yield from group
 
 
 def send(client: redis.Redis, batch: Commands) -> int:

@@ -1,12 +1,13 @@
 """The model bundle: the one thing that passes from training/ to server/. A folder with a manifest and checksummed files."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import fsspec
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -25,6 +26,8 @@ CARD_HTML = "model_card.html"  # the cards are for people: no server reads them
 CARD_MARKDOWN = "model_card.md"
 TRAINING = "training.safetensors"  # optional: what an update starts from; no server reads it
 TOWER = "tower.onnx"
+FORMAT: Final = 3
+"""Of what a bundle holds and of what it reads. 1 and 2 read customers' states in which actions were names and ratings were not said."""
 REQUIRED_FILES = (ENCODER, RANKER, TOKENIZER, ITEMS, COLLABORATIVE, GOLDEN)
 
 
@@ -113,8 +116,7 @@ class Manifest(BaseModel):
     """What a bundle says of itself.
 
     Attributes:
-        format: layout of the folder: 1 of a bundle with a text tower, 2 of one with a sequence tower, which earlier releases refuse,
-            3 of one with classifiers, whatever its tower, which releases before them refuse.
+        format: ``FORMAT``; a bundle of another one is refused, here and by the releases that wrote it.
         model_version: name of the version, unique in the registry.
         created_at: when it was exported (UTC).
         base_model: the pretrained BERT it was fine-tuned from.
@@ -138,7 +140,7 @@ class Manifest(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-    format: Literal[1, 2, 3] = 1
+    format: Literal[3] = FORMAT
     model_version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     created_at: datetime
     base_model: str
@@ -163,11 +165,9 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _tower_is_whole(self) -> Self:
-        """A sequence tower comes with how it reads behaviours; what earlier releases do not know has a format that they refuse."""
-        expected = (manifest_format(self.sequence, self.classifiers), self.tower == "sequence")
-        if (self.format, self.sequence is not None) != expected:
-            told = f"{len(self.classifiers)} classifiers and a {self.tower} tower" if self.classifiers else f"a {self.tower} tower"
-            raise ValueError(f"format {self.format} does not go with {told}")
+        """A sequence tower comes with how it reads behaviours, a text tower without."""
+        if (self.sequence is not None) != (self.tower == "sequence"):
+            raise ValueError(f"a {self.tower} tower {'lacks' if self.sequence is None else 'has no use for'} 'sequence'")
         return self
 
     @property
@@ -183,13 +183,6 @@ class Manifest(BaseModel):
         return (files.graph, files.golden, *own)
 
 
-def manifest_format(sequence: SequenceSpec | None, classifiers: Mapping[str, Classifier]) -> Literal[1, 2, 3]:
-    """Returns the format of a bundle with this tower (None: it reads text) and these classifiers."""
-    if classifiers:
-        return 3
-    return 1 if sequence is None else 2
-
-
 def checksum(path: Path) -> str:
     """Returns the SHA-256 of a file as hexadecimal."""
     with path.open("rb") as file:
@@ -202,19 +195,32 @@ def checksums(folder: Path) -> Mapping[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes ``manifest.json``: the last step of an export. It names nothing that its format does not know."""
-    unknown = {name for name in ("sequence", "classifiers") if not getattr(manifest, name)}
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude=unknown) + "\n")
+    """Writes ``manifest.json``: the last step of an export."""
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def require_format(manifest: object, name: str) -> None:
+    """Refuses a manifest, as JSON has it, of a release whose models read customers' states otherwise.
+
+    Raises:
+        BundleError: it is of an earlier format; the message says to train again.
+    """
+    if isinstance(manifest, dict) and manifest.get("format") in (1, 2):
+        model = f"{manifest.get('model_version', name)}: format {manifest['format']}"
+        remedy = "train again and publish the new model (concord train, concord export, concord publish)"
+        raise BundleError(f"{model} reads customers as an earlier release kept them; {remedy}")
 
 
 def read_bundle(folder: Path) -> Manifest:
     """Reads and verifies a bundle folder: the manifest, every file it names and every file the format requires.
 
     Raises:
-        BundleError: naming the file that is missing, unreadable or whose checksum differs.
+        BundleError: naming the file that is missing, unreadable or whose checksum differs; or it is of an earlier format.
     """
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        written = json.loads((folder / MANIFEST).read_bytes())
+        require_format(written, folder.name)
+        manifest = Manifest.model_validate(written)
     except FileNotFoundError:
         raise BundleError(f"{folder.name}: {MANIFEST} is missing") from None
     except (OSError, ValidationError, ValueError) as error:

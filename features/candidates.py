@@ -15,7 +15,7 @@ CANDIDATE_COUNT = 256
 
 
 class Source(IntFlag):
-    """Where a candidate came from; an item may have several sources."""
+    """Where a candidate came from; an item may have several sources. The last two are of a search: its words, its meaning."""
 
     RECENT = 1
     COLLABORATIVE = 2
@@ -23,6 +23,8 @@ class Source(IntFlag):
     RELATION = 8
     POPULAR = 16
     NEW = 32
+    LEXICAL = 64
+    SEMANTIC = 128
 
 
 # Shares of the 256 places, filled in this order; what is left goes to popular items, so that filters leave enough to show.

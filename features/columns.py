@@ -45,12 +45,12 @@ def encode_column(dtype: str, column: pa.Array) -> pa.Array:
         (n,) binaries without nulls.
     """
     field, is_list = KINDS[dtype]
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    if pa.types.is_floating(column.type) and pc.any(unset := pc.is_nan(column)).as_py():
+        column = pc.if_else(unset, pa.scalar(None, column.type), column)
     content = _list(column) if is_list else _scalar(column)
     wire = _WIRE.get(field, _LENGTH)
-    tag = _varints(np.array([Value.DESCRIPTOR.fields_by_name[field].number << 3 | wire]))[0].as_py()
-    encoded = joined(tag, _sized(content), content) if wire == _LENGTH else joined(tag, content)
+    tag = _varint(Value.DESCRIPTOR.fields_by_name[field].number << 3 | wire)
+    encoded = _sized(tag, content) if wire == _LENGTH else joined(tag, content)
     return pc.if_else(column.is_valid(), encoded, b"") if column.null_count else encoded
 
 
@@ -96,18 +96,34 @@ def _list(column: pa.Array) -> pa.Array:
         flat = flat.fill_null(math.nan)
     encoded = _scalar(flat)
     if pa.types.is_string(flat.type):
-        encoded = joined(_ELEMENTS, _sized(encoded), encoded)
+        encoded = _sized(_ELEMENTS, encoded)
     # Elements lie one after the other, so a list is the bytes between its first and the next list's first.
     ends = np.cumsum(pc.list_value_length(column).fill_null(0).to_numpy())
     lists = _cut(_offsets(encoded)[np.concatenate(([0], ends))], encoded.buffers()[2])
     if pa.types.is_string(flat.type):
         return lists
-    return pc.if_else(pc.equal(pc.binary_length(lists), 0), b"", joined(_ELEMENTS, _sized(lists), lists))
+    framed = _sized(_ELEMENTS, lists)
+    empty = pc.equal(pc.binary_length(lists), 0)
+    return pc.if_else(empty, b"", framed) if pc.any(empty).as_py() else framed
 
 
-def _sized(column: pa.Array) -> pa.Array:
-    """Returns the length of each binary as a varint."""
-    return _varints(pc.binary_length(column).to_numpy())
+def common_size(column: pa.Array) -> int | None:
+    """Returns the size that all binaries have, None where they differ or there are none; that of numbers, or lists of as many, is one."""
+    least, most = pc.min_max(pc.binary_length(column)).values()
+    return least.as_py() if least == most else None
+
+
+def _sized(tag: bytes, column: pa.Array) -> pa.Array:
+    """Returns each binary with ``tag`` and its size as a varint before it."""
+    size = common_size(column)
+    if size is not None:
+        return joined(tag + _varint(size), column)
+    return joined(tag, _varints(pc.binary_length(column).to_numpy()), column)
+
+
+def _varint(number: int) -> bytes:
+    encoded: bytes = _varints(np.array([number]))[0].as_py()
+    return encoded
 
 
 def _varints(numbers: np.ndarray) -> pa.Array:

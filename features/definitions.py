@@ -33,10 +33,10 @@ user_activity = FeatureView(
     schema=[
         Field(name="version", dtype=Int64, description="user_version these values reflect"),
         Field(name="recent_items", dtype=Array(String), description="items of the last 50 behaviours, newest first; '' without one"),
-        Field(name="recent_actions", dtype=Array(String), description="their actions"),
+        Field(name="recent_action_codes", dtype=Array(Int64), description="their actions, numbers of the enum concord.v1.Action"),
         Field(name="recent_channels", dtype=Array(String), description="the channels they happened in"),
         Field(name="recent_times", dtype=Array(Int64), description="their times, microseconds of Unix time"),
-        Field(name="recent_texts", dtype=Array(String), description="search, review and message texts, at most 160 characters each"),
+        Field(name="recent_texts", dtype=Array(String), description="searches, messages, '4 of 5: review'; at most 160 characters each"),
         Field(name="purchased_items", dtype=Array(String), description="distinct items ever bought, most recent first, at most 300"),
         Field(name="purchased_days", dtype=Array(Int64), description="day since 1970 of the last purchase of each"),
         Field(name="views_7d", dtype=Int64, description="views and clicks in the 7 days up to the newest behaviour, among the last 50"),

@@ -40,6 +40,9 @@ _COLLECTIONS = {"": "{}", "LIST": "Array({})", "SET": "Set({})"}
 _INT64_TAG, _STRING_TAG, _DOUBLE_TAG, _LENGTH_DELIMITED = 0x20, 0x12, 0x29, 2
 _DOUBLE, _LENGTH = struct.Struct("<d"), struct.Struct("<I")
 _SMALL: dict[int, bytes] = {number: Value(int64_val=number).SerializeToString() for number in range(1024)}
+# How a Value begins that holds numbers in so many bytes, by its size: its tag and length, then those of the list; while each has one.
+_INT64_LIST_TAG = Value.DESCRIPTOR.fields_by_name["int64_list_val"].number << 3 | _LENGTH_DELIMITED
+_INT64_LISTS = {4 + size: bytes((_INT64_LIST_TAG, size + 2, 0x0A, size)) for size in range(1, 126)}
 _EPOCH, _SECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(seconds=1)
 
 Decoder = Callable[[Sequence[bytes | None]], list[Any]]
@@ -294,6 +297,21 @@ def _texts(stored: Sequence[bytes | None]) -> list[Any]:
     ]
 
 
+def _whole_lists(stored: Sequence[bytes | None]) -> list[Any]:
+    """Numbers below 128, such as a customer's actions, have a byte each: 50 of them take 0.4 µs instead of 1.7."""
+    read: list[Any] = []
+    for data in stored:
+        if data is None:
+            read.append(None)
+        elif data[:4] == _INT64_LISTS.get(len(data)) and (octets := data[4:]).isascii():
+            read.append(list(octets))
+        elif data and data[0] == _INT64_LIST_TAG:
+            read.append(Value.FromString(data).int64_list_val.val[:])
+        else:
+            read.append(decode_value(data))
+    return read
+
+
 def _lists(kind: str) -> Decoder:
     """Asked for by name a list needs not be looked for, which is a quarter of a short one's time."""
     tag = Value.DESCRIPTOR.fields_by_name[kind].number << 3 | _LENGTH_DELIMITED  # one byte: all numbers are below 16
@@ -312,6 +330,7 @@ _DECODERS: dict[str, Decoder] = {
     "Int64": _whole_numbers,
     "String": _texts,
     **{dtype: _lists(kind) for dtype, (kind, is_list) in KINDS.items() if is_list},
+    "Array(Int64)": _whole_lists,
 }
 
 

@@ -6,18 +6,20 @@ Shared by training and serving. Equal documents and queries give equal bits: eve
 import re
 import threading
 import unicodedata
+import weakref
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-import bm25s
 import numpy as np
 import Stemmer
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
 from tokenizers import Regex, pre_tokenizers
 
+from features.bm25_import import bm25s
 from features.item_table import FloatArray
 
 # Of scripts that put no space between words: Han, which a dictionary cuts, and those of which pairs of characters are indexed.
@@ -32,35 +34,39 @@ _WORDS = pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}\p{M}]+"), "removed")
 _DROPPED = re.compile("[\u0300-\u036f\u064b-\u0652'\u2019\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 _STEMMERS = threading.local()  # a stemmer is not safe to share between threads
 
-# Of BM25, as Lucene has them. Other values gained nothing on titles (docs/LOG.md).
-_K1, _B = 1.2, 0.75
 # A word of up to 7 letters may differ by one edit from what it is taken for, a longer one by two; a shorter one is left alone.
 _LEAST_LETTERS, _TWO_EDITS_FROM, _MOST_LETTERS = 4, 8, 32
 # Words of a query that are looked up among misspelt ones: each compares itself with those of about its length, 1 ms of 100,000.
 _MOST_CORRECTED = 8
+_REMEMBERED = 4_096  # queries, at some 500 bytes each
 
 
-def words(text: str) -> list[str]:
+def words(text: str, *, overlapping: bool = True) -> list[str]:
     """Returns the words of a text as they are compared: compatibility forms, case, accents and layout marks make no difference.
 
     Chinese is cut by a dictionary (jieba), Japanese kana, Thai, Lao, Khmer and Burmese into pairs of characters. Digits stand
     apart from letters: "500ml" and "500 ml" are the same two words.
+
+    Args:
+        text: any text.
+        overlapping: whether a long Chinese word comes after the shorter ones in it, so that either is found; False: each
+            character is in one word.
     """
-    return _words(_plain(text))
+    return _words(_plain(text), overlapping=overlapping)
 
 
 def _plain(text: str) -> str:
     return unicodedata.normalize("NFKC", _DROPPED.sub("", unicodedata.normalize("NFKD", text).casefold()))
 
 
-def _words(plain: str) -> list[str]:
+def _words(plain: str, *, overlapping: bool = True) -> list[str]:
     found: list[str] = []
     for piece, _ in _WORDS.pre_tokenize_str(plain):
         if piece.isascii() and piece.isalpha():
             found.append(piece)
         else:
             for part in _PARTS.findall(piece):
-                found += _cut(part)
+                found += _cut(part, overlapping=overlapping)
     return found
 
 
@@ -91,26 +97,28 @@ class Correction(NamedTuple):
 class LexicalIndex:
     """BM25 over n documents of several weighted fields (BM25F with one length for all of them). Safe to ask from many threads."""
 
-    def __init__(self, fields: Sequence[Field]) -> None:
+    def __init__(self, fields: Sequence[Field], *, k1: float = 1.2, b: float = 0.75) -> None:
         """Builds the index.
 
         Args:
             fields: of the same n documents each.
+            k1: how much it counts that a word stands there more than once; as Lucene has it by default, as is ``b``.
+            b: how much a long document's words count less, 0 to 1.
         """
         numbers: dict[str, int] = {}
         seen: Counter[str] = Counter()
-        documents: list[list[int]] = []
+        documents: list[array[int]] = []
         for parts in zip(*(field.texts for field in fields), strict=True):
-            document: list[int] = []
+            document = array("i")
             for part, field in zip(parts, fields, strict=True):
                 here = words(part)
                 seen.update(here)
                 # A word that counts three times is one that stands there three times: so BM25 takes fields by weight.
-                document += [numbers.setdefault(_term(word), len(numbers)) for word in here] * field.weight
+                document.extend([numbers.setdefault(_term(word), len(numbers)) for word in here] * field.weight)
             documents.append(document)
         self._count = len(documents)
         self._numbers = numbers
-        self._postings = bm25s.BM25(k1=_K1, b=_B, method="lucene")
+        self._postings = bm25s.BM25(k1=k1, b=b, method="lucene")
         if numbers:
             self._postings.index((documents, numbers), create_empty_token=False, show_progress=False)
             frequencies = np.diff(self._postings.scores["indptr"])
@@ -149,7 +157,16 @@ class LexicalIndex:
         """Returns what the score of these terms stays below, whatever the document."""
         return sum(float(self._rarity[self._numbers[t]]) if t in self._numbers else self._unknown for t in dict.fromkeys(terms))
 
-    def corrected(self, text: str) -> Correction:
+    @cached_property
+    def corrected(self) -> Callable[[str], Correction]:
+        """Reads a query; those asked for last are remembered: an answer asks again what its computation has asked.
+
+        The index is known weakly there: held in a circle with its own memory, it would stay until Python looks for circles.
+        """
+        index = weakref.proxy(self)
+        return lru_cache(_REMEMBERED)(lambda text: index.correct(text))
+
+    def correct(self, text: str) -> Correction:
         """Reads a query; a word that no document has is taken for the nearest that some has, if one is near enough.
 
         Words of 4 to 7 letters may differ by one edit (a letter more, less or other, or two neighbours swapped), longer ones by two.
@@ -191,11 +208,11 @@ def _is_written_in_letters(word: str) -> bool:
     return _LEAST_LETTERS <= len(word) <= _MOST_LETTERS and word.isalpha() and not _HAS_HAN.match(word)
 
 
-def _cut(part: str) -> Iterator[str]:
+def _cut(part: str, *, overlapping: bool) -> Iterator[str]:
     if _HAS_HAN.match(part):
         import rjieba  # here: 32 MB of dictionary that a shop without Chinese never loads
 
-        yield from rjieba.cut_for_search(part)
+        yield from rjieba.cut_for_search(part) if overlapping else rjieba.cut(part)
     elif len(part) > 1 and _IS_UNSPACED.match(part):
         yield from (part[k : k + 2] for k in range(len(part) - 1))
     else:

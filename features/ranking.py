@@ -78,9 +78,9 @@ def ranking_matrix(
     gap, distance, inside = price_features(table.log_price[rows], profile)
     columns = [
         signals.vector.at(rows),
-        signals.vector.reciprocal_ranks().at(rows),
+        signals.vector.reciprocal_ranks(rows),
         signals.collaborative.at(rows),
-        signals.collaborative.reciprocal_ranks().at(rows),
+        signals.collaborative.reciprocal_ranks(rows),
         signals.relation.at(rows),
         last,
         *popularity.T,

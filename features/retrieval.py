@@ -21,13 +21,15 @@ VectorArray = npt.NDArray[np.floating[Any]]
 INDEXED_FROM = 20_000
 # Five times what any candidate source needs; to score them exactly takes 0.5 ms.
 SHORTLIST = 500
-# Items whose codes are compared with a query, at 8 ns each: of a catalogue up to this size all, of 1 M items those of 100 lists. There
-# 99.4 % of the nearest hundred were among them, of half as many 98.6 % (docs/LOG.md).
-_LOOKED_AT = 100_000
+# Items whose codes are compared with a query, at 8 ns each: of 1 M items those of 40 lists. There 98 % of the nearest hundred are
+# among them, of 200,000 items 99.2 % (docs/LOG.md).
+_LOOKED_AT = 40_000
 # Vectors are clustered as whole numbers of this length: all sums k-means makes of them stay below 2^24, where float32 is exact. So
 # who lies in which list is the same to the bit on any processor, with any BLAS and any number of threads.
 _LENGTH = 2_000.0
 _ROUNDS, _SEED, _SAMPLE_PER_LIST = 6, 20_261_130, 64
+_SIGN_AND_NUMBER = np.array(0x8FFFE000, np.uint32).view(np.int32)[()]
+_BIAS = np.float32(2.0 ** (127 - 15))
 _BLOCK = 16_384  # rows turned into float32 at a time: 25 MB of 384 components
 
 
@@ -102,8 +104,21 @@ def vector_scores(vectors: VectorArray, query: VectorArray, index: VectorIndex |
 
 def _products(vectors: VectorArray, query: FloatArray) -> FloatArray:
     # einsum, not BLAS: each row's sum by itself, so its bits depend neither on the number of rows nor on threads.
-    return np.asarray(np.einsum("nd,d->n", vectors.astype(np.float32, copy=False), query), np.float32)
+    return np.asarray(np.einsum("nd,d->n", _widened(vectors), query), np.float32)
+
+
+def _widened(vectors: VectorArray) -> FloatArray:
+    """Returns finite numbers as float32, without rounding: shifted into place and the exponent's bias made good, 0.4 ns each.
+
+    NumPy's own conversion takes 1.7, which was nine tenths of scoring a shortlist.
+    """
+    if vectors.dtype != np.float16:
+        return vectors.astype(np.float32, copy=False)
+    bits = vectors.view(np.int16).astype(np.int32)  # the sign in all upper bits
+    bits <<= 13
+    bits &= _SIGN_AND_NUMBER
+    return np.multiply(bits.view(np.float32), _BIAS, out=bits.view(np.float32))
 
 
 def _whole(vectors: VectorArray) -> FloatArray:
-    return np.asarray(np.rint(vectors.astype(np.float32, copy=False) * np.float32(_LENGTH)), np.float32)
+    return np.asarray(np.rint(_widened(vectors) * np.float32(_LENGTH)), np.float32)

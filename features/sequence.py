@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from features.behaviour import ACTIONS, ACTIVITY_LENGTH, Activity, Behaviour
+from features.behaviour import ACTIONS, ACTIVITY_LENGTH, LIKED_FROM, WRITTEN, Activity, Behaviour
 from features.item_table import FloatArray
 from features.retrieval import VectorArray
 
@@ -32,7 +32,7 @@ class SequenceSpec(BaseModel):
 
     Attributes:
         length: behaviours read at the most, the newest; also the fixed length of the graph's input.
-        text_count: searches and messages read at the most, the newest: each costs the server a run of the text encoder.
+        text_count: searches, messages and reviews read at the most, the newest: each costs the server a run of the text encoder.
         actions, channels: names of the ids 1, 2, …; every other name has the id 0.
         gap_seconds: ascending; the id of a gap is 1 + how many of these it reaches, that of the oldest behaviour read is 0.
     """
@@ -54,7 +54,7 @@ class BehaviourSequence:
     """Behaviours as numbers, oldest first, n of them.
 
     Attributes:
-        rows: each behaviour's row in the item table, -1 for a search or a message.
+        rows: each behaviour's row in the item table, -1 for a search, a message or the words of a review.
         texts: what was searched or written, empty for behaviours on an item.
         actions, channels, gaps: int64[n], ids by the SequenceSpec.
         places: int64[n], which behaviour of the activity each is (0 is the newest): some of them cannot be read and are left out.
@@ -86,36 +86,44 @@ class BehaviourSequence:
 def behaviour_sequence(activity: Activity, rows: Mapping[str, int], spec: SequenceSpec) -> BehaviourSequence:
     """Writes an activity out as numbers.
 
-    Items that ``rows`` does not know are left out, and so are searches and messages without a text or beyond ``text_count``.
+    A review, or a message about an item, is that item and then its words. A rating below ``LIKED_FROM`` makes another action of
+    ``rate`` and ``review``, so that the tower can tell praise from complaint. Items that ``rows`` does not know are left out, and so
+    are texts that are empty or beyond ``text_count``.
 
     Args:
         activity: the customer's behaviours.
         rows: item id to row in the item table.
         spec: the tower's.
     """
-    kept: list[tuple[int, Behaviour]] = []
+    kept: list[tuple[int, int, str]] = []  # newest first: the behaviour's place, its item's row or -1, its words or none
     texts = 0
     for place, behaviour in enumerate(activity.behaviours):
-        if behaviour.item_id:
-            readable = behaviour.item_id in rows
-        else:
-            readable = bool(behaviour.text) and texts < spec.text_count
-            texts += readable
-        if readable:
-            kept.append((place, behaviour))
-        if len(kept) == spec.length:
+        words = "" if behaviour.item_id and behaviour.action not in WRITTEN else behaviour.words
+        if words and texts < spec.text_count and (not behaviour.item_id or behaviour.item_id in rows):
+            kept.append((place, -1, words))
+            texts += 1
+        if behaviour.item_id in rows:
+            kept.append((place, rows[behaviour.item_id], ""))
+        if len(kept) >= spec.length:
             break
-    kept.reverse()
+    kept = kept[: spec.length][::-1]
     actions, channels = (_ids(names) for names in (spec.actions, spec.channels))
-    times = [behaviour.occurred_at for _, behaviour in kept]
+    read = [activity.behaviours[place] for place, _, _ in kept]
+    times = [behaviour.occurred_at for behaviour in read]
     return BehaviourSequence(
-        rows=np.array([rows[b.item_id] if b.item_id else -1 for _, b in kept], np.int64),
-        texts=tuple("" if b.item_id else b.text for _, b in kept),
-        actions=np.array([actions.get(b.action, 0) for _, b in kept], np.int64),
-        channels=np.array([channels.get(b.channel, 0) for _, b in kept], np.int64),
+        rows=np.array([row for _, row, _ in kept], np.int64),
+        texts=tuple(words for _, _, words in kept),
+        actions=np.array([actions.get(action_read(behaviour), 0) for behaviour in read], np.int64),
+        channels=np.array([channels.get(behaviour.channel, 0) for behaviour in read], np.int64),
         gaps=np.array([0, *(spec.gap_id(b - a) for a, b in itertools.pairwise(times))][: len(kept)], np.int64),
-        places=np.array([place for place, _ in kept], np.int64),
+        places=np.array([place for place, _, _ in kept], np.int64),
     )
+
+
+def action_read(behaviour: Behaviour) -> str:
+    """Returns the name that ``SequenceSpec.actions`` has for what was done: ``rate_low`` and ``review_low`` below ``LIKED_FROM``."""
+    rating = behaviour.rating
+    return behaviour.action if rating is None or rating >= LIKED_FROM else f"{behaviour.action}_low"
 
 
 def tower_inputs(sequence: BehaviourSequence, vectors: FloatArray, spec: SequenceSpec) -> dict[str, npt.NDArray[np.generic]]:

@@ -5,11 +5,12 @@ give the same slate whenever it is computed.
 """
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
 
-from features.behaviour import ACTION_WEIGHT, MICROS_PER_DAY, Activity
+from features.behaviour import MICROS_PER_DAY, Activity
 from features.item_table import FloatArray, IntArray, ItemTable
 from features.scores import Scores
 
@@ -77,25 +78,26 @@ def history(activity: Activity, table: ItemTable, config: SignalConfig) -> Histo
 
     An item counts once, with the largest of its action weights, each halved every ``half_life_days``.
     """
-    newest = activity.newest
+    newest, known = activity.newest, table.rows
+    touches = [
+        (known.get(behaviour.item_id), behaviour.interest, (newest - behaviour.occurred_at) / MICROS_PER_DAY)
+        for behaviour in activity.behaviours
+    ]
+    # The day of a purchase is known, not its hour: count from the start of the newest behaviour's day, never below zero.
+    today = newest // MICROS_PER_DAY
+    purchases = [known.get(item_id) for item_id in activity.purchased_items]
+    touches += [(row, 1.0, max(today - day, 0)) for row, day in zip(purchases, activity.purchased_days, strict=True)]
     weight: dict[int, float] = {}
     age: dict[int, float] = {}
-    bought: set[int] = set()
-
-    def add(item_id: str, strength: float, age_days: float) -> None:
-        row = table.rows.get(item_id)
+    for row, strength, age_days in touches:
         if row is None or strength <= 0:
-            return
-        weight[row] = max(weight.get(row, 0.0), strength * 0.5 ** (age_days / config.half_life_days))
-        age[row] = min(age.get(row, age_days), age_days)
-
-    for behaviour in activity.behaviours:
-        add(behaviour.item_id, ACTION_WEIGHT.get(behaviour.action, 0.0), (newest - behaviour.occurred_at) / MICROS_PER_DAY)
-    for item_id, day in zip(activity.purchased_items, activity.purchased_days, strict=True):
-        # The day of a purchase is known, not its hour: count from the start of the newest behaviour's day, never below zero.
-        add(item_id, 1.0, max(newest // MICROS_PER_DAY - day, 0))
-        if (row := table.rows.get(item_id)) is not None:
-            bought.add(row)
+            continue
+        faded = strength * 0.5 ** (age_days / config.half_life_days)
+        if faded > weight.get(row, -1.0):
+            weight[row] = faded
+        if age_days < age.get(row, inf):
+            age[row] = age_days
+    bought = set(purchases)
     rows = sorted(weight, key=lambda row: (age[row], row))
     return History(
         np.array(rows, np.int32),

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from psycopg import AsyncConnection, Connection
 from psycopg.rows import TupleRow
 
-from features.behaviour import ACTION_WEIGHT
+from features.behaviour import ACTION_WEIGHT, LIKED_FROM
 
 # The advisory lock that a materialization holds, shared: customers forgotten meanwhile are erased once more after it.
 MATERIALIZING = (0x434F4E43, 1)
@@ -26,7 +26,8 @@ _USER_PROFILE = """
 INSERT INTO user_profile
 WITH weights (action, weight) AS (SELECT * FROM unnest(%(actions)s::text[], %(weights)s::double precision[])),
 e AS (
-    SELECT e.user_id, e.channel, e.action, e.value, e.quantity, e.occurred_at, i.category, i.brand, coalesce(w.weight, 0) AS weight
+    SELECT e.user_id, e.channel, e.action, e.value, e.quantity, e.occurred_at, i.category, i.brand,
+        CASE WHEN e.action IN ('rate', 'review') AND e.value < %(liked)s THEN 0 ELSE coalesce(w.weight, 0) END AS weight
     FROM events e LEFT JOIN items i USING (item_id) LEFT JOIN weights w USING (action)
     WHERE e.occurred_at <= %(as_of)s AND (%(users)s::text[] IS NULL OR e.user_id = ANY(%(users)s))
 ), base AS (
@@ -111,7 +112,8 @@ async def retake_profiles(connection: "AsyncConnection[TupleRow]", users: Sequen
 
 def _profile_parameters(as_of: datetime, users: list[str] | None) -> dict[str, object]:
     """Returns the parameters of the profile query; no list of users means all."""
-    return {"as_of": as_of, "users": users, "actions": list(ACTION_WEIGHT), "weights": list(ACTION_WEIGHT.values())}
+    weights = {"actions": list(ACTION_WEIGHT), "weights": list(ACTION_WEIGHT.values()), "liked": LIKED_FROM}
+    return {"as_of": as_of, "users": users, **weights}
 
 
 def snapshot_grid(connection: Connection[TupleRow], *, every_days: int = 7, until: datetime | None = None) -> list[datetime]:

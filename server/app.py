@@ -39,14 +39,17 @@ from server.online.features import FeatureReader
 from server.online.states import UserStates
 from server.online.store import OnlineStore
 from server.recommend.ahead import Ahead
-from server.recommend.compute import policy_fingerprint, rehearse
+from server.recommend.compute import policy_fingerprint
 from server.recommend.computing import Computing
 from server.recommend.known import KnownSlates
 from server.recommend.profiles import Profiles
 from server.recommend.rooms import policy_of, recommender_of
+from server.recommend.searching import rehearse
 from server.recommend.snapshot import SnapshotBuilder
 from server.recommend.standing import Standings
 from server.rpc.ports import Services
+from server.search.searcher import Searcher
+from server.search.suggester import Suggester
 from server.security.audit import AdminAudit
 from server.security.gate import open_gate
 from server.settings import ServerSettings
@@ -135,8 +138,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
         standings = Standings(states, online, fleet, now=_now)
         computing = Computing(threads=settings.compute_threads, waiting=settings.compute_waiting)
         runs = TextRuns(computing, batches=settings.compute_threads, waiting=settings.encode_waiting, metrics=metrics)
-        ahead = Ahead(computing, codec, current=lambda: fleet.current)
-        states.recomputed = ahead.committed
+        ahead = Ahead(computing, identities, online, current=lambda: fleet.current)
+        recorder.arriving = ahead.arriving
         offers = Offers(pool)
         recommender = recommender_of(
             settings,
@@ -197,6 +200,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             graph=IdentityGraph(pool, states, new_user_id=_new_user_id),
             erasure=erasure,
             recommender=recommender,
+            searcher=Searcher(recommender, recorder, metrics, hide_out_of_stock=settings.hide_out_of_stock),
+            suggester=Suggester(standings, offers, computing, hide_out_of_stock=settings.hide_out_of_stock),
             profiles=Profiles(pool, identities, states, now=_now),
             catalog=catalog,
             features=features,

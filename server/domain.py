@@ -9,6 +9,7 @@ from uuid import UUID
 
 from features.behaviour import Activity
 from features.candidates import Source
+from features.completions import Completion
 from features.item_table import FloatArray
 from features.layout import Ages, FeatureValue
 
@@ -192,7 +193,7 @@ EVERYTHING = ItemFilter()
 
 @dataclass(frozen=True)
 class RecommendQuery:
-    """A validated request for recommendations."""
+    """A validated request for recommendations, or with a ``search_text`` (normalized) for what a search finds."""
 
     subject: Subject
     channel: str
@@ -203,6 +204,7 @@ class RecommendQuery:
     filters: ItemFilter = EVERYTHING
     token: Token | None = None
     log_exposure: bool = True
+    search_text: str = ""
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,82 @@ class Answer:
     stages: Mapping[str, float] = field(default_factory=dict)
     unknown_item_ids: tuple[str, ...] = ()
     forms: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class SearchQuery:
+    """A validated search: the page asked for, and the event it is recorded as, None where it is not."""
+
+    page: RecommendQuery
+    event: IncomingEvent | None
+
+
+class SearchOutcome(Enum):
+    """Why the items of a search are what they are."""
+
+    MATCHED = "matched"
+    MEANING_ONLY = "meaning_only"
+    RECOMMENDED_INSTEAD = "recommended_instead"
+    NOTHING_ELIGIBLE = "nothing_eligible"
+    NOTHING_TO_SHOW = "nothing_to_show"
+
+
+class PriceRange(NamedTuple):
+    """Prices from ``least_micros`` up to ``most_micros``, both inclusive, and how many items have one."""
+
+    currency: str
+    least_micros: int
+    most_micros: int
+    item_count: int
+
+
+class Facets(NamedTuple):
+    """What can be chosen among the items of a slate: values with how many items have them, each regardless of its own filter.
+
+    Attributes:
+        total: how many items pass all filters.
+        categories, brands: (value, items), most items first, ties by value.
+        price_ranges: by currency, the lowest first.
+    """
+
+    total: int
+    categories: tuple[tuple[str, int], ...]
+    brands: tuple[tuple[str, int], ...]
+    price_ranges: tuple[PriceRange, ...]
+
+
+@dataclass(frozen=True)
+class SearchAnswer:
+    """A page of what a search found.
+
+    Attributes:
+        page: the items, with ``token`` and ``degraded_reasons`` as the recording left them.
+        corrected_query: what was searched for instead, empty where nothing was corrected.
+        event_id: of the recorded search; None where none was recorded, or that is not known.
+        recorded_version: of the customer with the search in it; 0 likewise.
+    """
+
+    page: Answer
+    outcome: SearchOutcome
+    corrected_query: str
+    facets: Facets
+    event_id: UUID | None = None
+    recorded_version: int = 0
+
+
+class SuggestQuery(NamedTuple):
+    """A validated request for completions."""
+
+    channel: str
+    prefix: str
+    limit: int
+
+
+class Suggestions(NamedTuple):
+    """Completions, and the versions they were made from."""
+
+    completions: Sequence[Completion]
+    versions: Versions
 
 
 @dataclass(frozen=True)

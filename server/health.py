@@ -60,6 +60,7 @@ NEEDS: Mapping[str, Needs] = {
     "concord.v1.ProfileService": _RECORD,  # it lists the customer's identities, which only PostgreSQL holds
     "concord.v1.FeatureService": (("postgres", "redis"),),
     "concord.v1.RecommendationService": (("snapshot",), ("postgres", "redis")),
+    "concord.v1.SearchService": (("snapshot",), ("postgres", "redis")),
     "concord.v1.UnderstandingService": (("snapshot",), ("postgres", "redis")),  # one of them names the model that answers
 }
 OVERALL = "concord.v1.RecommendationService"

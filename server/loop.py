@@ -1,6 +1,7 @@
 """The event loop that servers and commands run on, and the garbage collector beside it."""
 
 import asyncio
+import ctypes
 import gc
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -25,3 +26,10 @@ def spare_what_stays() -> None:
     """
     gc.collect()
     gc.freeze()
+    give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Gives the system back what loading and building has freed, where the C library can: it keeps such memory for itself else."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

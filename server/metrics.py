@@ -69,6 +69,9 @@ class Metrics:
             self._ingest_stage.labels(name)
         self._slates = Counter("concord_slate", "Slates asked for, by whether one stood committed.", ["result"], registry=registry)
         self._hits, self._misses = self._slates.labels("hit"), self._slates.labels("miss")
+        self._searches = Counter(
+            "concord_searches", "Searches answered, by why their items are what they are.", ["outcome"], registry=registry
+        )
         self._degraded = Counter("concord_degraded_answers", "Answers flagged degraded, by reason.", ["reason"], registry=registry)
         self._breaker_open = {
             store: Gauge(f"concord_{store}_breaker_open", f"1 while calls to {what} are refused at once.", registry=registry)
@@ -185,6 +188,10 @@ class Metrics:
     def slate_miss(self) -> None:
         """A slate had to be computed."""
         self._misses.inc()
+
+    def searched(self, outcome: str) -> None:
+        """Counts an answered search."""
+        self._child(self._searches, outcome).inc()
 
     def degraded(self, reason: str) -> None:
         """Counts an answer flagged degraded, once for each reason."""

@@ -88,6 +88,18 @@ class ServerSettings(SecuritySettings):
     )
     exclude_purchased: bool = Field(True, description="Leave items the customer already bought out of slates.")
     max_per_category: int = Field(4, ge=1, description="At most this many items of one category among any 10 consecutive places.")
+    search_personal_weight: float = Field(
+        0.2,
+        ge=0,
+        le=2,
+        description="Weight of what suits the customer in a search, where the words of the query weigh 1; 0: the same for everybody.",
+    )
+    search_least_similarity: float = Field(
+        0.45,
+        ge=-1,
+        le=1,
+        description="Cosine of query and item from which on a search finds it by its meaning; encoders differ in what near means.",
+    )
     hide_out_of_stock: bool = Field(True, description="Leave items out of stock out of answers; otherwise they are flagged.")
     ingest_queue_events: int = Field(20_000, gt=0, description="Events waiting for commit before RecordEvents answers RESOURCE_EXHAUSTED.")
     ingest_batch_events: int = Field(2_000, gt=0, description="Events committed in one transaction at the most.")

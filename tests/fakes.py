@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from features.articles import Article, ArticlesWritten
 from features.behaviour import Activity, Behaviour
 from features.candidates import Source
 from features.catalogue import Item, Relation, UpsertResult
+from features.completions import Completion, CompletionKind
 from features.layout import Ages, FeatureValue, Status
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
@@ -33,6 +34,7 @@ from server.domain import (
     EmbedQuery,
     EntityKey,
     EventOutcome,
+    Facets,
     FeatureTable,
     Graph,
     IncomingEvent,
@@ -41,13 +43,19 @@ from server.domain import (
     Link,
     Linked,
     Persona,
+    PriceRange,
     Receipt,
     RecommendQuery,
     RecordOutcome,
     Resolved,
+    SearchAnswer,
+    SearchOutcome,
+    SearchQuery,
     ShownItem,
     Stored,
     Subject,
+    Suggestions,
+    SuggestQuery,
     Token,
     Unlinked,
     Versions,
@@ -187,6 +195,25 @@ class FakeRecommender(Script):
     async def similar(self, item_id: str, *, channel: str, limit: int, filters: ItemFilter) -> Answer:
         await self.play((item_id, channel, limit, filters))
         return self.answer
+
+
+@dataclass
+class FakeSearcher(Script):
+    async def search(self, query: SearchQuery) -> SearchAnswer:
+        await self.play(query)
+        facets = Facets(2, (("Kitchen", 2),), (("Acme", 2),), (PriceRange("EUR", 10_000_000, 19_999_999, 2),))
+        found = replace(ANSWER, items=(shown("i1", 0, sources=Source.LEXICAL | Source.SEMANTIC | Source.VECTOR), shown("i2", 3)))
+        return SearchAnswer(
+            found, SearchOutcome.MATCHED, "blue mug", facets, query.event.event_id if query.event else None, 8 if query.event else 0
+        )
+
+
+@dataclass
+class FakeSuggester(Script):
+    async def suggest(self, query: SuggestQuery) -> Suggestions:
+        await self.play(query)
+        found = [Completion("blue mug", CompletionKind.PHRASE), Completion("Mugs & Cups", CompletionKind.CATEGORY)]
+        return Suggestions([*found, Completion("Mugo", CompletionKind.BRAND)], Versions(0, "", 3, 5))
 
 
 @dataclass
@@ -383,6 +410,8 @@ class Fakes:
     graph: FakeGraph = field(default_factory=FakeGraph)
     erasure: FakeErasure = field(default_factory=FakeErasure)
     recommender: FakeRecommender = field(default_factory=FakeRecommender)
+    searcher: FakeSearcher = field(default_factory=FakeSearcher)
+    suggester: FakeSuggester = field(default_factory=FakeSuggester)
     profiles: FakeProfiles = field(default_factory=FakeProfiles)
     catalog: FakeCatalog = field(default_factory=FakeCatalog)
     features: FakeFeatures = field(default_factory=FakeFeatures)
@@ -401,6 +430,8 @@ class Fakes:
             graph=self.graph,
             erasure=self.erasure,
             recommender=self.recommender,
+            searcher=self.searcher,
+            suggester=self.suggester,
             profiles=self.profiles,
             catalog=self.catalog,
             features=self.features,

@@ -140,7 +140,7 @@ class TrainConfig:
         tower: kind of user tower: text (BERT over the behaviour text) or sequence (a small transformer over behaviour vectors; BERT stays
             as it is). The settings of labels, batches and learning rates above are the text tower's, except where they name all.
         sequence_length: behaviours the sequence tower reads at the most, the newest; the online feature holds 50.
-        sequence_texts: searches and messages among them at the most: each costs the server a run of BERT, once.
+        sequence_texts: searches, messages and reviews among them at the most: each costs the server a run of BERT, once.
         sequence_width: components of its item and user vectors.
         sequence_layers: its transformer's layers.
         sequence_heads: its attention heads.

@@ -16,7 +16,7 @@ import psycopg
 from feast import FeatureStore
 from feast.errors import FeastObjectNotFoundException
 
-from features.behaviour import MICROS_PER_DAY, Activity, Behaviour, behaviour_text
+from features.behaviour import BEHAVIOUR_COLUMNS, MICROS_PER_DAY, Activity, behaviour_text, behaviours_of
 from features.catalogue import publish_epoch
 from features.item_table import POPULARITY, FloatArray, ItemTable, load_item_table
 from features.ranking import Profile
@@ -31,7 +31,6 @@ from training.progress import bar, quiet
 from training.shards import Shards
 
 SERVICE = "ranking_v1"
-_BEHAVIOURS = ("recent_items", "recent_actions", "recent_channels", "recent_times", "recent_texts")
 _GROUPS_IN_MEMORY = 4
 
 
@@ -244,8 +243,7 @@ def _references(store: FeatureStore, *views: str) -> list[str]:
 
 
 def _customer(row: dict[str, Any]) -> Customer:
-    columns = [row[name] or [] for name in _BEHAVIOURS]
-    behaviours = tuple(Behaviour(*values) for values in zip(*columns, strict=True))
+    behaviours = behaviours_of(*(row[name] or [] for name in BEHAVIOUR_COLUMNS))
     activity = Activity(row["version"] or 0, behaviours, tuple(row["purchased_items"] or ()), tuple(row["purchased_days"] or ()))
     nan = float("nan")
     prices = (nan if row[name] is None else float(row[name]) for name in ("price_mean", "price_low", "price_high"))

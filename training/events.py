@@ -10,15 +10,17 @@ import numpy.typing as npt
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
-from features.behaviour import ACTIONS, MICROS_PER_DAY
+from features.behaviour import ACTIONS, LIKED_FROM, MICROS_PER_DAY
 from features.item_table import IntArray, ItemTable
 
 Micros = int
 """Microseconds of Unix time."""
 
 _ACTION_CODE = {action: code for code, action in enumerate(ACTIONS)}
+# A low rating shows no interest in the item: it is none of what a label, or what similar customers did, is made of.
 _EVENTS = """
-SELECT user_id, item_id, action, (extract(epoch FROM occurred_at) * 1000000)::bigint, session_id
+SELECT user_id, CASE WHEN action IN ('rate', 'review') AND value < %(liked)s THEN NULL ELSE item_id END, action,
+       (extract(epoch FROM occurred_at) * 1000000)::bigint, session_id
 FROM events ORDER BY user_id, occurred_at, event_id
 """
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -42,7 +44,7 @@ class EventLog:
     Attributes:
         users: customer ids by code.
         user: int32[n], the customer's code.
-        item: int32[n], row in the item table, -1 for events without a known item.
+        item: int32[n], row in the item table, -1 for events without a known item, and for ratings and reviews below ``LIKED_FROM``.
         action: int8[n], position in ``features.behaviour.ACTIONS``.
         time: int64[n], microseconds of Unix time.
         visit: int32[n], number of the visit: one session of one customer, or one day where events carry no session.
@@ -83,7 +85,7 @@ def stream_events(connection: Connection[TupleRow], table: ItemTable, *, rows: i
     piece = _Piece()
     with connection.cursor(name="training_events") as cursor:
         cursor.itersize = 20_000
-        for user_id, item_id, action, time, session_id in cursor.execute(_EVENTS):
+        for user_id, item_id, action, time, session_id in cursor.execute(_EVENTS, {"liked": LIKED_FROM}):
             if len(piece.time) >= rows and user_id != piece.users[-1]:
                 yield piece.log()
                 piece = _Piece()

@@ -31,7 +31,6 @@ from features.bundle import (
     Invariance,
     Manifest,
     checksums,
-    manifest_format,
     write_manifest,
 )
 from features.candidates import CANDIDATE_COUNT
@@ -294,7 +293,6 @@ def _manifest(
         created_at=context.created_at,
         base_model=base_name(config.base_model),
         tower="text" if spec is None else "sequence",
-        format=manifest_format(spec, classifiers),
         sequence=spec,
         vector_size=trained.tower.vector_size,
         item_tokens=config.item_tokens,

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from features.behaviour import Activity
 from features.item_table import ItemTable
-from features.sequence import BehaviourSequence, SequenceSpec, behaviour_sequence
+from features.sequence import BehaviourSequence, SequenceSpec, action_read, behaviour_sequence
 from training.config import TrainConfig
 from training.dataset import TrainingDataError
 from training.labels import Label
@@ -85,7 +85,7 @@ def spec_of(activities: Sequence[Activity], config: TrainConfig) -> SequenceSpec
     return SequenceSpec(
         length=config.sequence_length,
         text_count=config.sequence_texts,
-        actions=tuple(sorted({behaviour.action for behaviour in behaviours})),
+        actions=tuple(sorted({action_read(behaviour) for behaviour in behaviours})),
         channels=tuple(sorted({behaviour.channel for behaviour in behaviours} - {""})),
     )
 

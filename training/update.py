@@ -23,7 +23,7 @@ import psycopg
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
-from features.bundle import COLLABORATIVE, ITEMS, TRAINING, Manifest, fetch_file
+from features.bundle import COLLABORATIVE, ITEMS, TRAINING, Manifest, fetch_file, require_format
 from features.classifiers import fetch_folders
 from features.item_table import ItemTable
 from features.models import ModelVersion, find_model, list_models, publish
@@ -317,6 +317,7 @@ def _window_end(model: ModelVersion) -> datetime:
 
 def _origin(champion: ModelVersion) -> Origin:
     """Fetches what the champion's bundle carries for an update."""
+    require_format(champion.manifest, champion.model_version)
     expected = champion.manifest["files"].get(TRAINING)
     if expected is None:
         raise TrainingDataError(

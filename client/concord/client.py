@@ -11,6 +11,7 @@ import grpc
 from concord.assistant import AssistantCalls
 from concord.customers import Customer, TokenMemory, subject_of, user
 from concord.errors import error_details
+from concord.search import SearchCalls
 from concord.transport import OPTIONS
 from concord.v1 import (
     articles_pb2_grpc,
@@ -20,6 +21,7 @@ from concord.v1 import (
     identity_pb2_grpc,
     profile_pb2_grpc,
     recommendation_pb2_grpc,
+    search_pb2_grpc,
     understanding_pb2_grpc,
 )
 from concord.v1.catalog_pb2 import GetItemsRequest, GetItemsResponse
@@ -54,7 +56,7 @@ from concord.v1.understanding_pb2 import DetectIntentRequest, DetectIntentRespon
 _OUTLIVED = {"TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"}
 
 
-class Concord(AssistantCalls):
+class Concord(AssistantCalls, SearchCalls):
     """One channel's connection to Concord.
 
     Customers are named by the id the channel knows them by (a plain string), or by a ``Subject``: ``user("u-1")`` for Concord's
@@ -116,6 +118,7 @@ class Concord(AssistantCalls):
         self._recommendations = _stub(recommendation_pb2_grpc.RecommendationServiceStub, self._connection)
         self._assistant = _stub(assistant_pb2_grpc.AssistantServiceStub, self._connection)
         self._articles = _stub(articles_pb2_grpc.ArticleServiceStub, self._connection)
+        self._search = _stub(search_pb2_grpc.SearchServiceStub, self._connection)
         self._understanding = _stub(understanding_pb2_grpc.UnderstandingServiceStub, self._connection)
         return self
 

@@ -7,11 +7,12 @@ from datetime import datetime, timedelta
 import numpy as np
 
 from features.sample_shop.catalogue import HISTORY_DAYS, ShelfItem
-from features.sample_shop.customers import Customer
+from features.sample_shop.customers import Customer, Taste
 from features.sample_shop.dice import Dice
 from features.sample_shop.shop import Event
 from features.sample_shop.visit import Visit
-from features.sample_shop.vocabulary import MESSAGES, REVIEWS
+from features.sample_shop.vocabulary import MESSAGES
+from features.sample_shop.voices import review, stars, wish
 
 # What a session is about, tried in this order; else it follows the customer's taste.
 _RESUME = 0.40  # something looked at but not bought
@@ -19,7 +20,7 @@ _CHAIN = 0.50  # what belongs to the last purchase
 _SURPRISE = 0.10  # anything at all: a gift, a whim
 
 _TALKING = ("messaging", "call_centre", "social")
-_STARS = (0.04, 0.06, 0.15, 0.33, 0.42)
+_CHATTING = (0.5, 0.1)  # share of sessions in which somebody asks for something: where talking is all there is, and elsewhere
 
 
 class Shelves:
@@ -66,6 +67,9 @@ class Life:
         target = self._target(visit)
         if target is None:
             return []
+        talking = identity.channel in _TALKING
+        if self._dice.chance(_CHATTING[not talking]):
+            visit.act("message", text=wish(self._dice, self._taste(when), self._language))
         if self._dice.chance(0.3):
             visit.act("search", text=self._query(target))
         for entry in (*self._compared(target, visit), target):
@@ -73,7 +77,7 @@ class Life:
             if self._dice.chance(0.35):
                 visit.act("click", entry)
         after = self._buy(visit, target) if self._dice.chance(self._customer.eagerness) else self._leave(visit, target)
-        if identity.channel in _TALKING and self._dice.chance(0.35):
+        if talking and self._dice.chance(0.35):
             visit.act("message", text=self._dice.pick(MESSAGES[self._language]).format(title=target.item.title))
         return [visit, *after]
 
@@ -107,8 +111,9 @@ class Life:
             yield after
         elif self._dice.chance(0.22):
             after = visit.later(self._dice.between(2, 15))
-            stars = 1 + self._dice.weighted(_STARS)
-            after.rate(entry, stars, self._dice.pick(REVIEWS[self._language][stars - 1]) if self._dice.chance(0.5) else None)
+            taste = self._taste(after.when)
+            rating = stars(self._dice, taste, entry)
+            after.rate(entry, rating, review(self._dice, taste, rating, self._language) if self._dice.chance(0.5) else None)
             yield after
 
     def _target(self, visit: Visit) -> ShelfItem | None:
@@ -123,10 +128,13 @@ class Life:
                 return entry_after
         if self._dice.chance(_SURPRISE):
             return self._favourite(self._shelves.entries, visit)
-        taste = self._customer.taste((visit.when - self._start) / timedelta(days=1))
+        taste = self._taste(visit.when)
         place = self._dice.weighted(taste.weights)
         brand = taste.brands[place] if self._dice.chance(taste.loyalty) else self._dice.pick((0, 1, 2))
         return self._favourite(self._shelves.series(taste.shelves[place], brand), visit)
+
+    def _taste(self, when: datetime) -> Taste:
+        return self._customer.taste((when - self._start) / timedelta(days=1))
 
     def _next_in_chain(self, entry: ShelfItem, visit: Visit) -> ShelfItem | None:
         """Returns the next good of the same series that is not owned yet, sometimes the one after it."""

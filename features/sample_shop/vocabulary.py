@@ -333,3 +333,45 @@ MESSAGES = {
     ),
     "zh": ("请问门店有{title}现货吗？", "我的{title}什么时候到货？", "{title}有质保吗？", "{title}不合适可以退吗？"),
 }
+
+# What people with a taste for each shelf say of it, in the order of the shelves: never the name of a good, and hardly that of the shelf.
+INTERESTS = (
+    (Name("a slow cup before work", "上班前慢慢冲一杯"), Name("my little espresso corner", "家里的小咖啡角")),
+    (Name("frying and stewing on weeknights", "平日煎炒炖煮"), Name("a proper one-pot dinner", "一锅出的晚饭")),
+    (Name("sourdough on Sundays", "周日烤酸面包"), Name("birthday cakes for the kids", "给孩子做生日蛋糕")),
+    (Name("growing my own on the balcony", "阳台上自己种菜"), Name("raising seedlings", "育苗")),
+    (Name("cutting back the roses", "修剪玫瑰"), Name("keeping hedges and beds tidy", "打理篱笆和花圃")),
+    (Name("grilling with friends", "和朋友烤肉"), Name("smoked ribs in summer", "夏天的烟熏排骨")),
+    (Name("training for a half marathon", "备战半程马拉松"), Name("jogging after dark", "夜跑")),
+    (Name("stretching in the morning", "早晨拉伸"), Name("winding down before bed", "睡前放松")),
+    (Name("commuting on two wheels", "骑车通勤"), Name("long rides at weekends", "周末长途骑行")),
+    (Name("nights under canvas", "露营过夜"), Name("a weekend by the lake", "湖边的周末")),
+    (Name("walking in the hills", "爬山"), Name("wet days on the trail", "雨天走山路")),
+    (Name("casting for pike", "钓狗鱼"), Name("quiet hours on the river bank", "河边安静的时光")),
+    (Name("listening to old records", "听老唱片"), Name("music on the train", "火车上听音乐")),
+    (Name("portraits and landscapes", "拍人像和风景"), Name("shooting at night", "拍夜景")),
+    (Name("evenings online with friends", "晚上和朋友开黑"), Name("ranked matches", "打排位赛")),
+    (Name("dry skin in winter", "冬天皮肤干"), Name("a gentle evening routine", "温和的晚间护理")),
+    (Name("taming my curls", "打理卷发"), Name("repairing bleached hair", "修复漂染受损的头发")),
+    (Name("a natural look for the office", "上班的自然妆"), Name("a party look", "派对妆容")),
+    (Name("getting the little one to sleep", "哄宝宝睡觉"), Name("a room for the new baby", "给新生儿布置房间")),
+    (Name("starting solids", "开始添加辅食"), Name("night feeds", "夜里喂奶")),
+    (Name("keeping a toddler busy", "让幼儿有事可做"), Name("rainy afternoons with the kids", "雨天陪孩子")),
+    (Name("long walks with the puppy", "带小狗长走"), Name("a greedy spaniel", "贪吃的小猎犬")),
+    (Name("two indoor tabbies", "两只室内狸花"), Name("a kitten that claws everything", "到处乱抓的小猫")),
+    (Name("keeping neon tetras", "养霓虹灯鱼"), Name("clear water for the shrimp", "虾缸要清水")),
+)
+
+# Requests for nothing in particular, by the level of the brands that the customer likes: cheap, middle, dear.
+WISHES = {
+    "en": (
+        ("Do you have anything cheap for {}?", "On a tight budget: what would help with {}?"),
+        ("What would you suggest for {}?", "I am looking for something for {}."),
+        ("I want the best there is for {}.", "Money is no object: what do you have for {}?"),
+    ),
+    "zh": (
+        ("想{}，有便宜点的推荐吗？", "预算不多，{}用什么好？"),
+        ("{}有什么推荐？", "想找点适合{}的东西。"),
+        ("{}，想要最好的。", "贵一点没关系，{}有什么好东西？"),
+    ),
+}

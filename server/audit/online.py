@@ -36,7 +36,7 @@ class OnlineAudit:
             customer = (await self._store.customers([user_id])).get(user_id)
             if customer is None or customer.merged_into:
                 continue
-            if seen[self._codec.version_field] is None:
+            if seen[self._codec.version_field] is None or seen[self._codec.form_field] is None:
                 report.states["absent"] += 1
                 continue
             version = decode_value(seen[self._codec.version_field])
@@ -95,11 +95,11 @@ class OnlineAudit:
     async def slates(self, user_ids: Sequence[str], asked: Sequence[Answered], *, surfaces: Sequence[str]) -> list[Answered]:
         """Returns the committed slates of customers, and of those nobody has met, as answers to be replayed.
 
-        A slot holds only a digest of its context items, so slates with a context are read where a logged answer names it. Those of
+        A slot holds only a digest of its context items or query, so such slates are read where a logged answer names those. Those of
         customers nobody has met lie under a key for each place: they are read on ``surfaces`` and where a logged answer was given.
         """
-        places = {(a.user_id, Place(a.surface, a.context_item_ids)) for a in asked}
-        contexts = {(user_id, place.slot("", 0).split("|")[1]): place.context_item_ids for user_id, place in places}
+        places = {(a.user_id, a.place) for a in asked}
+        named_places = {(user_id, place.digest): place for user_id, place in places if place.digest}
         keys = {(user_id, self._online.slates_key(user_id)) for user_id in user_ids}
         nobodys = {place for user_id, place in places if not user_id} | {Place(surface) for surface in surfaces}
         keys |= {("", self._online.slates_key("", place.slot("", 0))) for place in nobodys}
@@ -111,11 +111,11 @@ class OnlineAudit:
                 if len(named) != 4 or not named[3].isdecimal():  # no slot, so nobody is answered with it: a marker of an erasure
                     continue
                 surface, digest, model_version, index = named
-                context = contexts.get((user_id, digest)) if digest else ()
+                place = named_places.get((user_id, digest)) if digest else Place(surface)
                 slate = decode_slate(raw, user_id, slot.decode())
                 snapshot = await self._workshop.snapshot(model_version, int(index))
-                if context is not None and slate is not None and snapshot is not None:
-                    place = Place(surface, context)
+                if place is not None and slate is not None and snapshot is not None:
+                    place = place._replace(surface=surface)
                     found.append(_committed(user_id, place, slate, ids=snapshot.table.ids, model_version=model_version, index=int(index)))
         return found
 
@@ -149,6 +149,7 @@ def _committed(user_id: str, place: Place, slate: Slate, *, ids: Sequence[str], 
         channel="",
         surface=place.surface,
         context_item_ids=place.context_item_ids,
+        query=place.query,
         user_version=slate.user_version,
         model_version=model_version,
         index_version=index,

@@ -7,6 +7,8 @@ from datetime import datetime
 from enum import Enum
 from typing import Any
 
+from server.recommend.slate import Place
+
 KINDS: Mapping[str, str] = {
     "tampered_slate": "a slate's order, items or scores are not what its versions give",
     "second_model": "what is shown or pointed to comes from another model than the one named or active",
@@ -69,6 +71,7 @@ class Answered:
         source: ``journal``, ``probe`` or ``redis``.
         positions: the place of each shown item in the slate.
         scores: float32 values of the shown items.
+        query: what was searched for (normalized), empty for a recommendation.
         page_start, page_limit, filtered: what page was asked for; they decide which items may be missing.
     """
 
@@ -96,6 +99,12 @@ class Answered:
     degraded_reasons: tuple[str, ...] = ()
     answered_at: datetime | None = None
     replica: str = ""
+    query: str = ""
+
+    @property
+    def place(self) -> Place:
+        """Where the slate was shown."""
+        return Place(self.surface, self.context_item_ids, self.query)
 
     @property
     def offers_known(self) -> bool:

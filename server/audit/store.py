@@ -218,7 +218,7 @@ _SCALARS: tuple[str, ...] = (
     "offer_version",
     "as_of",
 )
-_SCALARS += ("page_start", "page_limit", "filtered", "stale", "answered_at")
+_SCALARS += ("query", "page_start", "page_limit", "filtered", "stale", "answered_at")
 _ARRAYS = ("context_item_ids", "item_ids", "positions", "scores", "prices_micros", "currencies", "in_stock", "degraded_reasons")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from features.behaviour import Activity, Behaviour
+from features.behaviour import BEHAVIOUR_COLUMNS, Activity, behaviours_of
 from features.bundle import BundleError
 from features.ranking import Profile
 from server.audit.report import Answered
@@ -16,8 +16,9 @@ from server.audit.store import AuditStore
 from server.errors import ConcordError
 from server.fleet import ModelLoader
 from server.inference.model import LoadedModel
-from server.recommend.compute import Policy, Ranked, compute_slate
-from server.recommend.slate import Place, Slate, SlateFlag, decode_slate, encode_payload
+from server.recommend.compute import Policy, Ranked
+from server.recommend.searching import compute_place
+from server.recommend.slate import Slate, SlateFlag, decode_slate, encode_payload
 from server.recommend.snapshot import Snapshot, SnapshotBuilder
 
 _BATCH = 500
@@ -97,11 +98,11 @@ class Workshop:
 
     async def slate(self, answer: Answered, snapshot: Snapshot, inputs: Inputs) -> Slate:
         """Computes the slate of an answer; its id is made of the answer's own customer, place, versions and time."""
-        context = answer.context_item_ids
-        key = (answer.user_id, inputs.activity.version, inputs.profile_at, context, snapshot.model_version, snapshot.index_version)
+        place = answer.place
+        key = (answer.user_id, inputs.activity.version, inputs.profile_at, place, snapshot.model_version, snapshot.index_version)
         if key not in self._ranked:
-            seen = inputs.activity.with_context(context, "")
-            self._ranked[key] = await asyncio.to_thread(compute_slate, snapshot, seen, inputs.profile, self._policy)
+            arguments = (snapshot, inputs.activity, inputs.profile, place, self._policy)
+            self._ranked[key] = await asyncio.to_thread(compute_place, *arguments)
         ranked = self._ranked[key]
         # An answer is also called stale when an older slate had to do, so the slate's own flag may be either.
         stale = SlateFlag.PROFILE_STALE if answer.stale else SlateFlag(0)
@@ -111,7 +112,7 @@ class Workshop:
 
 def _slate(answer: Answered, ranked: Ranked, flags: SlateFlag) -> Slate:
     payload = encode_payload(ranked.rows, ranked.scores, ranked.sources, flags=flags, as_of=answer.as_of)
-    slot = Place(answer.surface, answer.context_item_ids).slot(answer.model_version, answer.index_version)
+    slot = answer.place.slot(answer.model_version, answer.index_version)
     slate = decode_slate(b"%d:0:%s" % (answer.user_version, payload), answer.user_id, slot)
     assert slate is not None
     return slate
@@ -129,10 +130,9 @@ def shows(slate: Slate, snapshot: Snapshot, answer: Answered) -> bool:
 
 def activity_of_row(row: Mapping[str, Any]) -> Activity:
     """Builds the activity from a row of ``user_activity_at``."""
-    columns = [row[f"recent_{name}"] for name in ("items", "actions", "channels", "times", "texts")]
     return Activity(
         version=row["version"],
-        behaviours=tuple(Behaviour(*values) for values in zip(*columns, strict=True)),
+        behaviours=behaviours_of(*(row[name] for name in BEHAVIOUR_COLUMNS)),
         purchased_items=tuple(row["purchased_items"]),
         purchased_days=tuple(row["purchased_days"]),
     )

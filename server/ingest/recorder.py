@@ -6,7 +6,7 @@ were committed meanwhile are made visible together, so a customer of several of 
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -35,6 +35,9 @@ class EventRecorder:
     """Collects events while a transaction is under way and commits them together in the next one.
 
     Batching by waiting for the previous commit needs no timer: a lone call commits at once, a busy server commits large groups.
+
+    Attributes:
+        arriving: told the events of a call before they are recorded; it must return at once.
     """
 
     def __init__(self, writer: EventWriter, states: UserStates, metrics: Metrics, *, queue_events: int, batch_events: int) -> None:
@@ -49,6 +52,7 @@ class EventRecorder:
         self._committed: list[tuple[_Waiting, Written]] = []
         self._publishing_events = 0
         self._wake_publishing = asyncio.Event()
+        self.arriving: Callable[[Sequence[IncomingEvent]], None] = _nobody
 
     @property
     def queued_events(self) -> int:
@@ -69,6 +73,7 @@ class EventRecorder:
         self._queued_events += len(events)
         self._wake.set()
         with span("record"):
+            self.arriving(events)
             written, online = await waiting.done
         statuses = [outcome.status for outcome in written.outcomes]
         for status in set(statuses):
@@ -153,6 +158,10 @@ class EventRecorder:
         self._metrics.observe_ingest_stage("online_write", perf_counter() - started)
         self._writer.caught_up(versions)
         return True
+
+
+def _nobody(_events: Sequence[IncomingEvent]) -> None:
+    pass
 
 
 def _settle(waiting: _Waiting, result: tuple[Written, bool] | Exception) -> None:

@@ -25,7 +25,7 @@ _ROW = "row"  # the form of a page that is kept here
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 # First what all exposures of a page share.
 _COLUMNS = (
-    "user_id, slate_id, channel, surface, context_item_ids, user_version, model_version, index_version, offer_version, as_of, "
+    "user_id, slate_id, channel, surface, query, context_item_ids, user_version, model_version, index_version, offer_version, as_of, "
     "page_start, page_limit, filtered, item_ids, positions, scores, prices_micros, currencies, in_stock, "
     "origin_id, exposure_id, degraded, stale, degraded_reasons, answered_at"
 )
@@ -157,6 +157,7 @@ def _shared(answer: Answer, query: RecommendQuery) -> str:
             _text(answer.slate_id),
             _text(query.channel),
             _text(query.surface),
+            _text(query.search_text),
             _text(text_array(query.context_item_ids)),
             str(versions.user_version),
             _text(versions.model_version),

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import structlog
 
-from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
+from features.activity import ACTIVITY_VIEW, FORM_FEATURE, PROFILE_VIEW
 from features.layout import Ages, FeatureValue, LayoutError, Status, ViewLayout, column_decoder, entity_key
 from features.registry import Registry
 from server.database import ONLINE_AWAY, OnlineClient
@@ -46,7 +46,8 @@ class _Lookup:
     Attributes:
         join_key: whose values name the entities.
         views: those asked for, narrowed to their features asked for.
-        fields: the hash fields to read; a customer's begin with the version.
+        fields: the hash fields to read: a customer's begin with the version and, where activity is asked for, what tells its form;
+            then those of the views.
         whole: whether to read the whole hash instead of its fields one by one.
     """
 
@@ -54,6 +55,7 @@ class _Lookup:
         self.join_key = join_key
         self.views = views
         self.fields = fields
+        self.start = len(fields) - sum(len(view.hash_fields) for view in views)
         self.whole = whole
         self._names: list[bytes] = []
         self._pick = _picker(fields, ())
@@ -101,15 +103,17 @@ class _Plan:
         return self.lookups[0].join_key == USER
 
     def versions(self, found: Sequence[_Stored]) -> list[int]:
-        """Returns the version of each customer's state, -1 without one."""
-        return [-1 if version is None else version for version in _versions(found[0][0])]
+        """Returns the version of each customer's state, -1 without one, or with one whose activity is of another release's form."""
+        versions = _versions(found[0][0])
+        forms = found[0][1] if self.lookups[0].start > 1 else versions
+        return [-1 if version is None or form is None else version for version, form in zip(versions, forms, strict=True)]
 
     def table(self, found: Sequence[_Stored], now: datetime) -> FeatureTable:
         """Decodes what was found."""
         columns: list[list[Any]] = []
         ages: dict[str, Ages] = {}
         for lookup, stored in zip(self.lookups, found, strict=True):
-            start = 1 if lookup.join_key == USER else 0
+            start = lookup.start
             for view in lookup.views:
                 end = start + len(view.hash_fields)
                 values, ages[view.name] = view.columns(stored[start:end], now)
@@ -140,7 +144,7 @@ class FeatureReader:
         self._registry = registry
         self._read_registry = read_registry
         activity = registry.layouts[ACTIVITY_VIEW]
-        self._version_field = activity.fields[activity.features.index("version")]
+        self._version_field, self._form_field = (activity.fields[activity.features.index(name)] for name in ("version", FORM_FEATURE))
         self._plans: dict[tuple[str, ...], _Plan] = {}
         self._project = project
         self._now = now
@@ -253,7 +257,8 @@ class FeatureReader:
     def _lookup(self, join_key: str, asked: Mapping[str, Collection[str]]) -> _Lookup:
         layouts = self._registry.layouts
         views = tuple(layouts[name].only(features) for name, features in asked.items())
-        fields = ((self._version_field,) if join_key == USER else ()) + tuple(field for view in views for field in view.hash_fields)
+        leading = ([self._version_field] if join_key == USER else []) + ([self._form_field] if ACTIVITY_VIEW in asked else [])
+        fields = (*leading, *(field for view in views for field in view.hash_fields))
         known = sum(len(layout.hash_fields) for layout in layouts.values() if layout.join_key == join_key)
         return _Lookup(join_key, views, fields, whole=len(fields) >= _WHOLE_SHARE * known)
 

@@ -12,7 +12,7 @@ import structlog
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, dict_row
 
-from features.activity import CAUGHT_UP, READ_STATE, UserState, UserStateCodec
+from features.activity import CAUGHT_UP, READ_STATE, UserState, UserStateCodec, is_whole
 from features.layout import FeatureValue, ViewLayout
 from server.arrays import number_array, text_array
 from server.database import ONLINE_AWAY, Pool
@@ -94,13 +94,11 @@ class UserStates:
     Attributes:
         shown: versions answered from PostgreSQL alone.
         missed: set when Redis lacks what somebody waits for.
-        recomputed: told the states of customers who have acted before they are written to Redis; it must return at once.
     """
 
     def __init__(self, pool: Pool, online: OnlineStore, codec: UserStateCodec, *, replica_id: str = "") -> None:
         self.shown = Shown()
         self.missed = asyncio.Event()
-        self.recomputed: Callable[[Sequence[UserState]], None] = _nobody
         self._replica_id = replica_id
         self._pool = pool
         self._online = online
@@ -135,7 +133,6 @@ class UserStates:
         async with self._pool.connection() as connection:
             for start in range(0, len(user_ids), _AT_ONCE):
                 states = await self.recompute(connection, user_ids[start : start + _AT_ONCE])
-                self.recomputed(states)
                 await self._online.write_users(states)
                 versions |= {state.user_id: state.version for state in states}
         return versions
@@ -249,7 +246,7 @@ class UserStates:
         return _as_online(layout, row, at, now)
 
     async def features(self, user_id: str, *, now: datetime) -> Features:
-        """Reads all views of a customer, rebuilding them when Redis has none.
+        """Reads all views of a customer, rebuilding them when Redis has none, or none of this release's form.
 
         Raises:
             NotFoundError, MergedError: as ``rebuild``.
@@ -257,7 +254,7 @@ class UserStates:
         """
         for _ in range(3):
             features = await self._online.user_features(user_id, now)
-            if features[self._codec.activity.name]["version"].value is not None:
+            if is_whole(features[self._codec.activity.name]):
                 return features
             await self.rebuild(user_id)
         raise UnavailableError("the online store does not keep what is written", reason="ONLINE_STORE_UNAVAILABLE")
@@ -294,10 +291,6 @@ class UserStates:
                 if self.certain:
                     return features
         return await patiently(lambda: self.recorded_at_least(user_id, minimum, now=now))
-
-
-def _nobody(_states: Sequence[UserState]) -> None:
-    pass
 
 
 async def patiently(act: Callable[[], Awaitable[T]]) -> T:

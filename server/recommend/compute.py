@@ -1,4 +1,4 @@
-"""From a customer's state to ranked items: the miss path as one pure function of snapshot, activity and profile."""
+"""From a customer's state to ranked items: the miss path as pure functions of snapshot, activity and profile."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from features.item_table import FloatArray, IntArray
 from features.ranking import Profile, ranking_matrix
 from features.retrieval import all_scores, exact_scores, vector_scores
 from features.scores import Scores
+from features.search import SearchWeights
 from features.signals import History, history, relation_scores
 from server.assistant.rules import AssistantRules
 from server.recommend.policy import already_bought, diversify
@@ -29,6 +30,7 @@ class Policy:
     slate_size: int
     exclude_purchased: bool
     max_per_category: int
+    search: SearchWeights = field(default_factory=SearchWeights)
     assistant: AssistantRules = field(default_factory=AssistantRules)
 
 
@@ -100,11 +102,6 @@ def compute_slate(snapshot: Snapshot, activity: Activity, profile: Profile, poli
     marks.append(perf_counter())
     stages = dict(zip(("user_vector", "candidates", "ranking", "policy"), np.diff(marks).tolist(), strict=True))
     return Ranked(candidates.rows[final], scores[final], candidates.sources[final], flags, stages)
-
-
-def rehearse(snapshot: Snapshot, policy: Policy) -> None:
-    """Computes a slate that nobody sees, of somebody who looked at the first item: every part runs once before it answers."""
-    compute_slate(snapshot, Activity(0).with_context(snapshot.table.ids[:1], ""), Profile(), policy)
 
 
 def score_items(snapshot: Snapshot, activity: Activity, profile: Profile, rows: IntArray) -> Ranked:

@@ -36,8 +36,8 @@ class Pages:
         self._hide_out_of_stock = hide_out_of_stock
         self._pages: OrderedDict[tuple[Any, ...], Page] = OrderedDict()
 
-    def of(self, slate: Slate, snapshot: Snapshot, offers: OfferTable, query: RecommendQuery, *, start: int) -> Page:
-        """Returns the page that begins at ``start``."""
+    def of(self, slate: Slate, snapshot: Snapshot, offers: OfferTable, query: RecommendQuery, *, start: int, name: str) -> Page:
+        """Returns the page that begins at ``start``; ``name`` is what its page token calls the slate."""
         key = (slate.slate_id, offers.offer_version, query.channel, query.filters, start, query.limit)
         page = self._pages.get(key)
         if page is not None:
@@ -49,7 +49,7 @@ class Pages:
         page = self._pages[key] = Page(
             items=tuple(items),
             versions=Versions(slate.user_version, snapshot.model_version, snapshot.index_version, offers.offer_version),
-            next_page_token="" if rest is None else page_token(slate.slate_id, rest),
+            next_page_token="" if rest is None else page_token(name, rest),
         )
         if len(self._pages) > _MOST_PAGES:
             self._pages.popitem(last=False)

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,15 @@ from server.recommend.snapshot import Snapshot
 from server.recommend.standing import Standings
 
 T = TypeVar("T")
+
+
+class Looked(NamedTuple):
+    """An answer with what it was made from."""
+
+    answer: Answer
+    slate: Slate
+    snapshot: Snapshot
+    offers: OfferTable
 
 
 class Recommender:
@@ -60,7 +69,15 @@ class Recommender:
         return self._slates
 
     async def recommend(self, query: RecommendQuery) -> Answer:
-        """Returns a page of the customer's slate for a surface.
+        """Returns a page of the customer's slate for a surface; errors as ``look``."""
+        return (await self.look(query)).answer
+
+    async def look(self, query: RecommendQuery, *, accepted: Callable[[], None] = lambda: None) -> Looked:
+        """Returns a page of the customer's slate for a surface or a search.
+
+        Args:
+            query: the page asked for.
+            accepted: called when customer and token are known to be right, before the slate is looked for; once for each look.
 
         Raises:
             NotFoundError: the subject names a customer that does not exist.
@@ -72,20 +89,23 @@ class Recommender:
             psycopg.Error: the stores are away, and no slate is known; or prices as new as the offers' pointer cannot be had.
         """
         clock = StageClock()
-        place = Place(query.surface, query.context_item_ids)
+        place = Place(query.surface, query.context_item_ids, query.search_text)
 
         async def find(known: Known) -> tuple[Known, Found]:
             minimum = await self._identities.minimum_version(known.user_id, query.token)
+            accepted()
             found = await self._slates.find(known.user_id, place, minimum, clock)
             return known, known.checked(found, found.membership)
 
         known, found = await self._following_merges(query.subject, find, clock)
         slate, snapshot = found.slate, found.snapshot
-        start = self._start(query.page_token, slate)
+        # A search's own event makes a newer version with the same order, and its pages go on in that.
+        name = slate.order_id(place.slot(snapshot.model_version, snapshot.index_version)) if place.query else slate.slate_id
+        start = self._start(query.page_token, slate, name)
         with clock("offers"):
             offers = await self._offers.at_least(found.offer_version)
         with clock("answer"):
-            page = self._pages.of(slate, snapshot, offers, query, start=start)
+            page = self._pages.of(slate, snapshot, offers, query, start=start, name=name)
         answer = Answer(
             user_id=found.user_id,
             items=page.items,
@@ -102,7 +122,7 @@ class Recommender:
         self._observe(answer)
         if query.log_exposure:
             self._journal.log(answer, query, persona_id=known.persona_id, answered_at=self._now())
-        return answer
+        return Looked(answer, slate, snapshot, offers)
 
     async def rank(self, subject: Subject, *, channel: str, surface: str, item_ids: Sequence[str], token: Token | None) -> Answer:
         """Ranks given items for a customer; errors as ``recommend``, and PreconditionError while no model is active.
@@ -172,11 +192,11 @@ class Recommender:
             known = await self._identities.customer_of(subject)
         return await self._identities.following(subject, known, act)
 
-    def _start(self, token: str, slate: Slate) -> int:
+    def _start(self, token: str, slate: Slate, name: str) -> int:
         if not token:
             return 0
-        slate_id, position = read_page_token(token)
-        if slate_id != slate.slate_id:
+        named, position = read_page_token(token)
+        if named != name:
             raise ConflictError("the slate has changed; start again without a page token", reason="SLATE_EXPIRED", field="page_token")
         if position >= len(slate.rows):
             raise page_token_refused()

@@ -79,7 +79,7 @@ class Shelf:
         for position in range(start, len(rows)):
             row = rows[position]
             offer = found.get(table.ids[row])
-            if offer is None or not self._offered(offer) or not (anything or self._wanted(table, row, offer)):
+            if offer is None or not self.offered(offer) or not (anything or self._wanted(table, row, offer)):
                 continue
             if len(shown) == limit:
                 return shown, position
@@ -87,20 +87,38 @@ class Shelf:
             shown.append(ShownItem(card, scores[position], position, _SOURCES[sources[position]], ranked.newcomer))
         return shown, None
 
-    def _offered(self, offer: Offer) -> bool:
+    def offered(self, offer: Offer) -> bool:
+        """Says whether the channel may show an item at all, whatever was asked for."""
         return offer.sold_in(self.channel) and (not self.hide_out_of_stock or offer.in_stock)
 
     def _wanted(self, table: ItemTable, row: int, offer: Offer) -> bool:
+        return (
+            self.of_wanted_category(table, row)
+            and self.of_wanted_brand(table, row)
+            and self.of_wanted_price(offer)
+            and self.not_ruled_out(table, row, offer)
+        )
+
+    def of_wanted_category(self, table: ItemTable, row: int) -> bool:
+        """Says whether an item is of a category asked for."""
+        return not self.filters.categories or table.category_names[row] in self.filters.categories
+
+    def of_wanted_brand(self, table: ItemTable, row: int) -> bool:
+        """Says whether an item is of a brand asked for."""
+        return not self.filters.brands or table.brand_names[row] in self.filters.brands
+
+    def of_wanted_price(self, offer: Offer) -> bool:
+        """Says whether a price is within the bounds asked for, and in their currency."""
         wanted, price = self.filters, offer.price_micros or 0
         return (
-            (offer.in_stock or not wanted.in_stock_only)
-            and (not wanted.currency or offer.currency == wanted.currency)
-            and (not wanted.categories or table.category_names[row] in wanted.categories)
-            and (not wanted.brands or table.brand_names[row] in wanted.brands)
+            (not wanted.currency or offer.currency == wanted.currency)
             and (wanted.min_price_micros is None or price >= wanted.min_price_micros)
             and (wanted.max_price_micros is None or price <= wanted.max_price_micros)
-            and table.ids[row] not in wanted.exclude_item_ids
         )
+
+    def not_ruled_out(self, table: ItemTable, row: int, offer: Offer) -> bool:
+        """Says whether neither its stock nor its id keeps an item out."""
+        return (offer.in_stock or not self.filters.in_stock_only) and table.ids[row] not in self.filters.exclude_item_ids
 
 
 def _card(table: ItemTable, row: int, offer: Offer) -> ItemCard:

@@ -26,21 +26,29 @@ class SlateFlag(IntFlag):
     PROFILE_STALE = 1
     NEWCOMER = 2
     NO_MODEL = 4
+    RECOMMENDED_INSTEAD = 8  # of a search that found nothing
 
 
 class Place(NamedTuple):
-    """Where a slate is shown: the surface and its context items, in order."""
+    """Where a slate is shown: the surface and its context items, in order; or what was searched for (a normalized query)."""
 
     surface: str
     context_item_ids: tuple[str, ...] = ()
+    query: str = ""
 
     def slot(self, model_version: str, index_version: int) -> str:
         """Returns the field of the customer's slates hash that holds the slate under these versions.
 
         Items are told apart as JSON tells strings apart: with a separator between them, an id that holds it would be two ids.
         """
-        context = hashlib.sha256(json.dumps(self.context_item_ids).encode()).hexdigest()[:16] if self.context_item_ids else ""
-        return f"{self.surface}|{context}|{model_version}|{index_version}"
+        return f"{self.surface}|{self.digest}|{model_version}|{index_version}"
+
+    @property
+    def digest(self) -> str:
+        """Stands for context items or query in the slot; empty without either. A query's is no other's: it begins with a q."""
+        if self.query:
+            return f"q{hashlib.sha256(self.query.encode()).hexdigest()[:16]}"
+        return hashlib.sha256(json.dumps(self.context_item_ids).encode()).hexdigest()[:16] if self.context_item_ids else ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,10 @@ class Slate:
     rows: IntArray
     scores: FloatArray
     sources: npt.NDArray[np.uint8]
+
+    def order_id(self, slot: str) -> str:
+        """Returns the name of its order and scores: equal for slates of a slot that show the same, whatever version and time."""
+        return hashlib.sha256(b"\x1f".join((slot.encode(), self.rows.tobytes(), self.scores.tobytes()))).hexdigest()[:32]
 
 
 def encode_payload(rows: IntArray, scores: FloatArray, sources: npt.NDArray[np.uint8], *, flags: SlateFlag, as_of: datetime) -> bytes:

@@ -13,10 +13,11 @@ from server.online.states import AheadOfOnlineError, patiently
 from server.online.store import OnlineStore
 from server.recommend.ahead import Ahead
 from server.recommend.clock import StageClock
-from server.recommend.compute import Policy, Ranked, compute_slate
+from server.recommend.compute import Policy, Ranked
 from server.recommend.computing import Computing, Flights, Gate
 from server.recommend.customers import Customer, Customers
 from server.recommend.known import KnownSlate, KnownSlates
+from server.recommend.searching import compute_place
 from server.recommend.slate import Place, Slate, SlateFlag, decode_slate, encode_payload, standing_of, version_of
 from server.recommend.snapshot import Snapshot
 from server.recommend.standing import TURNS, Stand, Standings, moving
@@ -236,9 +237,8 @@ class Slates:
     ) -> Ranked:
         with clock("user_vector"):
             await self._ahead.asked(user_id)
-        # Context items are part of the sequence, as if just viewed; the channel is not: it must not change the answer.
-        seen = customer.activity.with_context(place.context_item_ids, "")
-        ranked = await self._computing.run(compute_slate, snapshot, seen, customer.profile, self._policy, starting=start)
+        arguments = (snapshot, customer.activity, customer.profile, place, self._policy)
+        ranked = await self._computing.run(compute_place, *arguments, starting=start)
         for stage, seconds in ranked.stages.items():
             clock.stages[stage] = clock.stages.get(stage, 0.0) + seconds
         return ranked

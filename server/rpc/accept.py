@@ -150,7 +150,7 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
         handle = _HANDLE[bool(handler.request_streaming), bool(handler.response_streaming)]
         while True:
             call = await self._next(method)
-            self._spawn(cygrpc._schedule_rpc_coro(handle(handler, call, loop), call, loop, name))
+            self._spawn(cygrpc._schedule_rpc_coro(_released(handle(handler, call, loop)), call, loop, name))
 
     async def _next(self, method: bytes) -> Any:
         lane = self._edge.for_method(method.decode())
@@ -225,13 +225,9 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
             line.fetchers -= 1
 
     async def _refuse(self, call: Any) -> None:
-        try:
-            await self._edge.refuse(cygrpc._ServicerContext(call, None, None, asyncio.get_running_loop()))
-        except grpc.aio.AbortError as error:
-            # The call keeps the error, and its traceback the call: left so, its stream would stay open until the collector comes.
-            error.__traceback__ = None
-        except cygrpc.ExecuteBatchError:
-            pass  # the caller went away
+        context = cygrpc._ServicerContext(call, None, None, asyncio.get_running_loop())
+        with contextlib.suppress(grpc.aio.AbortError, cygrpc.ExecuteBatchError):  # the latter: the caller went away
+            await _released(self._edge.refuse(context))
 
     async def _watch(self) -> None:
         """Compares the core's count of calls with those taken, since it does not say when it turns calls away."""
@@ -246,6 +242,19 @@ class _PatientServer(cygrpc.AioServer):  # type: ignore[misc]
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _released(answering: Coroutine[Any, Any, None]) -> None:
+    """Answers a call so that nothing holds it once it has ended, with an error too.
+
+    The call keeps the error it was aborted with, whose traceback and cause keep the call: left so, its stream would stay open until
+    the collector comes.
+    """
+    try:
+        await answering
+    except grpc.aio.AbortError as error:
+        error.__traceback__ = error.__context__ = None
+        raise
 
 
 def _servers() -> set[int]:

@@ -28,12 +28,12 @@ class Rule:
     Attributes:
         method: ``Service/Method``.
         scope: what its caller needs; None: nobody may call it.
-        flag: a field that, set, needs one scope more.
+        flag: a field, and the value with which it needs one scope more.
     """
 
     method: str
     scope: Scope | None
-    flag: tuple[str, Scope] | None
+    flag: tuple[str, bool, Scope] | None
 
     @property
     def service(self) -> str:
@@ -173,8 +173,8 @@ class Access:
 
     def _checked(self, rule: Rule, caller: Principal, request: Any) -> str:
         """Returns the channel the request counts for, once it is known to be the caller's."""
-        if rule.flag and getattr(request, rule.flag[0], False):
-            caller.require(rule.flag[1])
+        if rule.flag and getattr(request, rule.flag[0]) is rule.flag[1]:
+            caller.require(rule.flag[2])
         if caller.channels is not None:
             caller.require_channels(_channels_of(request))
             if rule.method in RECORDING:

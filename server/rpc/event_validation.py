@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from concord.v1 import events_pb2
-from server.domain import EventOutcome, IncomingEvent, Stored
+from concord.v1 import events_pb2, search_pb2
+from server.domain import EventOutcome, IncomingEvent, SearchQuery, Stored
 from server.errors import InvalidRequestError
 from server.rpc import rules
 from server.rpc.translate import ACTION_NAMES
@@ -36,6 +36,22 @@ class EventValidator:
         rules.count(events, "events", most=rules.EVENTS, least=1)
         received_at = self.now()
         return [self._event(event, index, received_at) for index, event in enumerate(events)]
+
+    def search(self, request: search_pb2.SearchRequest) -> SearchQuery:
+        """Reads a search and the event it is recorded as: none of a later page, nor where the caller skips it."""
+        page = self.validator.search(request)
+        if request.skip_recording or page.page_token:
+            return SearchQuery(page, None)
+        event = IncomingEvent(
+            subject=page.subject,
+            event_id=read_event_id(request.event_id) if request.event_id else self.new_event_id(),
+            channel=page.channel,
+            action="search",
+            occurred_at=self.now(),
+            text=request.query,
+            session_id=rules.text(request.session_id, "session_id", most=rules.ID_CHARS) or None,
+        )
+        return SearchQuery(page, event)
 
     def _event(self, event: events_pb2.Event, index: int, received_at: datetime) -> IncomingEvent | EventOutcome:
         subject = event.subject

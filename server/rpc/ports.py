@@ -24,7 +24,11 @@ from server.domain import (
     RecommendQuery,
     RecordOutcome,
     Resolved,
+    SearchAnswer,
+    SearchQuery,
     Subject,
+    Suggestions,
+    SuggestQuery,
     Token,
     Unlinked,
 )
@@ -86,6 +90,22 @@ class Recommender(Protocol):
 
     async def similar(self, item_id: str, *, channel: str, limit: int, filters: ItemFilter) -> Answer:
         """Returns items like a given one."""
+        ...
+
+
+class Searcher(Protocol):
+    """Finds items by words; see server.search.searcher."""
+
+    async def search(self, query: SearchQuery) -> SearchAnswer:
+        """Returns a page of what a search finds."""
+        ...
+
+
+class Suggester(Protocol):
+    """Completes what is typed; see server.search.suggester."""
+
+    async def suggest(self, query: SuggestQuery) -> Suggestions:
+        """Returns how a prefix may go on."""
         ...
 
 
@@ -239,6 +259,8 @@ class Services:
     graph: IdentityGraph
     erasure: Erasure
     recommender: Recommender
+    searcher: Searcher
+    suggester: Suggester
     profiles: Profiles
     catalog: Catalog
     features: FeatureReader

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
-from concord.v1 import recommendation_pb2, recommendation_pb2_grpc
+from concord.v1 import recommendation_pb2, recommendation_pb2_grpc, search_pb2
 from features.candidates import Source
 from server.domain import Answer, ItemCard, ShownItem
 from server.rpc import rules
@@ -16,6 +16,8 @@ _MOST_MESSAGES = 65_536
 _MESSAGE = "message"  # the form of a page that is kept here
 # Strongest first: what is about this customer stands before what is true for everybody.
 _REASONS = (
+    (Source.LEXICAL, recommendation_pb2.REASON_CODE_MATCHES_WORDS),
+    (Source.SEMANTIC, recommendation_pb2.REASON_CODE_MATCHES_MEANING),
     (Source.COLLABORATIVE, recommendation_pb2.REASON_CODE_BOUGHT_TOGETHER),
     (Source.VECTOR | Source.RECENT, recommendation_pb2.REASON_CODE_SIMILAR_TO_RECENT),
     (Source.RELATION, recommendation_pb2.REASON_CODE_COMPLEMENT),
@@ -30,7 +32,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     def __init__(self, recommender: Recommender, validator: Validator) -> None:
         self._recommender = recommender
         self._validator = validator
-        self._messages = _Messages()
+        self._messages = ItemMessages()
 
     async def Recommend(self, request: recommendation_pb2.RecommendRequest, _context: Context) -> recommendation_pb2.RecommendResponse:
         """Returns a page of the customer's slate for a surface."""
@@ -43,7 +45,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
                 page = answer.forms[_MESSAGE] = self._page(answer)
             response = recommendation_pb2.RecommendResponse()
             response.CopyFrom(page)
-        _say_how(response, answer)
+        say_how(response, answer)
         return response
 
     def _page(self, answer: Answer) -> recommendation_pb2.RecommendResponse:
@@ -78,7 +80,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         )
         for item in answer.items:
             self._messages.add(response.items, item)
-        _say_how(response, answer)
+        say_how(response, answer)
         return response
 
     async def SimilarItems(
@@ -96,7 +98,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         )
 
 
-class _Messages:
+class ItemMessages:
     """The part of an item's message that is in its card, made once a card: making it anew takes 4 µs, copying it 1 µs.
 
     Cards are told apart by identity, which is safe while they are held here; with more than 65,536 it begins anew.
@@ -141,14 +143,16 @@ def _described(card: ItemCard) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=512)
 def _reasons(sources: Source, newcomer: bool) -> tuple[recommendation_pb2.ReasonCode, ...]:
-    """Remembered, because arithmetic on flags took half the time of translating an item; there are 128 combinations."""
+    """Remembered, because arithmetic on flags took half the time of translating an item; there are 512 combinations."""
     first = (recommendation_pb2.REASON_CODE_NEW_CUSTOMER,) if newcomer else ()
     return first + tuple(reason for source, reason in _REASONS if sources & source)
 
 
-def _say_how(response: recommendation_pb2.RecommendResponse | recommendation_pb2.RankItemsResponse, answer: Answer) -> None:
+def say_how(
+    response: recommendation_pb2.RecommendResponse | recommendation_pb2.RankItemsResponse | search_pb2.SearchResponse, answer: Answer
+) -> None:
     """Adds how an answer came about. Fields are set one by one: messages made to be copied into another take twice as long."""
     if answer.degraded_reasons:
         response.degraded = True

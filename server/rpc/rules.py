@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from concord.v1.common_pb2 import Money
+from features.search import normalized_query
 from server.errors import InvalidRequestError
 from server.rpc.translate import datetime_of, micros_of
 
@@ -20,6 +21,8 @@ ID_CHARS = 128
 CHANNEL_USER_ID_CHARS = 256
 TOKEN_CHARS = 1024
 EVENT_TEXT_CHARS = 2_000
+QUERY_CHARS = 500
+PREFIX_CHARS = 100
 TITLE_CHARS = 500
 DESCRIPTION_CHARS = 10_000
 LABEL_CHARS = 200  # categories and brands
@@ -49,6 +52,7 @@ ACTIVATION_WAIT_SECONDS, DEFAULT_ACTIVATION_WAIT_SECONDS = 3600.0, 30.0
 # Pages.
 LIMIT, DEFAULT_LIMIT = 100, 10
 PAGE_SIZE, DEFAULT_PAGE_SIZE = 1_000, 100
+SUGGESTIONS, DEFAULT_SUGGESTIONS = 20, 8
 # Amounts and times.
 MONEY_UNITS = 9_000_000_000_000
 EVENT_NUMBER = 9e12  # one absurd value or quantity must not make a customer's sums overflow for ever
@@ -70,6 +74,12 @@ def text(value: str, field: str, *, most: int, least: int = 0, too_long: str = "
     if "\0" in value:
         raise InvalidRequestError(field, "must not contain NUL (U+0000)")
     return value
+
+
+def query(value: str, field: str) -> str:
+    """Checks what was searched for and returns it normalized; control characters and spaces alone are nothing."""
+    plain = normalized_query(text(value, field, most=QUERY_CHARS, too_long="TEXT_TOO_LONG"))
+    return text(plain, field, most=len(plain), least=1)
 
 
 def identifier(value: str, field: str, *, most: int = ID_CHARS) -> str:

@@ -32,6 +32,8 @@ from concord.v1 import (
     profile_pb2_grpc,
     recommendation_pb2,
     recommendation_pb2_grpc,
+    search_pb2,
+    search_pb2_grpc,
     understanding_pb2,
     understanding_pb2_grpc,
 )
@@ -54,6 +56,7 @@ from server.rpc.models import ModelServicer
 from server.rpc.ports import Services
 from server.rpc.profile import ProfileServicer
 from server.rpc.recommendation import RecommendationServicer
+from server.rpc.search import SearchServicer
 from server.rpc.understanding import UnderstandingServicer
 from server.rpc.validation import Validator
 from server.security.certificates import server_credentials
@@ -79,6 +82,7 @@ SERVICE_NAMES = tuple(
         models_pb2,
         profile_pb2,
         recommendation_pb2,
+        search_pb2,
         understanding_pb2,
     )
     for service in module.DESCRIPTOR.services_by_name.values()
@@ -154,9 +158,10 @@ def build_server(
         SettingsError: an address cannot be bound, or certificates cannot be used.
     """
     validator = Validator(channels=settings.channels, surfaces=settings.surfaces)
+    read_events = EventValidator(validator, now, new_uuid)
     events = EventServicer(
         services.recorder,
-        EventValidator(validator, now, new_uuid),
+        read_events,
         metrics,
         deadline_seconds=settings.default_deadline_seconds,
         idle_seconds=settings.stream_idle_seconds,
@@ -182,7 +187,15 @@ def build_server(
             tracing=tracing or Tracing(),
         )
         server = patient_server(edge, most_waiting=_MOST_WAITING, options=_options(settings, share_ports=share_ports))
-        _register(server, services, events, validator, new_uuid=new_uuid, deadline_seconds=settings.default_deadline_seconds)
+        _register(
+            server,
+            services,
+            events,
+            validator,
+            SearchServicer(services.searcher, services.suggester, read_events),
+            new_uuid=new_uuid,
+            deadline_seconds=settings.default_deadline_seconds,
+        )
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if is_loopback(host) if settings.reflection is None else settings.reflection:
             reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -204,6 +217,7 @@ def _register(
     services: Services,
     events: EventServicer,
     validator: Validator,
+    search: SearchServicer,
     *,
     new_uuid: Callable[[], UUID],
     deadline_seconds: float,
@@ -215,6 +229,7 @@ def _register(
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(services.catalog, validator), server)
     features_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(services.features, validator), server)
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationServicer(services.recommender, validator), server)
+    search_pb2_grpc.add_SearchServiceServicer_to_server(search, server)
     understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(
         UnderstandingServicer(services.embedder, services.intents, validator), server
     )

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 
-from concord.v1 import articles_pb2, catalog_pb2, common_pb2, features_pb2, recommendation_pb2, understanding_pb2
+from concord.v1 import articles_pb2, catalog_pb2, common_pb2, features_pb2, recommendation_pb2, search_pb2, understanding_pb2
 from features.articles import Article
 from features.catalogue import Item, Relation
 from server import tokens
-from server.domain import EVERYTHING, EmbedQuery, EntityKey, ItemFilter, RecommendQuery, Subject, Token
+from server.domain import EVERYTHING, EmbedQuery, EntityKey, ItemFilter, RecommendQuery, Subject, SuggestQuery, Token
 from server.errors import InvalidRequestError
 from server.rpc import rules
 from server.rpc.translate import PURPOSES, RELATION_NAMES
 from server.understand.intents import IntentQuery
+
+# Where a search is shown. A slate of Recommend for a surface of this name is another one: it has no query.
+SEARCH_SURFACE = "search"
 
 
 class Validator:
@@ -62,6 +65,28 @@ class Validator:
             filters=self.item_filter(request.filter, "filter") if request.HasField("filter") else EVERYTHING,
             token=self.token(request.consistency_token, "consistency_token"),
             log_exposure=not request.skip_exposure_logging,
+        )
+
+    def search(self, request: search_pb2.SearchRequest) -> RecommendQuery:
+        """Reads which page of a search is asked for."""
+        return RecommendQuery(
+            subject=self.subject(request.subject, "subject"),
+            channel=self.channel(request.channel, "channel"),
+            surface=SEARCH_SURFACE,
+            limit=rules.page(request.limit, "limit", most=rules.LIMIT, default=rules.DEFAULT_LIMIT),
+            page_token=rules.text(request.page_token, "page_token", most=rules.TOKEN_CHARS),
+            filters=self.item_filter(request.filter, "filter") if request.HasField("filter") else EVERYTHING,
+            token=self.token(request.consistency_token, "consistency_token"),
+            log_exposure=not request.skip_exposure_logging,
+            search_text=rules.query(request.query, "query"),
+        )
+
+    def suggest(self, request: search_pb2.SuggestRequest) -> SuggestQuery:
+        """Reads what is to be completed."""
+        return SuggestQuery(
+            channel=self.channel(request.channel, "channel"),
+            prefix=rules.text(request.prefix, "prefix", most=rules.PREFIX_CHARS, too_long="TEXT_TOO_LONG"),
+            limit=rules.page(request.limit, "limit", most=rules.SUGGESTIONS, default=rules.DEFAULT_SUGGESTIONS),
         )
 
     def item_filter(self, wanted: recommendation_pb2.ItemFilter, field: str) -> ItemFilter:

@@ -57,6 +57,8 @@ SCOPE_OF = {
     "RecommendationService/Recommend": Scope.RECOMMENDATIONS_READ,
     "RecommendationService/RankItems": Scope.RECOMMENDATIONS_READ,
     "RecommendationService/SimilarItems": Scope.RECOMMENDATIONS_READ,
+    "SearchService/Search": Scope.RECOMMENDATIONS_READ,
+    "SearchService/Suggest": Scope.CATALOG_READ,
     "UnderstandingService/EmbedText": Scope.TEXTS_READ,
     "AssistantService/Ask": Scope.ASSISTANT_ASK,
     "ArticleService/UpsertArticles": Scope.ARTICLES_WRITE,
@@ -69,8 +71,11 @@ SCOPE_OF = {
     "ModelService/ActivateModel": Scope.ADMIN,
 }
 
-# Reads that write when a flag of the request is set: the scope that the flag needs on top.
-SCOPE_OF_FLAG = {"IdentityService/ResolveIdentity": ("create_if_missing", Scope.IDENTITY_WRITE)}
+# Reads that write when a flag of the request has a value: flag, value, and the scope needed on top.
+SCOPE_OF_FLAG = {
+    "IdentityService/ResolveIdentity": ("create_if_missing", True, Scope.IDENTITY_WRITE),
+    "SearchService/Search": ("skip_recording", False, Scope.EVENTS_WRITE),
+}
 
 # Methods that record what their subject did: an identity in it is one that the caller writes, as in an event.
 RECORDING = frozenset({"AssistantService/Ask"})

@@ -111,6 +111,8 @@ def test_every_service_of_the_contract_is_there(files):
         "RecommendationService.Recommend",
         "RecommendationService.RankItems",
         "RecommendationService.SimilarItems",
+        "SearchService.Search",
+        "SearchService.Suggest",
         "UnderstandingService.EmbedText",
         "AssistantService.Ask",
         "ArticleService.UpsertArticles",

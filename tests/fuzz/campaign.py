@@ -96,6 +96,8 @@ def words(settings: ServerSettings) -> Words:
             "currency_code": ["USD", "EUR"],
             "nanos": [0, 990_000_000],
             "title": ["Enamel mug", "Linen towel"],
+            "query": ["enamel mug", "linen towle", "绿茶", "🎁", "mug' OR 1=1"],
+            "prefix": ["", "en", "linen t", "enmael", "绿"],
             "limit": [0, 5, 20, 100],
             "weight": [0.0, 0.5, 1.0],
             "text": ["how much is it?", "where is my order?", "what is your return policy?", "something cheaper", "退货", "hello"],

@@ -20,7 +20,7 @@ import redis
 from cli.audit import run_audit
 from cli.stack import free_port
 from concord import Concord, user
-from features.activity import ACTIVITY_VIEW
+from features.activity import ACTIVITY_VIEW, FORM_FEATURE
 from features.bundle import COLLABORATIVE, Manifest, checksums, read_bundle, write_manifest
 from features.catalogue import Item, Relation, publish_epoch, upsert_items, upsert_relations
 from features.layout import encode_value, entity_key
@@ -373,6 +373,16 @@ async def test_forged_torn_and_future_online_state_is_told_apart(shop: Shop) -> 
     assert the(report, "tampered_state").seen == f"other bytes in {ACTIVITY_VIEW}:recent_items"
     assert f"{ACTIVITY_VIEW}:recent_items" in the(report, "torn_state").seen
     assert report.staleness.versions_behind == 0
+
+
+async def test_a_state_of_an_earlier_form_is_absent_and_not_forged(shop: Shop) -> None:
+    customer = shop.fresh()
+    await shop["web"].record(shop["web"].event(user(customer), "view", item_id="KIT-1"))
+    await shop.logged((await shop.ask(customer)).slate_id)
+    shop.redis().hdel(shop.key(customer), shop.fields()[FORM_FEATURE])
+    report = await shop.audit(customers=1, servers=[])
+    assert report.states == {"absent": 1}
+    assert report.violations == []
 
 
 async def test_a_forged_log_is_found(shop: Shop) -> None:

@@ -333,3 +333,34 @@ async def test_writes_that_redis_does_not_answer_give_their_connections_back(liv
                 outcomes = await asyncio.gather(*(online.write_users([state]) for _ in range(40)), return_exceptions=True)
                 assert {type(outcome) for outcome in outcomes} == {redis.exceptions.TimeoutError}  # and not: no connection left
         await client.aclose()
+
+
+def title_word(settings: ServerSettings) -> str:
+    with psycopg.connect(settings.postgres_dsn) as connection:
+        row = connection.execute("SELECT lower(substring(title from '[A-Za-z]{4,}')) FROM items ORDER BY item_id LIMIT 1").fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+async def test_without_redis_a_search_finds_the_same_and_is_recorded(fleet: Fleet) -> None:
+    customer, word = fleet.customers[-1], title_word(fleet.settings)
+    before = await fleet.clients[0].search(user(customer), word, limit=20, skip_recording=True)
+    with stopped([redis_pid(fleet.settings)]):
+        found = await fleet.clients[0].search(user(customer), word, limit=20)
+        again = await fleet.clients[0].search(user(customer), word, limit=20, consistency_token=found.consistency_token)
+    assert [(i.item_id, i.score) for i in found.items] == [(i.item_id, i.score) for i in before.items]
+    assert [(i.item_id, i.score) for i in again.items] == [(i.item_id, i.score) for i in before.items]
+    assert "ONLINE_STORE_UNAVAILABLE" in found.degraded_reasons
+    assert found.recorded_version > before.versions.user_version
+    assert again.recorded_version == found.recorded_version + 1
+
+
+async def test_without_postgres_a_search_is_answered_and_says_that_it_was_not_recorded(fleet: Fleet) -> None:
+    customer, word = fleet.customers[-2], title_word(fleet.settings)
+    before = await fleet.clients[0].search(user(customer), word, limit=20, skip_recording=True)
+    with postgres_refusing(fleet.settings):
+        found = await fleet.clients[0].search(user(customer), word, limit=20, timeout=20)
+        assert [(i.item_id, i.score) for i in found.items] == [(i.item_id, i.score) for i in before.items]
+        assert "SEARCH_NOT_RECORDED" in found.degraded_reasons
+        assert (found.event_id, found.recorded_version) == ("", 0)
+        assert found.user_id == customer

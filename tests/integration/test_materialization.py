@@ -21,7 +21,8 @@ from features import batch_views
 from features import materialize as materialization
 from features.activity import FORGOTTEN_FIELD, MERGED_FIELD
 from features.batch_views import materialize_view
-from features.layout import LayoutError, entity_key, view_layout
+from features.bulk_write import write_view
+from features.layout import LayoutError, ViewLayout, entity_key, view_layout
 from features.materialize import materialize
 from features.settings import Settings
 from features.store import feature_store
@@ -241,6 +242,17 @@ def test_many_batches_are_written_whole(things: FeatureStore, shop: Settings, cl
         seen = layout.decode(client.hmget(entity_key("thing_id", f"t{number}", shop.project), list(layout.hash_fields)), START)
         assert (seen["i8"].value, seen["s"].value) == (number, "x" * (number % 90))
     assert client.dbsize() == 3000
+
+
+def test_a_view_of_more_features_than_lua_passes_at_a_time(client: redis.Redis) -> None:
+    names = tuple(f"feature_{number}" for number in range(260))
+    fields = tuple(number.to_bytes(4, "big") for number in range(260))  # among them quotes, backslashes and line ends
+    layout = ViewLayout("wide", "thing_id", names, ("Int64",) * 260, fields, b"_ts:wide", timedelta(0))
+    columns = [pa.array(["it"]), pa.array([START], pa.timestamp("us", "UTC")), *(pa.array([number]) for number in range(260))]
+    batch = pa.record_batch(columns, names=["thing_id", "at", *names])
+    assert write_view(client, layout, [batch], project="wide") == 1
+    stood = client.hmget(entity_key("thing_id", "it", "wide"), layout.hash_fields)
+    assert [layout.decode(stood, START)[name].value for name in names] == list(range(260))
 
 
 def test_of_two_at_once_the_newer_wins(things: FeatureStore, shop: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:

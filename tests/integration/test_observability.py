@@ -96,7 +96,7 @@ async def test_a_traced_call_reaches_the_collector_whole_and_names_nobody(live: 
     paths = {"/".join(path(found)[1:]) for found in collector.spans}
     assert "Recommend/online_read/redis pipeline" in {"/".join(path(found)).partition("/")[2] for found in collector.spans}
     assert {"ranking/onnx ranker", "record", "group commit/commit/postgres INSERT events"} <= paths
-    ahead = "group publish/online_write/user_vector/onnx encoder"
+    ahead = "record/user_vector/onnx encoder"
     assert [found for found in paths if found.endswith("user_vector/onnx encoder")] == [ahead]
     assert collector.resources[0]["service.name"] == "concord"
     sent = b"".join(collector.raw)
@@ -175,7 +175,8 @@ async def test_a_model_this_replica_cannot_load_takes_recommendations_away_and_n
         for _ in range(2):
             seen = await watch.look()
         away = [name for name, able in seen.services.items() if not able]
-        assert sorted(away) == ["concord.v1.AssistantService", "concord.v1.RecommendationService", "concord.v1.UnderstandingService"]
+        names = ("Assistant", "Recommendation", "Search", "Understanding")
+        assert sorted(away) == [f"concord.v1.{name}Service" for name in names]
         assert seen.dependencies["model"]  # the one it holds still answers
         await rooms.fleet._online._client.flushdb()
 

@@ -28,7 +28,6 @@ from features.bundle import (
     Manifest,
     checksums,
     classifier_files,
-    manifest_format,
     write_manifest,
 )
 from features.candidates import CANDIDATE_COUNT
@@ -122,7 +121,6 @@ def _manifest(
 ) -> Manifest:
     day = datetime(2026, 1, 1, tzinfo=UTC)
     return Manifest(
-        format=manifest_format(sequence, classifiers or {}),
         model_version=model_version,
         created_at=day,
         base_model="none",

@@ -14,7 +14,7 @@ import redis.exceptions
 from prometheus_client import CollectorRegistry
 
 from features.activity import ACTIVITY_VIEW, PROFILE_VIEW
-from features.behaviour import Activity, Behaviour
+from features.behaviour import ACTIONS, Activity, Behaviour
 from features.layout import FeatureValue, Status
 from features.signals import CollaborativeWeights, SignalConfig
 from server.catalog.offers import Offer, OfferTable
@@ -78,6 +78,13 @@ class Truth:
             known = Activity(known.version + 1, (seen, *known.behaviours))
         self.customers[user_id] = known
         return known.version
+
+    def add_search(self, user_id: str, text: str) -> int:
+        """The customer searches; returns the new version."""
+        known = self.customers.get(user_id, Activity(0))
+        seen = Behaviour("", "search", "web", 20_000 * DAY + known.version, text)
+        self.customers[user_id] = Activity(known.version + 1, (seen, *known.behaviours))
+        return known.version + 1
 
 
 @dataclass
@@ -177,7 +184,7 @@ class MemoryStates:
         columns = {
             "version": known.version,
             "recent_items": [b.item_id for b in known.behaviours],
-            "recent_actions": [b.action for b in known.behaviours],
+            "recent_action_codes": [1 + ACTIONS.index(b.action) for b in known.behaviours],
             "recent_channels": [b.channel for b in known.behaviours],
             "recent_times": [b.occurred_at for b in known.behaviours],
             "recent_texts": [b.text for b in known.behaviours],
@@ -261,7 +268,8 @@ class MemoryFleet:
         model = SimpleNamespace(
             model_version=model_version,
             signals=SignalConfig(),
-            user_vector=lambda seen, items, _: vectors[items.rows[seen.behaviours[0].item_id]] if seen.behaviours else None,
+            user_vector=lambda seen, items, _: next((vectors[items.rows[b.item_id]] for b in seen.behaviours if b.item_id), None),
+            text_vector=lambda _text: vectors[0],
             rank=rank,
         )
         return Snapshot(cast("Any", model), items, vectors, CollaborativeWeights.empty(COUNT))
@@ -349,7 +357,7 @@ class Shop:
             states=cast("Any", states),
             standings=Standings(cast("Any", states), cast("Any", self.online), cast("Any", fleet), now=lambda: self.online.now),
             computing=computing,
-            ahead=Ahead(computing, cast("Any", None), current=lambda: None),
+            ahead=Ahead(computing, identities, cast("Any", self.online), current=lambda: None),
             online=cast("Any", self.online),
             fleet=cast("Any", fleet),
             offers=cast("Any", offers),

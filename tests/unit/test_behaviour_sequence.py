@@ -54,6 +54,44 @@ def test_what_cannot_be_read_is_left_out_and_takes_no_place() -> None:
     assert len(behaviour_sequence(silent, ROWS, SPEC)) == 0
 
 
+def told(*rows: tuple[str, str, str]) -> Activity:
+    """Behaviours (item, action, text), newest first, a second apart."""
+    made = [Behaviour(item, action, "web", 10**15 - k * SECOND, text) for k, (item, action, text) in enumerate(rows)]
+    return Activity(len(made), tuple(made))
+
+
+def test_a_review_is_its_item_and_then_its_words_and_complaints_have_an_action_of_their_own() -> None:
+    spec = SPEC.model_copy(update={"actions": ("rate", "rate_low", "review", "review_low", "view")})
+    seen = behaviour_sequence(
+        told(
+            ("i002", "review", "2 of 5: broke"),
+            ("i002", "rate", "2 of 5"),
+            ("i001", "review", "5 of 5: lovely"),
+            ("i001", "rate", "3 of 5"),
+        ),
+        ROWS,
+        spec,
+    )
+    assert seen.rows.tolist() == [1, 1, -1, 2, 2, -1]
+    assert seen.texts == ("", "", "lovely", "", "", "broke")
+    assert seen.actions.tolist() == [1, 3, 3, 2, 4, 4]
+    assert seen.places.tolist() == [3, 2, 2, 1, 0, 0]
+    assert seen.gaps.tolist() == [0, 1, 1, 1, 1, 1]
+
+
+def test_words_take_a_place_of_the_texts_and_never_one_without_their_item() -> None:
+    reviews = told(*[("i001", "review", f"4 of 5: word {k}") for k in range(4)])
+    seen = behaviour_sequence(reviews, ROWS, SPEC)
+    assert seen.texts == ("", "", "", "word 1", "", "word 0")  # two texts are read; the newest
+    assert seen.rows.tolist() == [1, 1, 1, -1, 1, -1]
+    short = behaviour_sequence(reviews, ROWS, SPEC.model_copy(update={"length": 1}))
+    assert (short.rows.tolist(), short.texts) == ([-1], ("word 0",))
+    gone = behaviour_sequence(
+        told(("gone", "review", "4 of 5: lovely"), ("i003", "review", "4 of 5"), ("i004", "message", "is it red?")), ROWS, SPEC
+    )
+    assert (gone.rows.tolist(), gone.texts) == ([4, -1, 3], ("", "is it red?", ""))
+
+
 @given(st.lists(_ONE, max_size=20), st.lists(_ONE, min_size=1, max_size=3))
 def test_a_later_behaviour_changes_no_earlier_number(before: Rows, later: Rows) -> None:
     spec = SPEC.model_copy(update={"length": ACTIVITY_LENGTH, "text_count": ACTIVITY_LENGTH})

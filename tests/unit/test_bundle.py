@@ -14,6 +14,7 @@ from features.bundle import (
     COLLABORATIVE,
     ENCODER,
     ENCODER_FP16,
+    FORMAT,
     GOLDEN,
     ITEMS,
     MANIFEST,
@@ -71,12 +72,22 @@ def test_a_file_that_differs_or_is_missing_is_named(folder: Path, name: str) -> 
         read_bundle(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\xfe", b'{"format": 2}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\xfe", b'{"format": 4}'])
 def test_an_unreadable_manifest_is_one_line(folder: Path, content: bytes) -> None:
     (folder / MANIFEST).write_bytes(content)
     with pytest.raises(BundleError, match=MANIFEST) as caught:
         read_bundle(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_a_bundle_that_reads_states_of_an_earlier_form_says_to_train_again(folder: Path, tmp_path: Path, earlier: int) -> None:
+    written = json.loads((folder / MANIFEST).read_text())
+    assert written["format"] == FORMAT == 3
+    (folder / MANIFEST).write_text(json.dumps(written | {"format": earlier}))
+    for read in (lambda: read_bundle(folder), lambda: fetch(folder.as_uri(), tmp_path / "here")):
+        with pytest.raises(BundleError, match=f"m1: format {earlier} .*train again"):
+            read()
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:

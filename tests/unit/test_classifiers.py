@@ -1,7 +1,6 @@
 """Text classifiers of a bundle: carried whole or refused by name, unknown to bundles without, the same bits in any company."""
 
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from features.bundle import MANIFEST, TOKENIZER, BundleError, Invariance, Manifest, checksums, read_bundle, upload, write_manifest
 from features.classifiers import fetch_folders, newest_folders, put_into, read_folder
+from features.sequence import SequenceSpec
 from server.errors import PreconditionError
 from server.inference.batching import Sharing
 from server.inference.model import LoadedModel, load_model
@@ -40,24 +40,12 @@ def rewrite(folder: Path, **changes: object) -> None:
     write_manifest(folder, manifest.model_copy(update={"files": dict(checksums(folder)), **changes}))
 
 
-def test_a_bundle_without_classifiers_says_nothing_of_them(tmp_path: Path) -> None:
-    """So that the bytes of such a bundle are those that releases without classifiers wrote, and read."""
-    write_bundle(tmp_path / "text", table(10))
-    write_bundle(tmp_path / "sequence", table(10), sequence=SPEC)
-    for name, expected in (("text", 1), ("sequence", 2)):
-        said = json.loads((tmp_path / name / MANIFEST).read_text())
-        assert ("classifiers" in said, said["format"]) == (False, expected)
-
-
 @pytest.mark.parametrize("sequence", [None, SPEC])
-def test_one_with_classifiers_has_a_format_that_earlier_releases_refuse(tmp_path: Path, sequence: object) -> None:
-    manifest = write_bundle(tmp_path, table(10), sequence=sequence, classifiers={"intent": LABELS, "sentiment_en": ("bad", "good")})
-    assert (manifest.format, sorted(read_bundle(tmp_path).classifiers)) == (3, ["intent", "sentiment_en"])
-    for other in (1, 2):
-        with pytest.raises(ValidationError, match="does not go with"):
-            Manifest.model_validate(manifest.model_dump() | {"format": other})
-    with pytest.raises(ValidationError, match="does not go with"):
-        Manifest.model_validate(manifest.model_dump() | {"classifiers": {}})
+def test_they_go_with_either_tower_or_are_not_there(tmp_path: Path, sequence: SequenceSpec | None) -> None:
+    write_bundle(tmp_path / "with", table(10), sequence=sequence, classifiers={"intent": LABELS, "sentiment_en": ("bad", "good")})
+    write_bundle(tmp_path / "without", table(10), sequence=sequence)
+    found = [sorted(read_bundle(tmp_path / name).classifiers) for name in ("with", "without")]
+    assert found == [["intent", "sentiment_en"], []]
 
 
 @pytest.mark.parametrize("name", ["", "Intent", "1st", "a.b", "../up", "x" * 33])

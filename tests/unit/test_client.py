@@ -29,6 +29,8 @@ from concord.v1 import (
     profile_pb2_grpc,
     recommendation_pb2,
     recommendation_pb2_grpc,
+    search_pb2,
+    search_pb2_grpc,
     understanding_pb2,
     understanding_pb2_grpc,
 )
@@ -41,6 +43,7 @@ class Shop(
     profile_pb2_grpc.ProfileServiceServicer,
     catalog_pb2_grpc.CatalogServiceServicer,
     recommendation_pb2_grpc.RecommendationServiceServicer,
+    search_pb2_grpc.SearchServiceServicer,
     understanding_pb2_grpc.UnderstandingServiceServicer,
 ):
     """Keeps what it received, fails as often as told, and stores events under the user id ``u-<channel_user_id>``."""
@@ -141,6 +144,24 @@ class Shop(
         await self._enter(request, context)
         return recommendation_pb2.SimilarItemsResponse(items=[recommendation_pb2.SimilarItem(item_id="B")])
 
+    async def Search(self, request, context):
+        """Answers from the state before the search, with a token of that after it."""
+        await self._enter(request, context)
+        user_id = self._user(request.subject)
+        version = self.versions.get(user_id, 0)
+        recorded = version if request.skip_recording else version + 1
+        self.versions[user_id] = recorded
+        return search_pb2.SearchResponse(
+            versions=common_pb2.Versions(user_version=version),
+            recorded_version=recorded,
+            user_id=user_id,
+            consistency_token=f"{user_id}@{recorded}",
+        )
+
+    async def Suggest(self, request, context):
+        await self._enter(request, context)
+        return search_pb2.SuggestResponse(suggestions=[search_pb2.Suggestion(text=f"{request.prefix}mug")])
+
     async def EmbedText(self, request, context):
         await self._enter(request, context)
         return understanding_pb2.EmbedTextResponse(model_version="m1")
@@ -156,6 +177,7 @@ async def serving(shop):
         profile_pb2_grpc.add_ProfileServiceServicer_to_server,
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server,
         recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server,
+        search_pb2_grpc.add_SearchServiceServicer_to_server,
         understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server,
     ):
         add(shop, server)
@@ -444,6 +466,28 @@ async def test_occurred_at_in_another_time_zone_is_the_same_instant():
     async with connected(Shop()) as concord:
         event = concord.event("anna", "view", item_id="A", occurred_at=at.astimezone(timezone(timedelta(hours=8))))
     assert event.occurred_at.ToDatetime(tzinfo=UTC) == at
+
+
+async def test_a_search_counts_once_and_what_follows_it_knows_of_it():
+    shop = Shop(unavailable=1)
+    async with connected(shop) as concord:
+        await concord.search("anna", "blue mug", limit=3, session_id="s")
+        await concord.recommend("anna", surface="home")
+        await concord.search("anna", "blue mug", page_token="later")
+        await concord.search("anna", "blue mug", skip_recording=True)
+    first, retried, recommend, later, skipped = shop.received
+    assert first == retried
+    assert (first.query, first.channel, first.limit, first.session_id) == ("blue mug", "web", 3, "s")
+    assert first.event_id == str(UUID(int=1))
+    assert recommend.consistency_token == "u-anna@1"  # of the state with the search in it
+    assert (later.event_id, skipped.event_id, skipped.skip_recording) == ("", "", True)
+
+
+async def test_a_prefix_is_completed_for_the_clients_channel():
+    shop = Shop()
+    async with connected(shop) as concord:
+        assert [one.text for one in (await concord.suggest("blue ", limit=3)).suggestions] == ["blue mug"]
+    assert shop.received == [search_pb2.SuggestRequest(channel="web", prefix="blue ", limit=3)]
 
 
 async def test_texts_are_sent_with_what_they_are():

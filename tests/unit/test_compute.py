@@ -16,8 +16,9 @@ from features.candidates import Candidates, Source, generate
 from features.ranking import Profile
 from features.signals import CollaborativeWeights
 from server.inference.model import Tokenizers, load_model
-from server.recommend import compute
-from server.recommend.compute import Policy, Ranked, compute_slate, policy_fingerprint, rehearse, score_items
+from server.recommend import compute, searching
+from server.recommend.compute import Policy, Ranked, compute_slate, policy_fingerprint, score_items
+from server.recommend.searching import compute_search, rehearse
 from server.recommend.slate import SlateFlag
 from server.recommend.snapshot import Snapshot
 from tests.unit.bundles import vary_bundle, write_bundle
@@ -142,13 +143,18 @@ def test_a_newcomer_gets_a_slate_and_is_flagged(shot: Snapshot) -> None:
 
 
 def test_a_rehearsal_runs_every_part_even_over_nothing(shot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
-    monkeypatch.setattr(compute, "compute_slate", lambda *arguments: ran.append(compute_slate(*arguments)))
+    ran, searched = [], []
+    monkeypatch.setattr(searching, "compute_slate", lambda *arguments: ran.append(compute_slate(*arguments)) or ran[-1])
+    monkeypatch.setattr(searching, "compute_search", lambda *arguments: searched.append(compute_search(*arguments)))
     rehearse(shot, POLICY)
-    rehearse(Snapshot(None, table(0), np.zeros((0, 0), np.float32), CollaborativeWeights.empty(0)), POLICY)
     assert set(ran[0].stages) >= {"user_vector", "candidates", "ranking", "policy"}
     assert SlateFlag.NEWCOMER not in ran[0].flags  # somebody with a past, so that the encoder runs
-    assert len(ran[1].rows) == 0
+    assert set(searched[0].stages) == {"words", "query_vector", "user_vector", "matching"}
+    assert len(searched[0].rows)
+    assert {"lexical", "completions"} <= set(vars(shot.table))  # built here, not when somebody searches
+    ran.clear()
+    rehearse(Snapshot(None, table(0), np.zeros((0, 0), np.float32), CollaborativeWeights.empty(0)), POLICY)
+    assert [len(slate.rows) for slate in ran] == [0, 0]
 
 
 def test_a_varied_bundle_is_another_valid_model(shot: Snapshot, tmp_path: Path) -> None:

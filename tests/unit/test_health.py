@@ -19,7 +19,7 @@ from tests.fakes import serving
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 RECOMMENDATION, EVENT = "concord.v1.RecommendationService", "concord.v1.EventService"
 
-UNDERSTANDING = "concord.v1.UnderstandingService"
+SEARCH, UNDERSTANDING = "concord.v1.SearchService", "concord.v1.UnderstandingService"
 
 
 class Dependency:
@@ -66,9 +66,9 @@ def test_every_service_says_what_it_needs_and_nothing_unknown() -> None:
     ("there", "able"),
     [
         (("postgres", "redis", "snapshot"), set(SERVICE_NAMES)),
-        (("redis", "snapshot"), {RECOMMENDATION, "concord.v1.FeatureService", UNDERSTANDING}),
+        (("redis", "snapshot"), {RECOMMENDATION, "concord.v1.FeatureService", SEARCH, UNDERSTANDING}),
         (("postgres", "snapshot"), set(SERVICE_NAMES)),
-        (("postgres", "redis"), set(SERVICE_NAMES) - {RECOMMENDATION, UNDERSTANDING, "concord.v1.AssistantService"}),
+        (("postgres", "redis"), set(SERVICE_NAMES) - {RECOMMENDATION, SEARCH, UNDERSTANDING, "concord.v1.AssistantService"}),
         (("snapshot", "model", "index", "registry"), set()),
     ],
 )

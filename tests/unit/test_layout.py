@@ -102,6 +102,17 @@ def test_a_column_reads_as_its_values_do_one_by_one(declared: str, stored: tuple
     assert repr(column_decoder(declared)(column)) == repr([decode_value(data) for data in column])
 
 
+@given(st.lists(st.lists(st.integers(0, 140) | st.integers(-(2**63), 2**63 - 1), max_size=140)), st.binary(max_size=8))
+def test_lists_of_small_numbers_read_as_protobuf_reads_them(values: list[list[int]], tail: bytes) -> None:
+    """Around 127, where a number takes a second byte, and around 125 of them, where the length does; and packed in another way."""
+    unpacked = Value.FromString(b"\x72\x04\x08\x05\x08\x07")  # each number under a tag of its own
+    assert list(unpacked.int64_list_val.val) == [5, 7]
+    stored = [encode_value("Array(Int64)", value) for value in values]
+    stored += [b"\x72\x04\x08\x05\x08\x07", b"\x72\x00", encode_value("Int64", 5), encode_value("String", tail.hex())]
+    assert column_decoder("Array(Int64)")(stored) == [decode_value(data) for data in stored]
+    assert column_decoder("Array(Int64)")(stored)[: len(values)] == values
+
+
 @given(st.sampled_from(sorted(TYPES)).flatmap(lambda dtype: st.tuples(st.just(dtype), st.lists(st.none() | TYPES[dtype]))))
 def test_a_column_keeps_its_gaps(stored: tuple[str, list[Any]]) -> None:
     """One that is not there, or is there and null."""
@@ -248,8 +259,8 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
     activity = view(
         ACTIVITY_VIEW,
         version=Int64,
-        **dict.fromkeys(("recent_items", "recent_actions", "recent_channels", "recent_texts", "purchased_items"), Array(String)),
-        **dict.fromkeys(("recent_times", "purchased_days"), Array(Int64)),
+        **dict.fromkeys(("recent_items", "recent_channels", "recent_texts", "purchased_items"), Array(String)),
+        **dict.fromkeys(("recent_action_codes", "recent_times", "purchased_days"), Array(Int64)),
     )
     profile = view(PROFILE_VIEW, purchase_count=Int64, price_mean=Float64, price_low=Float64, price_high=Float64)
     codec = UserStateCodec(loaded(activity, profile), "shop")
@@ -261,7 +272,7 @@ def test_a_customers_state_comes_back_as_it_was_read() -> None:
         "version": 9,
         "event_timestamp": NOW,
         "recent_items": ["a", ""],
-        "recent_actions": ["view", "search"],
+        "recent_action_codes": [1, 3],
         "recent_channels": ["web", "app"],
         "recent_texts": ["", "red mug"],
         "recent_times": [2, 1],

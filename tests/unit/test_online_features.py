@@ -27,7 +27,7 @@ def layout(name: str, join_key: str, **schema: str) -> ViewLayout:
 
 SALES = layout("sales", "item_id", week="Int64", month="Int64", share="Float64", rank="Int64")
 WORDS = layout("words", "item_id", title="String", tags="Array(String)", weights="Array(Float64)")
-ACTIVITY = layout(ACTIVITY_VIEW, "user_id", recent_items="Array(String)", version="Int64")
+ACTIVITY = layout(ACTIVITY_VIEW, "user_id", recent_items="Array(String)", recent_action_codes="Array(Int64)", version="Int64")
 SALES_VALUES = {"week": 1, "month": 300, "share": 0.5, "rank": 7}
 WORDS_VALUES = {"title": "a", "tags": ["x"], "weights": [0.25]}
 
@@ -51,6 +51,10 @@ class Hashes:
         if name == "HGETALL":
             return [part for pair in found.items() for part in pair]
         return [found.get(field) for field in fields]
+
+
+def state(version: int, items: list[str] | None) -> dict[bytes, bytes]:
+    return ACTIVITY.encode({"version": version, "recent_items": items, "recent_action_codes": [1] * len(items or ())}, NOW)
 
 
 @pytest.fixture
@@ -121,7 +125,7 @@ async def test_both_ways_of_reading_give_the_same(reader: FeatureReader, hashes:
 
 async def test_customers_and_items_of_one_call_keep_their_rows(reader: FeatureReader, hashes: Hashes) -> None:
     for number in (1, 2):
-        hashes.write("user_id", f"u{number}", ACTIVITY.encode({"version": number, "recent_items": [f"u{number}"]}, NOW))
+        hashes.write("user_id", f"u{number}", state(number, [f"u{number}"]))
         hashes.write("item_id", f"i{number}", SALES.encode({**SALES_VALUES, "week": 10 * number}, NOW))
     asked = [EntityKey(user_id="u1", item_id="i2"), EntityKey(user_id="u2", item_id="i1")]
     table = await reader.read(service="", refs=["sales:week", "user_activity:recent_items"], entities=asked)
@@ -130,10 +134,10 @@ async def test_customers_and_items_of_one_call_keep_their_rows(reader: FeatureRe
 
 async def test_a_customer_older_than_was_shown_is_seen_to_wherever_their_values_stand(reader: FeatureReader, hashes: Hashes) -> None:
     hashes.write("item_id", "i", SALES.encode(SALES_VALUES, NOW))
-    hashes.write("user_id", "u", ACTIVITY.encode({"version": 1, "recent_items": []}, NOW))
+    hashes.write("user_id", "u", state(1, []))
 
     async def following(_subject: object, _known: object, _act: object) -> tuple[str, int]:
-        hashes.write("user_id", "u", ACTIVITY.encode({"version": 2, "recent_items": ["new"]}, NOW))
+        hashes.write("user_id", "u", state(2, ["new"]))
         return "u", 2
 
     reader._states.shown.of = lambda _user_id: 2  # type: ignore[method-assign]
@@ -142,8 +146,33 @@ async def test_a_customer_older_than_was_shown_is_seen_to_wherever_their_values_
     assert table.values == {"sales:week": [1], "user_activity:recent_items": [["new"]]}
 
 
+async def test_a_state_of_an_earlier_form_is_seen_to_whatever_of_it_is_asked_for(reader: FeatureReader, hashes: Hashes) -> None:
+    """Its version says nothing about its form; who asks for nothing of activity need not wait for a rebuild."""
+    earlier = state(5, ["i"])
+    del earlier[ACTIVITY.fields[ACTIVITY.features.index("recent_action_codes")]]
+    hashes.write("user_id", "u", earlier)
+    rebuilt: list[str] = []
+
+    async def following(subject: Any, _known: object, _act: object) -> tuple[str, int]:
+        rebuilt.append(subject.user_id)
+        hashes.write("user_id", "u", state(5, ["i"]))
+        return "u", 5
+
+    async def at_least_the_first(_user_id: str, _token: object) -> int:
+        return 0
+
+    reader._identities.following = following  # type: ignore[method-assign, assignment]
+    reader._identities.minimum_version = at_least_the_first  # type: ignore[method-assign, assignment]
+    for ref, value in (("user_activity:version", 5), ("user_activity:recent_action_codes", [1])):
+        hashes.stored.clear()
+        hashes.write("user_id", "u", earlier)
+        table = await reader.read(service="", refs=[ref], entities=[EntityKey(user_id="u")])
+        assert table.values == {ref: [value]}
+    assert rebuilt == ["u", "u"]
+
+
 async def test_only_customers_values_are_doubted(reader: FeatureReader, hashes: Hashes) -> None:
-    hashes.write("user_id", "u", ACTIVITY.encode({"version": 1, "recent_items": None}, NOW))
+    hashes.write("user_id", "u", state(1, None))
     hashes.write("item_id", "i", SALES.encode(SALES_VALUES, NOW))
     reader._states.certain = False  # type: ignore[misc]
     asked = [EntityKey(user_id="u", item_id="i"), EntityKey(user_id="v", item_id="i")]

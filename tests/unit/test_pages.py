@@ -40,7 +40,7 @@ PRICES = offers(5, 10)
 
 
 def asked(of: Pages, *, slate: Slate = SLATE, prices: OfferTable = PRICES, query: RecommendQuery = QUERY, start: int = 0) -> Page:
-    return of.of(slate, SNAPSHOT, prices, query, start=start)
+    return of.of(slate, SNAPSHOT, prices, query, start=start, name=slate.slate_id)
 
 
 def test_who_asks_the_same_is_given_the_same_page_with_what_was_made_of_it() -> None:

@@ -60,6 +60,12 @@ def test_scores_of_the_shortlist_are_the_exact_ones_to_the_bit(clustered: tuple[
         assert all_scores(vectors, query).values.tobytes() == exact.tobytes()
 
 
+def test_every_half_precision_number_counts_as_what_it_is() -> None:
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = numbers[np.isfinite(numbers)]
+    assert np.array_equal(all_scores(finite[:, np.newaxis], np.ones(1, np.float32)).values, finite.astype(np.float32))
+
+
 def test_an_index_built_elsewhere_finds_the_same(clustered: tuple[VectorArray, FloatArray]) -> None:
     import faiss
 

@@ -7,7 +7,17 @@ from typing import Any
 import grpc
 import pytest
 
-from concord.v1 import assistant_pb2, catalog_pb2, common_pb2, events_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2
+from concord.v1 import (
+    assistant_pb2,
+    catalog_pb2,
+    common_pb2,
+    events_pb2,
+    identity_pb2,
+    models_pb2,
+    profile_pb2,
+    recommendation_pb2,
+    search_pb2,
+)
 from server.errors import UnauthenticatedError, UnavailableError
 from server.security.gate import Gate
 from server.security.principals import Principal, principal
@@ -20,6 +30,7 @@ ACTIVATE = "/concord.v1.ModelService/ActivateModel"
 LINK = "/concord.v1.IdentityService/LinkIdentities"
 RESOLVE = "/concord.v1.IdentityService/ResolveIdentity"
 ASK = "/concord.v1.AssistantService/Ask"
+SEARCH = "/concord.v1.SearchService/Search"
 Code = grpc.StatusCode
 
 
@@ -142,6 +153,18 @@ async def test_a_question_is_recorded_so_its_identity_must_be_the_callers() -> N
                 assert (await refused(edge, ASK, request, **bearer("web-key"))).reason == "CHANNEL_FORBIDDEN"
         named = assistant_pb2.AskRequest(subject=common_pb2.Subject(user_id="u1"), channel="web", text="hello")
         await edge.raw(ASK, named.SerializeToString(), **bearer("web-key"))
+
+
+async def test_a_search_that_is_recorded_needs_the_right_to_write_events() -> None:
+    subject = common_pb2.Subject(identity=common_pb2.ChannelIdentity(channel="web", channel_user_id="a"))
+    recorded = search_pb2.SearchRequest(subject=subject, channel="web", query="mug")
+    looked = search_pb2.SearchRequest(subject=subject, channel="web", query="mug", skip_recording=True)
+    async with serving(guarded()) as edge:
+        assert (await refused(edge, SEARCH, recorded.SerializeToString(), **bearer("read-key"))).reason == "SCOPE_MISSING"
+        await edge.raw(SEARCH, looked.SerializeToString(), **bearer("read-key"))
+        await edge.raw(SEARCH, recorded.SerializeToString(), **bearer("web-key"))
+        elsewhere = search_pb2.SearchRequest(subject=subject, channel="app", query="mug", skip_recording=True)
+        assert (await refused(edge, SEARCH, elsewhere.SerializeToString(), **bearer("web-key"))).reason == "CHANNEL_FORBIDDEN"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The outermost boundary: every exception becomes a status that says enough and never too much; deadlines, load, ids, metrics."""
 
 import asyncio
+import gc
+import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -10,6 +13,7 @@ import pytest
 import redis.exceptions
 
 from concord.v1 import common_pb2, recommendation_pb2, recommendation_pb2_grpc
+from server.domain import Answer, RecommendQuery
 from server.errors import (
     ConflictError,
     InvalidRequestError,
@@ -198,3 +202,31 @@ async def test_the_request_id_comes_back(sent: str, echoed: bool) -> None:
         returned = dict(await call.trailing_metadata())["x-request-id"]
     assert (returned == sent) is echoed
     assert len(returned) == (len(sent) if echoed else 32)
+
+
+class Witness:
+    """Lives as long as the frame that made it."""
+
+
+@dataclass
+class WitnessedRecommender(FakeRecommender):
+    witnesses: list["weakref.ref[Witness]"] = field(default_factory=list)
+
+    async def recommend(self, query: RecommendQuery) -> Answer:
+        witness = Witness()
+        self.witnesses.append(weakref.ref(witness))
+        raise NotFoundError("none", reason="GONE")
+
+
+async def test_a_call_that_failed_is_held_by_nothing() -> None:
+    """Held, its stream would stay open until the collector comes, and a connection has only so many."""
+    recommender = WitnessedRecommender()
+    async with serving(Fakes(recommender=recommender)) as edge:
+        gc.disable()
+        try:
+            assert refusal(await failure(edge)).reason == "GONE"
+            async with asyncio.timeout(5):
+                while recommender.witnesses[0]() is not None:  # the server's end of the call comes after the client's
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 
 from features.behaviour import ACTIONS
+from features.catalogue import Item
 from features.importers.links import RELATIONS
 from features.sample_shop import Event, Shop, generate
+from features.sample_shop.catalogue import ShelfItem
+from features.sample_shop.customers import Taste
+from features.sample_shop.dice import Dice
+from features.sample_shop.vocabulary import DEPARTMENTS, INTERESTS, WISHES
+from features.sample_shop.voices import stars, wish
 from features.settings import DEFAULT_CHANNELS
 
 END = datetime(2026, 3, 1, 15, 30, tzinfo=UTC)
@@ -113,6 +119,37 @@ def test_sessions_are_funnels(shop: Shop) -> None:
             assert ("add_to_cart", event.item_id) in before
         seen[event.session_id].append(event)
     assert all(len({(e.user_id, e.channel) for e in session}) == 1 for session in seen.values())
+
+
+def test_words_follow_the_taste_noisily_and_name_no_good() -> None:
+    """What a customer says tells their shelves, better than chance and worse than certainly, whatever they buy next."""
+    dice, shelves = Dice(np.random.default_rng(0)), [shelf for department in DEPARTMENTS for shelf in department.shelves]
+    assert len(INTERESTS) == len(shelves)
+    taste = Taste(shelves=(3, 7), weights=(0.7, 0.3), brands=(2, 2), loyalty=0.8)
+    wishes = [wish(dice, taste, "en") for _ in range(2_000)]
+    spoken_of = Counter(shelf for text in wishes for shelf, names in enumerate(INTERESTS) if any(name.en in text for name in names))
+    assert spoken_of.total() == len(wishes)
+    assert 0.5 < spoken_of[3] / len(wishes) < 0.65
+    assert 0.2 < spoken_of[7] / len(wishes) < 0.32
+    assert len(spoken_of) == len(shelves)
+    dear = [text for text in wishes if any(text.startswith(start.partition("{")[0]) for start in WISHES["en"][2])]
+    assert 0.8 < len(dear) / len(wishes) < 0.95
+    goods = [good.en for shelf in shelves for good in shelf.goods]
+    assert not any(good in name.en for names in INTERESTS for name in names for good in goods)
+
+
+def test_stars_follow_the_taste_but_not_always() -> None:
+    dice = Dice(np.random.default_rng(0))
+    taste = Taste(shelves=(3, 7), weights=(0.7, 0.3), brands=(2, 0), loyalty=0.8)
+    item = Item("i", "i")
+    given = {
+        (shelf, brand): [stars(dice, taste, ShelfItem(item, shelf, brand, 0, 1.0, ("", "", ""))) for _ in range(1_000)]
+        for shelf, brand in ((3, 2), (7, 0), (3, 0), (9, 2))
+    }
+    means = {where: float(np.mean(rated)) for where, rated in given.items()}
+    assert means[3, 2] == pytest.approx(means[7, 0], abs=0.15)
+    assert means[3, 2] > means[3, 0] + 0.4 > means[9, 2] + 0.8
+    assert {*given[3, 2]} == {*given[9, 2]} == {1, 2, 3, 4, 5}
 
 
 def test_chinese_shop() -> None:

@@ -31,7 +31,7 @@ def test_every_scope_is_needed_somewhere() -> None:
 
 
 def test_flags_that_need_more_are_fields_of_their_requests() -> None:
-    for method, (flag, _) in SCOPE_OF_FLAG.items():
+    for method, (flag, _, _) in SCOPE_OF_FLAG.items():
         assert flag in contract()[method].input_type.fields_by_name, method
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from features.behaviour import Activity, Behaviour
-from features.bundle import GOLDEN, TOWER, FeatureContract, Manifest
+from features.bundle import FORMAT, GOLDEN, TOWER, FeatureContract, Manifest
 from features.signals import CollaborativeWeights
 from server.inference.model import LoadedModel, load_model
 from tests.unit.training_shop import DAY, START, activity_before, chain_log, item_table
@@ -155,7 +155,7 @@ def test_the_server_reads_a_customer_as_the_training_did(trained: Trained, serve
 def test_the_manifest_and_the_golden_values_are_of_the_tower(bundle: tuple[Path, Manifest], trained: Trained) -> None:
     folder, manifest = bundle
     assert isinstance(trained.tower, SequenceModel)
-    assert (manifest.tower, manifest.format, manifest.sequence) == ("sequence", 2, trained.tower.spec)
+    assert (manifest.tower, manifest.format, manifest.sequence) == ("sequence", FORMAT, trained.tower.spec)
     assert manifest.vector_size == CONFIG.sequence_width
     assert set(manifest.parity) >= {"encoder", "encoder_ragged_batch", "ranker", "tower"}
     assert max(manifest.parity.values()) < 1e-5

@@ -12,11 +12,11 @@ import torch
 import typer
 
 from training.card import render_html, render_markdown
-from training.quality import faq, intents, next_item, online_retail
+from training.quality import faq, intents, next_item, online_retail, search
 from training.quality.result import QualityResult
 
 _PARTS = f"{', '.join(next_item.PARTS)}; of the intents {', '.join(intents.PARTS)}"
-_SETS = "beauty, cold (beauty with items held out), online_retail, faq, intents, or intents_5 and intents_20 (of so many examples each)."
+_SETS = "beauty, cold (beauty with items held out), online_retail, search, faq, intents, or intents_5 and intents_20 (few examples)."
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -27,6 +27,7 @@ class Set(StrEnum):
     COLD = "cold"
     ONLINE_RETAIL = "online_retail"
     FAQ = "faq"
+    SEARCH = "search"
     INTENTS = "intents"
     INTENTS_5 = "intents_5"
     INTENTS_20 = "intents_20"
@@ -88,6 +89,8 @@ def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str],
             return intents.run(data, seed=seed, examples=_EXAMPLES[name], without=without)
         if name is Set.ONLINE_RETAIL:
             return online_retail.run(data, seed=seed, cut=cut, without=without)
+        if name is Set.SEARCH:
+            return search.run(data, seed=seed)
         return next_item.run(data, seed=seed, without=without, cold=name is Set.COLD, kept=towers)
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from None
