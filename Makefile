@@ -47,7 +47,7 @@ chaos: install ## Break every process and store: the suite under injected faults
 	INJECT_FAULTS=$(or $(SEED),7) $(BIN)/python -m pytest -q tests/integration/test_promise.py tests/integration/test_identity.py tests/faults/test_injected.py
 	$(BIN)/python -m tests.faults --seed $(or $(SEED),7)
 
-quality: install ## Train on a public set (SET=beauty|cold|online_retail|search|intents|sentiment, SEED=0) and write the judge's file (OUT=rankings.jsonl).
+quality: install ## Train on a public set (SET=beauty|cold|online_retail|search|faq|intents|sentiment, SEED=0) and write the judge's file (OUT=rankings.jsonl).
 	$(BIN)/python -m training.quality $(or $(SET),beauty) --seed $(or $(SEED),0) --out $(or $(OUT),rankings.jsonl) $(if $(DATA),--data $(DATA)) $(if $(WITHOUT),--without $(WITHOUT))
 
 bench: install ## Measure speed and memory beside peers and limits (ONLY="recommend ingest" for some); about 40 minutes.

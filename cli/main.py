@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from cli import audit, calls, data, dataset, demo, experiments, identity, keys, models, reports, sentiment, understanding
+from cli import assistant, audit, calls, data, dataset, demo, experiments, identity, keys, models, reports, sentiment, understanding
 from cli.context import console
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     "Runs on PostgreSQL and Redis named by CONCORD_POSTGRES_DSN and CONCORD_REDIS_URL, or on embedded ones under .data/.\n\n"
     "Example: concord demo",
 )
-for group in (data, dataset, models, sentiment, reports, experiments, keys, calls, understanding, identity, audit, demo):
+for group in (data, dataset, models, sentiment, reports, experiments, keys, calls, assistant, understanding, identity, audit, demo):
     group.register(app)
 
 # Which extra brings what the serving image leaves out.

@@ -14,6 +14,8 @@ import structlog
 from features.activity import UserStateCodec
 from features.registry import Registry, read_registry
 from features.settings import SettingsError
+from server.assistant.articles import Articles
+from server.assistant.rooms import open_assistant
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
 from server.database import ONLINE_REFUSES, RECORD_AWAY, connector, postgres_breaker, postgres_pool, redis_breaker, redis_client
@@ -158,6 +160,22 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             metrics=metrics,
             now=_now,
         )
+        helping = await stack.enter_async_context(
+            open_assistant(
+                settings,
+                pool=pool,
+                recorder=recorder,
+                identities=identities,
+                standings=standings,
+                slates=recommender.slates,
+                offers=offers,
+                fleet=fleet,
+                runs=runs,
+                computing=computing,
+                metrics=metrics,
+                now=_now,
+            )
+        )
         gate, keys = open_gate(settings, pool, now=_now)
         loops = (
             record_breaker.run(),
@@ -174,6 +192,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             features.run(settings.registry_seconds),
             Vitals(pool, client, recorder, journal, runs, fleet, metrics).run(),
             Judge(pool, sentiments, metrics, pause_seconds=settings.judge_seconds).run(),
+            *helping.loops,
             *([keys.run()] if keys else []),
         )
         for loop in loops:
@@ -192,6 +211,8 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog=catalog,
             features=features,
             embedder=Embedder(standings, runs),
+            assistant=helping.assistant,
+            articles=Articles(pool, connect=connect),
             intents=Intents(standings, runs),
             sentiments=sentiments,
             models=Models(fleet, connect=connect),

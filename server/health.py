@@ -55,6 +55,8 @@ NEEDS: Mapping[str, Needs] = {
     "concord.v1.IdentityService": _RECORD,
     "concord.v1.CatalogService": _RECORD,
     "concord.v1.ModelService": _RECORD,
+    "concord.v1.ArticleService": _RECORD,
+    "concord.v1.AssistantService": (("snapshot",), ("postgres",)),  # the message is stored first
     "concord.v1.ProfileService": _RECORD,  # it lists the customer's identities, which only PostgreSQL holds
     "concord.v1.FeatureService": (("postgres", "redis"),),
     "concord.v1.RecommendationService": (("snapshot",), ("postgres", "redis")),

@@ -29,6 +29,7 @@ STAGES = (
 )
 _STORES = {"online": "Redis", "record": "PostgreSQL"}
 INGEST_STAGES = ("queue", "commit", "online_write")
+ASSISTANT_STAGES = ("conversation", "articles", "plan", "facts", "phrase", "turn")
 ENCODE_STAGES = ("tokenize", "encode", "classify")
 
 # 0.25 ms to 10 s: a slate hit takes under 1 ms, a miss some tens, and no call outlives the default deadline by much.
@@ -93,6 +94,17 @@ class Metrics:
         )
         self._active = ""
         self._load_failures = Counter("concord_model_load_failures", "Models that could not be loaded here, each try.", registry=registry)
+        self._assistant_answers = Counter(
+            "concord_assistant_answers", "Questions answered, by kind and why a person takes over.", ["kind", "handover"], registry=registry
+        )
+        self._assistant_stage = Histogram(
+            "concord_assistant_stage_seconds", "Time of one stage of answering a question.", ["stage"], buckets=_BUCKETS, registry=registry
+        )
+        self._phrasings = Counter(
+            "concord_assistant_phrasings", "What became of answers handed to the generator.", ["result"], registry=registry
+        )
+        for name in ASSISTANT_STAGES:
+            self._assistant_stage.labels(name)
         self._replicas = Gauge("concord_replicas", "Live replicas of the fleet, as this process sees it.", registry=registry)
         self._vitals = _Vitals(registry)
 
@@ -223,6 +235,21 @@ class Metrics:
         if version:
             self._model.labels(version).set(1)
         self._active = version
+
+    def assistant_answered(self, kind: str, handover: str) -> None:
+        """Counts an answer by kind, and by why a person should take over, empty where nobody needs to."""
+        self._assistant_answers.labels(kind, handover).inc()
+
+    def observe_assistant_stage(self, stage: str, seconds: float) -> None:
+        """Records the time of one of ASSISTANT_STAGES, or of one of a recommendation that an answer needed."""
+        if stage in ASSISTANT_STAGES:
+            self._assistant_stage.labels(stage).observe(seconds)
+        else:
+            self.observe_stage(stage, seconds)
+
+    def phrasing(self, result: str) -> None:
+        """Counts what became of an answer handed to the generator: used, strayed, slow, failed, busy or away."""
+        self._phrasings.labels(result).inc()
 
     def model_load_failed(self) -> None:
         """Counts a model that could not be loaded; the process goes on with the one it has."""

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 
 from server.security.settings import SecuritySettings
 
@@ -70,6 +70,22 @@ class ServerSettings(SecuritySettings):
     known_slates: int = Field(
         10_000, ge=0, description="Slates remembered in each server process, to be answered flagged stale when nothing else is left."
     )
+    assistant_min_confidence: float = Field(
+        0.5, ge=0, le=1, description="An article answers a question from this probability on, 0 to 1; below it a person takes over."
+    )
+    assistant_scope_confidence: float = Field(
+        0.1, ge=0, le=1, description="Below this probability, 0 to 1, a question that names nothing of the shop's is not about the shop."
+    )
+    assistant_remembered: int = Field(6, ge=0, le=50, description="Earlier messages of a customer that a question may go on from.")
+    assistant_remembered_seconds: float = Field(86_400.0, ge=0, description="Age up to which they count, in seconds.")
+    generator_url: str = Field(
+        "", description="Base address of an OpenAI-compatible endpoint that phrases answers, http://host:port/v1; empty: templates only."
+    )
+    generator_model: str = Field("", description="Name of the model that the generator's endpoint is asked for.")
+    generator_key: SecretStr = Field(SecretStr(""), description="Bearer key of the generator's endpoint.", repr=False)
+    generator_timeout_seconds: float = Field(
+        1.5, gt=0, description="How long the generator may take, in seconds, before the template is used; well below callers' deadlines."
+    )
     exclude_purchased: bool = Field(True, description="Leave items the customer already bought out of slates.")
     max_per_category: int = Field(4, ge=1, description="At most this many items of one category among any 10 consecutive places.")
     search_personal_weight: float = Field(
@@ -99,3 +115,10 @@ class ServerSettings(SecuritySettings):
     epoch_wait_seconds: float = Field(
         2.0, ge=0, description="How long a new index epoch waits for replicas that have not built it before it answers, in seconds."
     )
+
+    @field_validator("generator_url")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return value

@@ -13,6 +13,7 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
 
+from features.articles import Article, ArticlesWritten
 from features.aspects import Mention
 from features.behaviour import Activity, Behaviour
 from features.candidates import Source
@@ -21,6 +22,11 @@ from features.completions import Completion, CompletionKind
 from features.layout import Ages, FeatureValue, Status
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
+from server.assistant.answer import Answer as AssistantAnswer
+from server.assistant.answer import Kind, OfferedItem, OrderLine, Quote
+from server.assistant.assistant import Question, Reply
+from server.assistant.conversations import Turn
+from server.assistant.words import in_words
 from server.domain import (
     UNJUDGED,
     Analyzed,
@@ -284,6 +290,54 @@ class FakeEmbedder(Script):
         return Embedded(tuple(Embedding(unit if words else None, words, long) for words, long in read), "m1")
 
 
+TURN = Turn(
+    3,
+    "app",
+    "how much is it?",
+    AssistantAnswer(
+        Kind.PRICE,
+        "en",
+        quotes=(Quote("a1", "Returns", "https://shop.example/r", "How long", "**30** days", "30 days", (), 0.75),),
+        items=(
+            OfferedItem("i1", "Title <i1>", 19_990_000, "EUR", True, ()),
+            OfferedItem("i2", "Title i2", 5_000_000, "EUR", False, ("app",)),
+        ),
+        orders=(OrderLine("e1", "i1", "Title i1", None, "2026-02-01", False),),
+    ),
+    Versions(7, "m1", 3, 5),
+    9,
+    NOW,
+)
+
+
+@dataclass
+class FakeAssistant(Script):
+    turn: Turn = TURN
+
+    async def ask(self, question: Question) -> Reply:
+        await self.play(question)
+        shown = self.turn.answer.in_channel(question.channel)
+        return Reply("u1", self.turn, shown, in_words(shown, question.how), Token("u1", self.turn.versions.user_version))
+
+
+@dataclass
+class FakeArticles(Script):
+    articles: dict[str, Article] = field(default_factory=dict)
+
+    async def upsert(self, articles: Sequence[Article]) -> ArticlesWritten:
+        await self.play(tuple(articles))
+        self.articles |= {article.article_id: article for article in articles}
+        return ArticlesWritten(len(articles), 4)
+
+    async def delete(self, article_ids: Sequence[str]) -> tuple[set[str], int]:
+        await self.play(tuple(article_ids))
+        return {name for name in article_ids if self.articles.pop(name, None)}, 5
+
+    async def list(self, *, page_size: int, after: str, language: str, tag: str) -> "list[Article]":
+        await self.play((page_size, after, language, tag))
+        return [article for key, article in sorted(self.articles.items()) if key > after][:page_size]
+
+
 @dataclass
 class FakeIntents(Script):
     """Knows two intents, and one entity of each form."""
@@ -383,6 +437,8 @@ class Fakes:
     catalog: FakeCatalog = field(default_factory=FakeCatalog)
     features: FakeFeatures = field(default_factory=FakeFeatures)
     embedder: FakeEmbedder = field(default_factory=FakeEmbedder)
+    assistant: FakeAssistant = field(default_factory=FakeAssistant)
+    articles: FakeArticles = field(default_factory=FakeArticles)
     intents: FakeIntents = field(default_factory=FakeIntents)
     sentiments: FakeSentiments = field(default_factory=FakeSentiments)
     models: FakeModels = field(default_factory=FakeModels)
@@ -402,6 +458,8 @@ class Fakes:
             catalog=self.catalog,
             features=self.features,
             embedder=self.embedder,
+            assistant=self.assistant,
+            articles=self.articles,
             intents=self.intents,
             sentiments=self.sentiments,
             models=self.models,

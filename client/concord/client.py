@@ -8,11 +8,14 @@ from uuid import UUID, uuid4
 
 import grpc
 
+from concord.assistant import AssistantCalls
 from concord.customers import Customer, TokenMemory, subject_of, user
 from concord.errors import error_details
 from concord.search import SearchCalls
 from concord.transport import OPTIONS
 from concord.v1 import (
+    articles_pb2_grpc,
+    assistant_pb2_grpc,
     catalog_pb2_grpc,
     events_pb2_grpc,
     identity_pb2_grpc,
@@ -60,7 +63,7 @@ from concord.v1.understanding_pb2 import (
 _OUTLIVED = {"TOKEN_OF_OTHER_USER", "SUBJECT_UNKNOWN"}
 
 
-class Concord(SearchCalls):
+class Concord(AssistantCalls, SearchCalls):
     """One channel's connection to Concord.
 
     Customers are named by the id the channel knows them by (a plain string), or by a ``Subject``: ``user("u-1")`` for Concord's
@@ -120,6 +123,8 @@ class Concord(SearchCalls):
         self._profiles = _stub(profile_pb2_grpc.ProfileServiceStub, self._connection)
         self._catalog = _stub(catalog_pb2_grpc.CatalogServiceStub, self._connection)
         self._recommendations = _stub(recommendation_pb2_grpc.RecommendationServiceStub, self._connection)
+        self._assistant = _stub(assistant_pb2_grpc.AssistantServiceStub, self._connection)
+        self._articles = _stub(articles_pb2_grpc.ArticleServiceStub, self._connection)
         self._search = _stub(search_pb2_grpc.SearchServiceStub, self._connection)
         self._understanding = _stub(understanding_pb2_grpc.UnderstandingServiceStub, self._connection)
         return self

@@ -1,5 +1,6 @@
 """Importers: a shop's files into the catalogue, the knowledge graph, the identities and the events."""
 
+from features.importers.articles import import_articles
 from features.importers.events import import_events
 from features.importers.folder import import_folder
 from features.importers.items import import_items
@@ -12,6 +13,7 @@ __all__ = [
     "Mapping",
     "MappingError",
     "Progress",
+    "import_articles",
     "import_events",
     "import_folder",
     "import_identities",

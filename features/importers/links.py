@@ -1,7 +1,6 @@
-"""Import of the knowledge graph's relations and of identities: each batch of rows is one transaction."""
+"""Import of the knowledge graph's relations and of identities."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ import psycopg
 import pyarrow as pa
 
 from features.catalogue import Relation, upsert_relations
+from features.importers.batches import BatchImport, Columns, good_rows, open_part
 from features.importers.checks import Reasons, is_null
 from features.importers.columns import choice_column, number_column, text_column
 from features.importers.mapping import IdentitiesMapping, Mapping, MappingError, RelationsMapping
-from features.importers.rejects import Rejects
-from features.importers.report import ImportReport, Progress, Tally
-from features.importers.sources import open_source
+from features.importers.report import ImportReport, Progress
 from features.settings import DEFAULT_CHANNELS
 
 RELATIONS = ("complement", "substitute", "same_series")
@@ -46,11 +44,6 @@ JOIN users u USING (user_id) JOIN identities s ON s.channel = i.channel AND s.ch
 WHERE s.user_id NOT IN (u.user_id, coalesce(u.merged_into, u.user_id))
 """
 
-_Columns = dict[str, pa.Array]
-_Convert = Callable[[pa.Table, Reasons], _Columns]
-# Stores the good rows (the reasons say which), may add reasons, and returns (stored, stored before).
-_Store = Callable[[psycopg.Connection, _Columns, Reasons], tuple[int, int]]
-
 
 def import_relations(dsn: str, source: Path, mapping: Mapping, *, rejects: Path, progress: Progress | None = None) -> ImportReport:
     """Imports relations between items; an edge that stands takes the new weight. They take effect with the next index epoch.
@@ -61,8 +54,8 @@ def import_relations(dsn: str, source: Path, mapping: Mapping, *, rejects: Path,
     spec = mapping.relations
     if spec is None:
         raise MappingError(f"the mapping of {mapping.dataset!r} has no [relations] section")
-    run = _Import("relations", lambda rows, reasons: _relations(rows, spec, reasons), _store_relations)
-    return run(dsn, source, mapping, rejects=rejects, progress=progress)
+    run = BatchImport("relations", lambda rows, reasons: _relations(rows, spec, reasons), _store_relations)
+    return run(dsn, open_part(source, mapping, spec, "relations"), rejects=rejects, progress=progress)
 
 
 def import_identities(
@@ -82,45 +75,11 @@ def import_identities(
     spec = mapping.identities
     if spec is None:
         raise MappingError(f"the mapping of {mapping.dataset!r} has no [identities] section")
-    run = _Import("identities", lambda rows, reasons: _identities(rows, spec, reasons, channels), _store_identities)
-    return run(dsn, source, mapping, rejects=rejects, progress=progress)
+    run = BatchImport("identities", lambda rows, reasons: _identities(rows, spec, reasons, channels), _store_identities)
+    return run(dsn, open_part(source, mapping, spec, "identities"), rejects=rejects, progress=progress)
 
 
-class _Import:
-    """The loop both share: read, convert, store, count."""
-
-    def __init__(self, what: str, convert: _Convert, store: _Store) -> None:
-        self._what, self._convert, self._store = what, convert, store
-
-    def __call__(self, dsn: str, source: Path, mapping: Mapping, *, rejects: Path, progress: Progress | None) -> ImportReport:
-        started = time.monotonic()
-        tally = Tally(self._what)
-        opened = open_source(source, mapping, batch_rows=65_536)
-        opened.require(getattr(mapping, self._what).columns(), self._what)
-        with psycopg.connect(dsn) as connection, Rejects(rejects) as out:
-            for batch in opened.batches:
-                out.malformed(batch, tally)
-                if len(batch.rows):
-                    reasons = self._batch(connection, batch.rows, tally)
-                    out.write_rows(batch.rows, batch.lines, reasons.names())
-                if progress:
-                    progress(self._what, batch.position, opened.size)
-        return tally.report(time.monotonic() - started)
-
-    def _batch(self, connection: psycopg.Connection, rows: pa.Table, tally: Tally) -> Reasons:
-        reasons = Reasons(len(rows))
-        columns = self._convert(rows, reasons)
-        with connection.transaction():
-            stored, before = self._store(connection, columns, reasons)
-        tally.read += len(rows)
-        tally.stored += stored
-        tally.already_stored += before
-        tally.repeated += int(reasons.good.sum()) - stored - before
-        tally.rejected.update(reasons.counts())
-        return reasons
-
-
-def _relations(rows: pa.Table, spec: RelationsMapping, reasons: Reasons) -> _Columns:
+def _relations(rows: pa.Table, spec: RelationsMapping, reasons: Reasons) -> Columns:
     weight = number_column(rows, spec.weight)
     weights = weight.values.to_numpy(zero_copy_only=False)
     columns = {
@@ -140,13 +99,13 @@ def _relations(rows: pa.Table, spec: RelationsMapping, reasons: Reasons) -> _Col
     return columns
 
 
-def _store_relations(connection: psycopg.Connection, columns: _Columns, reasons: Reasons) -> tuple[int, int]:
-    edges = {(r[0], r[1], r[2]): Relation(*r) for r in _good_rows(columns, reasons)}
+def _store_relations(connection: psycopg.Connection, columns: Columns, reasons: Reasons) -> tuple[int, int]:
+    edges = {(r[0], r[1], r[2]): Relation(*r) for r in good_rows(columns, reasons)}
     upsert_relations(connection, list(edges.values()))
     return len(edges), 0
 
 
-def _identities(rows: pa.Table, spec: IdentitiesMapping, reasons: Reasons, channels: Sequence[str]) -> _Columns:
+def _identities(rows: pa.Table, spec: IdentitiesMapping, reasons: Reasons, channels: Sequence[str]) -> Columns:
     columns = {
         "channel": choice_column(rows, spec.channel),
         "channel_user_id": text_column(rows, spec.channel_user_id),
@@ -161,8 +120,8 @@ def _identities(rows: pa.Table, spec: IdentitiesMapping, reasons: Reasons, chann
     return columns
 
 
-def _store_identities(connection: psycopg.Connection, columns: _Columns, reasons: Reasons) -> tuple[int, int]:
-    given = list(dict.fromkeys(_good_rows(columns, reasons)))
+def _store_identities(connection: psycopg.Connection, columns: Columns, reasons: Reasons) -> tuple[int, int]:
+    given = list(dict.fromkeys(good_rows(columns, reasons)))
     forgotten = {given[position] for (position,) in connection.execute(_FORGOTTEN, _parameters(given))}
     kept = [row for row in given if row not in forgotten]
     parameters = _parameters(kept)
@@ -181,8 +140,3 @@ def _store_identities(connection: psycopg.Connection, columns: _Columns, reasons
 def _parameters(rows: Sequence[tuple[Any, ...]]) -> dict[str, list[str]]:
     channels, names, users = zip(*rows, strict=True) if rows else ((), (), ())
     return {"channels": list(channels), "names": list(names), "users": list(users)}
-
-
-def _good_rows(columns: _Columns, reasons: Reasons) -> list[tuple[Any, ...]]:
-    good = pa.array(reasons.good)
-    return list(zip(*(column.filter(good).to_pylist() for column in columns.values()), strict=True))

@@ -28,14 +28,16 @@ from features.importers.fields import (
     TimeColumn,
 )
 
-FileFormat = Literal["parquet", "csv", "jsonl"]
+FileFormat = Literal["parquet", "csv", "jsonl", "json"]
 
 
 class MappingError(Exception):
     """A mapping is unknown, invalid, or names a column the source does not have; the message names it."""
 
 
-class _Section(Part):
+class Section(Part):
+    """How rows become one kind of thing."""
+
     reject: tuple[RejectRule, ...] = ()
 
     def columns(self) -> Iterator[tuple[str, str]]:
@@ -49,7 +51,7 @@ class _Section(Part):
                         yield name, column
 
 
-class ItemsMapping(_Section):
+class ItemsMapping(Section):
     """How rows become items; several rows of one ``item_id`` become one item, field by field as ``pick`` says."""
 
     item_id: TextColumn
@@ -66,7 +68,7 @@ class ItemsMapping(_Section):
     listed_at: PickedTimeColumn | None = None
 
 
-class EventsMapping(_Section):
+class EventsMapping(Section):
     """How rows become events; a customer is named by ``user_id``, by ``channel_user_id``, or by both."""
 
     user_id: TextColumn | None = None
@@ -89,7 +91,7 @@ class EventsMapping(_Section):
         return self
 
 
-class RelationsMapping(_Section):
+class RelationsMapping(Section):
     """How rows become edges of the knowledge graph."""
 
     item_id: TextColumn
@@ -98,12 +100,24 @@ class RelationsMapping(_Section):
     weight: NumberColumn | None = None
 
 
-class IdentitiesMapping(_Section):
+class IdentitiesMapping(Section):
     """How rows become identities: which customer a channel's user is."""
 
     channel: ChoiceColumn
     channel_user_id: TextColumn
     user_id: TextColumn
+
+
+class ArticlesMapping(Section):
+    """How rows become articles; without an ``article_id`` it is made of the data set's name and the title."""
+
+    article_id: TextColumn | None = None
+    title: TextColumn
+    body: TextColumn
+    url: TextColumn | None = None
+    language: TextColumn | None = None
+    tags: ListColumn | None = None
+    channels: ListColumn | None = None
 
 
 class CsvOptions(Part):
@@ -136,6 +150,7 @@ class Mapping(Part):
     relations: RelationsMapping | None = None
     identities: IdentitiesMapping | None = None
     events: EventsMapping | None = None
+    articles: ArticlesMapping | None = None
 
 
 def ready_mappings() -> tuple[str, ...]:

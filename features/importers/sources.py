@@ -1,4 +1,4 @@
-"""Source files as a stream of column batches: Parquet, CSV and JSON lines, with the line of every row."""
+"""Source files as a stream of column batches: Parquet, CSV, JSON lines and JSON, with the line of every row."""
 
 import csv
 import json
@@ -21,6 +21,7 @@ _SUFFIXES: dict[str, FileFormat] = {
     ".tsv": "csv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "json",
 }
 
 
@@ -39,7 +40,7 @@ class SourceBatch:
 
     Attributes:
         rows: the source's columns; of a text file all are strings, null where blank or absent.
-        lines: where each row starts: line of a text file, row number (from 1) of a Parquet file; shape ``[rows]``.
+        lines: where each row starts: line of a text file, row number (from 1) of a Parquet or JSON file; shape ``[rows]``.
         malformed: what stood between these rows and could not be read as one.
         position: how far the source is read, in units of ``Source.size``.
     """
@@ -88,7 +89,9 @@ def open_source(path: Path, mapping: Mapping, *, batch_rows: int) -> Source:
         return _csv(path, mapping.csv, batch_rows)
     if kind == "jsonl":
         return Source(path.stat().st_size, None, _json_batches(path, batch_rows))
-    raise MappingError(f'{path.name}: say format = "parquet", "csv" or "jsonl" in the mapping; the suffix does not tell')
+    if kind == "json":
+        return _json(path, batch_rows)
+    raise MappingError(f'{path.name}: say format = "parquet", "csv", "jsonl" or "json" in the mapping; the suffix does not tell')
 
 
 def _parquet(path: Path, batch_rows: int) -> Source:
@@ -203,6 +206,33 @@ def _json_records(raw: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]] |
             yield line, record
         else:
             yield Malformed(line, "not a JSON object", text[:2000].decode("utf-8", "replace"))
+
+
+def _json(path: Path, batch_rows: int) -> Source:
+    """Opens a file that is one JSON list of objects; it is held in memory as a whole."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise MappingError(f"{path.name} is not JSON: {type(error).__name__}") from None
+    if not isinstance(found, list):
+        raise MappingError(f"{path.name} is not a JSON list of objects")
+    return records_source(found, batch_rows)
+
+
+def records_source(found: Sequence[Any], batch_rows: int) -> Source:
+    """Returns a source of objects in memory; what is neither an object nor ``Malformed`` already is malformed."""
+    read = 0
+
+    def records() -> Iterator[tuple[int, dict[str, Any]] | Malformed]:
+        nonlocal read
+        for number, record in enumerate(found, start=1):
+            read = number
+            if isinstance(record, dict):
+                yield number, record
+            else:
+                yield record if isinstance(record, Malformed) else Malformed(number, "not a JSON object", repr(record)[:2000])
+
+    return Source(len(found), None, _batches(records(), batch_rows, _json_table, lambda: read))
 
 
 def _json_table(records: Sequence[dict[str, Any]]) -> pa.Table:

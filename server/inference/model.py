@@ -131,6 +131,10 @@ class LoadedModel:
         """Returns the unit vector of an item the bundle does not carry, or of a search or message, float32[d]."""
         return self._encode(text, "item_vector", self.manifest.item_tokens)
 
+    def passage_vector(self, text: str) -> FloatArray:
+        """Returns the unit vector of a passage or a question, float32[d], among the items: as much is read as of behaviours."""
+        return self._encode(text, "item_vector", self.manifest.user_tokens)
+
     def _encode(self, text: str, output: str, limit: int) -> FloatArray:
         vector: FloatArray = self.text_vectors([self.tokens(text, limit).ids], output)[0]
         return vector

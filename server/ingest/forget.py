@@ -28,6 +28,7 @@ _DELETIONS = {
     "sentiments": "DELETE FROM event_sentiments WHERE user_id = ANY(%s)",
     # Those too that a persona was shown while it was part of a customer it has left since.
     "exposures": "DELETE FROM exposures e USING (SELECT %s::text[] AS ids) w WHERE e.user_id = ANY(w.ids) OR e.origin_id = ANY(w.ids)",
+    "turns": "DELETE FROM assistant_turns WHERE user_id = ANY(%s)",
     "profiles": "DELETE FROM user_profile WHERE user_id = ANY(%s)",
     "outbox": "DELETE FROM online_outbox WHERE user_id = ANY(%s)",
     "links": "DELETE FROM identity_links WHERE left_id = ANY(%s)",

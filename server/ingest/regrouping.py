@@ -54,6 +54,8 @@ FROM best b JOIN unnest(%(roots)s::text[], %(versions)s::bigint[]) AS v (user_id
 _MOVE_SENTIMENTS = f"""
 UPDATE event_sentiments s SET user_id = m.new_root FROM {_MOVED} WHERE s.user_id = m.old_root AND s.origin_id = m.persona
 """  # noqa: S608 - constant names
+# Turns follow the persona that asked; copies of one event id may stand beside each other, see server/assistant/conversations.py.
+_MOVE_TURNS = f"UPDATE assistant_turns t SET user_id = m.new_root FROM {_MOVED} WHERE t.user_id = m.old_root AND t.origin_id = m.persona"  # noqa: S608
 _MOVE_PERSONAS = (
     f"""
 UPDATE identities i SET home_id = m.persona, user_id = m.new_root FROM {_MOVED}
@@ -99,7 +101,7 @@ async def apply(connection: Connection, plan: Regrouping, *, linked_since: datet
             "roots": affected,
             "versions": [plan.versions.get(root, 0) for root in affected],
         }
-        for statement in (*_MOVE_EVENTS, _MOVE_SENTIMENTS, *_MOVE_PERSONAS):
+        for statement in (*_MOVE_EVENTS, _MOVE_SENTIMENTS, _MOVE_TURNS, *_MOVE_PERSONAS):
             await connection.execute(statement, parameters)
     await set_versions(connection, plan.versions)
     if plan.moves and linked_since is not None:

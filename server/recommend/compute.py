@@ -16,6 +16,7 @@ from features.retrieval import all_scores, exact_scores, vector_scores
 from features.scores import Scores
 from features.search import SearchWeights
 from features.signals import History, history, relation_scores
+from server.assistant.rules import AssistantRules
 from server.recommend.policy import already_bought, diversify
 from server.recommend.slate import SlateFlag
 from server.recommend.snapshot import Snapshot
@@ -24,12 +25,13 @@ from server.tracing import span
 
 @dataclass(frozen=True)
 class Policy:
-    """The shop's rules for slates; see ServerSettings for each."""
+    """The shop's rules for slates and answers; see ServerSettings for each."""
 
     slate_size: int
     exclude_purchased: bool
     max_per_category: int
     search: SearchWeights = field(default_factory=SearchWeights)
+    assistant: AssistantRules = field(default_factory=AssistantRules)
 
 
 def policy_fingerprint(policy: Policy, *, hide_out_of_stock: bool, onnx_threads: int, onnx_precision: str) -> str:

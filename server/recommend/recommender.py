@@ -63,6 +63,11 @@ class Recommender:
         self._pages = Pages(self._cards, hide_out_of_stock=hide_out_of_stock)
         self._now = now
 
+    @property
+    def slates(self) -> Slates:
+        """Where its slates are found or computed."""
+        return self._slates
+
     async def recommend(self, query: RecommendQuery) -> Answer:
         """Returns a page of the customer's slate for a surface; errors as ``look``."""
         return (await self.look(query)).answer

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from features.search import SearchWeights
+from server.assistant.rules import AssistantRules
 from server.catalog.offers import Offers
 from server.fleet import FleetWatch
 from server.ingest.identities import Identities
@@ -23,9 +24,10 @@ from server.settings import ServerSettings
 
 
 def policy_of(settings: ServerSettings) -> Policy:
-    """Returns the shop's rules for slates."""
+    """Returns the shop's rules for slates and answers."""
     weights = SearchWeights(personal=settings.search_personal_weight, least_similarity=settings.search_least_similarity)
-    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category, weights)
+    assistant = AssistantRules(settings.assistant_min_confidence, settings.assistant_scope_confidence)
+    return Policy(settings.slate_size, settings.exclude_purchased, settings.max_per_category, weights, assistant)
 
 
 def recommender_of(

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import psycopg
-import structlog
 
-from features.item_table import FloatArray, ItemTable, load_item_table
+from features.item_table import ItemTable, load_item_table
 from features.retrieval import VectorArray, VectorIndex, indexed, stored_type
 from features.signals import CollaborativeWeights, SignalConfig
 from server.database import Pool
 from server.errors import PreconditionError
 from server.inference.model import LoadedModel
 from server.understand.names import NO_NAMES, CatalogueNames
-
-_log = structlog.get_logger(__name__)
+from server.understand.vectors import StoredVectors
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class SnapshotBuilder:
     """Builds snapshots off the event loop. Vectors the bundle lacks are encoded once for the fleet and stored in PostgreSQL."""
 
     def __init__(self, pool: Pool, *, dsn: str) -> None:
-        self._pool = pool
+        self._stored = StoredVectors(pool)
         self._dsn = dsn
         self._tables: dict[int, tuple[ItemTable, CatalogueNames]] = {}
         self._reading = asyncio.Lock()
@@ -101,27 +99,10 @@ class SnapshotBuilder:
         return table, CatalogueNames.of(table)
 
     async def _fill_encoded(self, vectors: VectorArray, model: LoadedModel, table: ItemTable, rows: Sequence[int]) -> None:
-        hashes = sorted({table.content_hashes[row] for row in rows})
-        stored = await self._stored(model.model_version, hashes)
-        texts = {table.content_hashes[row]: table.texts[row] for row in rows if table.content_hashes[row] not in stored}
-        if texts:
-            _log.info("encoding items the bundle does not carry", items=len(texts), model_version=model.model_version)
-            encoded = await asyncio.to_thread(lambda: {key: model.item_vector(text) for key, text in texts.items()})
-            await self._store(model.model_version, encoded)
-            # Read back: where two replicas encoded the same item, the first one's bytes are everybody's.
-            stored = await self._stored(model.model_version, hashes)
+        texts = {table.content_hashes[row]: table.texts[row] for row in rows}
+        encoded = await self._stored.of(model.model_version, texts, model.item_vector)
         for row in rows:
-            vectors[row] = np.frombuffer(stored[table.content_hashes[row]], "<f4")
-
-    async def _stored(self, model_version: str, hashes: Sequence[str]) -> dict[str, bytes]:
-        query = "SELECT content_hash, vector FROM item_vectors WHERE model_version = %s AND content_hash = ANY(%s)"
-        async with self._pool.connection() as connection:
-            return dict(await (await connection.execute(query, [model_version, list(hashes)])).fetchall())
-
-    async def _store(self, model_version: str, encoded: dict[str, FloatArray]) -> None:
-        rows = [(model_version, key, vector.astype("<f4").tobytes()) for key, vector in sorted(encoded.items())]
-        async with self._pool.connection() as connection, connection.cursor() as cursor:
-            await cursor.executemany("INSERT INTO item_vectors VALUES (%s, %s, %s) ON CONFLICT DO NOTHING", rows)
+            vectors[row] = encoded[table.content_hashes[row]]
 
 
 def _of_bundle(model: LoadedModel, table: ItemTable) -> tuple[VectorArray, list[int], CollaborativeWeights]:

@@ -13,7 +13,7 @@ from server.security.audit import REQUESTED, AuditEntry
 from server.security.certificates import client_names
 from server.security.limits import ChannelLimits
 from server.security.principals import ANYONE, Principal
-from server.security.scopes import ADMIN_PORT_SCOPES, SCOPE_OF, SCOPE_OF_FLAG, SHOP_SCOPES, Scope
+from server.security.scopes import ADMIN_PORT_SCOPES, RECORDING, SCOPE_OF, SCOPE_OF_FLAG, SHOP_SCOPES, Scope
 
 # Text, because the class takes type arguments in the stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -177,6 +177,8 @@ class Access:
             caller.require(rule.flag[2])
         if caller.channels is not None:
             caller.require_channels(_channels_of(request))
+            if rule.method in RECORDING:
+                caller.require_channels([request.subject.identity.channel])
         channel = next(filter(None, _channels_of(request)), "") or caller.only_channel
         return channel if channel in self._channels else ""
 

@@ -1,20 +1,13 @@
 """CatalogService: the items a shop sells."""
 
-import base64
-import binascii
-
 from concord.v1 import catalog_pb2, catalog_pb2_grpc
 from features.catalogue import Item
-from server.errors import InvalidRequestError
 from server.rpc import rules
 from server.rpc.interceptor import Context
+from server.rpc.paging import fitting, page_token, read_page_token
 from server.rpc.ports import Catalog
 from server.rpc.translate import money_of, timestamp_of
 from server.rpc.validation import Validator
-
-_PAGE_PREFIX = "l1."
-# Long descriptions make a page of 1,000 items larger than the 4 MiB a gRPC client accepts; such a page ends early.
-_PAGE_BYTES = 3 * 1024 * 1024
 
 
 class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
@@ -52,23 +45,10 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
         """Lists items in the order of their ids; one item more than the page holds tells whether there is a next one."""
         page_size = rules.page(request.page_size, "page_size", most=rules.PAGE_SIZE, default=rules.DEFAULT_PAGE_SIZE)
         category = rules.text(request.category, "category", most=rules.LABEL_CHARS)
-        items = await self._catalog.list(page_size=page_size + 1, after=_read_page_token(request.page_token), category=category)
-        shown = _fitting(items[:page_size])
+        items = await self._catalog.list(page_size=page_size + 1, after=read_page_token(request.page_token), category=category)
+        shown = fitting([_item(item) for item in items[:page_size]])
         more = len(shown) < len(items)
-        return catalog_pb2.ListItemsResponse(items=shown, next_page_token=_page_token(shown[-1].item_id) if more else "")
-
-
-def _fitting(items: list[Item]) -> list[catalog_pb2.Item]:
-    """Returns the first items that fit into one answer, at least one."""
-    shown: list[catalog_pb2.Item] = []
-    size = 0
-    for item in items:
-        message = _item(item)
-        size += message.ByteSize()
-        if shown and size > _PAGE_BYTES:
-            break
-        shown.append(message)
-    return shown
+        return catalog_pb2.ListItemsResponse(items=shown, next_page_token=page_token(shown[-1].item_id) if more else "")
 
 
 def _item(item: Item) -> catalog_pb2.Item:
@@ -85,21 +65,3 @@ def _item(item: Item) -> catalog_pb2.Item:
         attributes=item.attributes,
         listed_at=timestamp_of(item.listed_at),
     )
-
-
-def _page_token(after: str) -> str:
-    return _PAGE_PREFIX + base64.urlsafe_b64encode(after.encode()).decode("ascii").rstrip("=")
-
-
-def _read_page_token(text: str) -> str:
-    """Returns the id a page goes on after; "" for the first page."""
-    if not text:
-        return ""
-    packed = rules.text(text, "page_token", most=rules.TOKEN_CHARS).removeprefix(_PAGE_PREFIX)
-    try:
-        after = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4)).decode()
-    except (binascii.Error, ValueError):
-        after = ""
-    if not after or "\0" in after or _page_token(after) != text:
-        raise InvalidRequestError("page_token", "must be a token returned by this service, unchanged", reason="INVALID_TOKEN")
-    return after

@@ -44,7 +44,7 @@ class EventValidator:
             return SearchQuery(page, None)
         event = IncomingEvent(
             subject=page.subject,
-            event_id=_event_id(request.event_id) if request.event_id else self.new_event_id(),
+            event_id=read_event_id(request.event_id) if request.event_id else self.new_event_id(),
             channel=page.channel,
             action="search",
             occurred_at=self.now(),
@@ -69,7 +69,7 @@ class EventValidator:
         action = _action(event)
         return IncomingEvent(
             subject=subject,
-            event_id=_event_id(event.event_id) if event.event_id else self.new_event_id(),
+            event_id=read_event_id(event.event_id) if event.event_id else self.new_event_id(),
             # An event that names no channel happened in the one its subject was met in.
             channel=self.validator.channel(event.channel or subject.channel, "channel"),
             action=action,
@@ -88,7 +88,8 @@ def canonical_id(text: str) -> str:
     return str(UUID(text)) if _UUID.match(text) else text
 
 
-def _event_id(text: str) -> UUID:
+def read_event_id(text: str) -> UUID:
+    """Reads an event id."""
     if not _UUID.match(text):
         raise InvalidRequestError("event_id", "must be a UUID", reason="EVENT_ID_INVALID")
     return UUID(text)

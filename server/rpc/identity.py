@@ -78,6 +78,7 @@ class IdentityServicer(identity_pb2_grpc.IdentityServiceServicer):
                 identity_count=counts["identities"],
                 link_count=counts["links"],
                 persona_count=counts["users"],
+                turn_count=counts.get("turns", 0),  # receipts of before there was an assistant have none
             ),
             online_erased=receipt.online_erased,
         )

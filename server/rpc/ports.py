@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from features.articles import Article, ArticlesWritten
 from features.catalogue import Item, Relation, UpsertResult
 from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
+from server.assistant.assistant import Question, Reply
 from server.domain import (
     Analyzed,
     Answer,
@@ -158,6 +160,30 @@ class Embedder(Protocol):
         ...
 
 
+class Assistant(Protocol):
+    """Answers customers' questions; see server.assistant.assistant."""
+
+    async def ask(self, question: Question) -> Reply:
+        """Records a message and answers it, once for its event id."""
+        ...
+
+
+class Articles(Protocol):
+    """Keeps the shop's articles; see server.assistant.articles."""
+
+    async def upsert(self, articles: Sequence[Article]) -> ArticlesWritten:
+        """Stores articles, all or none."""
+        ...
+
+    async def delete(self, article_ids: Sequence[str]) -> tuple[set[str], int]:
+        """Deletes articles; returns the ids of those that were there, and the version."""
+        ...
+
+    async def list(self, *, page_size: int, after: str, language: str, tag: str) -> list[Article]:
+        """Returns articles with ids above ``after``, in id order."""
+        ...
+
+
 class Intents(Protocol):
     """Says what texts are about; see server.understand.intents."""
 
@@ -248,6 +274,8 @@ class Services:
     catalog: Catalog
     features: FeatureReader
     embedder: Embedder
+    assistant: Assistant
+    articles: Articles
     intents: Intents
     sentiments: Sentiments
     models: Models

@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -12,6 +13,8 @@ from concord.v1.common_pb2 import Money
 from features.search import normalized_query
 from server.errors import InvalidRequestError
 from server.rpc.translate import datetime_of, micros_of
+
+T = TypeVar("T")
 
 # Characters.
 ID_CHARS = 128
@@ -24,6 +27,9 @@ TITLE_CHARS = 500
 DESCRIPTION_CHARS = 10_000
 LABEL_CHARS = 200  # categories and brands
 IMAGE_REF_CHARS = 2_000
+BODY_CHARS = 50_000  # of an article
+URL_CHARS = 2_000
+LANGUAGE_CHARS = 35  # the longest tag that BCP 47 asks to make room for
 ATTRIBUTE_KEY_CHARS = 64
 ATTRIBUTE_VALUE_CHARS = 1_000
 # Elements of one request.
@@ -31,6 +37,8 @@ EVENTS = 500
 ITEMS = 1_000
 RELATIONS = 10_000
 ITEM_IDS = 500
+ARTICLES = 200
+TAGS = 50
 CONTEXT_ITEMS = 20
 FILTER_LABELS = 50
 FEATURE_REFS = 200
@@ -120,6 +128,13 @@ def member(value: str, field: str, *, of: Collection[str], kind: str) -> str:
         rule = f"must be a registered {kind}" if value else f"is required: a registered {kind}"
         raise InvalidRequestError(field, rule, reason=f"{kind.upper()}_UNKNOWN")
     return value
+
+
+def choice(value: int, field: str, *, of: Mapping[int, T]) -> T:
+    """Checks that the number of an enum's value is one this release knows."""
+    if value not in of:
+        raise InvalidRequestError(field, "must be a known value")
+    return of[value]
 
 
 def each_once(values: Iterable[str], field: str) -> None:

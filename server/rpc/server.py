@@ -14,6 +14,10 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from concord.v1 import (
+    articles_pb2,
+    articles_pb2_grpc,
+    assistant_pb2,
+    assistant_pb2_grpc,
     catalog_pb2,
     catalog_pb2_grpc,
     events_pb2,
@@ -39,6 +43,8 @@ from server.identifiers import new_identifier
 from server.metrics import Metrics
 from server.rpc.accept import patient_server
 from server.rpc.access import Access
+from server.rpc.articles import ArticleServicer
+from server.rpc.assistant import AssistantServicer
 from server.rpc.catalog import CatalogServicer
 from server.rpc.event_validation import EventValidator
 from server.rpc.events import EventServicer
@@ -67,6 +73,8 @@ _DRAIN_PAUSE = 0.3
 SERVICE_NAMES = tuple(
     service.full_name
     for module in (
+        articles_pb2,
+        assistant_pb2,
         catalog_pb2,
         events_pb2,
         features_pb2,
@@ -185,6 +193,7 @@ def build_server(
             events,
             validator,
             SearchServicer(services.searcher, services.suggester, read_events),
+            new_uuid=new_uuid,
             deadline_seconds=settings.default_deadline_seconds,
         )
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -210,6 +219,7 @@ def _register(
     validator: Validator,
     search: SearchServicer,
     *,
+    new_uuid: Callable[[], UUID],
     deadline_seconds: float,
 ) -> None:
     events_pb2_grpc.add_EventServiceServicer_to_server(events, server)
@@ -222,6 +232,9 @@ def _register(
     search_pb2_grpc.add_SearchServiceServicer_to_server(search, server)
     understanding = UnderstandingServicer(services.embedder, services.intents, services.sentiments, validator)
     understanding_pb2_grpc.add_UnderstandingServiceServicer_to_server(understanding, server)
+    assistant = AssistantServicer(services.assistant, validator, new_event_id=new_uuid)
+    assistant_pb2_grpc.add_AssistantServiceServicer_to_server(assistant, server)
+    articles_pb2_grpc.add_ArticleServiceServicer_to_server(ArticleServicer(services.articles, validator), server)
     models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, deadline_seconds=deadline_seconds), server)
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from concord.v1 import catalog_pb2, common_pb2, features_pb2, recommendation_pb2, search_pb2, understanding_pb2
+from concord.v1 import articles_pb2, catalog_pb2, common_pb2, features_pb2, recommendation_pb2, search_pb2, understanding_pb2
+from features.articles import Article
 from features.catalogue import Item, Relation
 from server import tokens
 from server.domain import EVERYTHING, EmbedQuery, EntityKey, ItemFilter, RecommendQuery, Subject, SuggestQuery, Token
@@ -137,6 +138,31 @@ class Validator:
             image_ref=rules.text(item.image_ref, f"{field}.image_ref", most=rules.IMAGE_REF_CHARS),
             attributes=_attributes(item, f"{field}.attributes"),
             listed_at=rules.moment(item.listed_at, f"{field}.listed_at") if item.HasField("listed_at") else None,
+        )
+
+    def articles(self, request: articles_pb2.UpsertArticlesRequest) -> list[Article]:
+        """Reads articles to be stored, each id once."""
+        rules.count(request.articles, "articles", most=rules.ARTICLES, least=1)
+        articles = [self._article(article, f"articles[{index}]") for index, article in enumerate(request.articles)]
+        rules.each_once([article.article_id for article in articles], "articles")
+        return articles
+
+    def _article(self, article: articles_pb2.Article, field: str) -> Article:
+        for index, channel in enumerate(article.channels):
+            self.channel(channel, f"{field}.channels[{index}]")
+        rules.each_once(article.channels, f"{field}.channels")
+        rules.count(article.tags, f"{field}.tags", most=rules.TAGS)
+        rules.each_once(article.tags, f"{field}.tags")
+        if article.url and not article.url.startswith(("https://", "http://")):
+            raise InvalidRequestError(f"{field}.url", "must begin with http:// or https://")
+        return Article(
+            article_id=rules.identifier(article.article_id, f"{field}.article_id"),
+            title=rules.text(article.title, f"{field}.title", most=rules.TITLE_CHARS, least=1),
+            body=rules.text(article.body, f"{field}.body", most=rules.BODY_CHARS, least=1),
+            url=rules.text(article.url, f"{field}.url", most=rules.URL_CHARS),
+            language=rules.text(article.language, f"{field}.language", most=rules.LANGUAGE_CHARS),
+            tags=tuple(rules.text(tag, f"{field}.tags[{k}]", most=rules.LABEL_CHARS, least=1) for k, tag in enumerate(article.tags)),
+            channels=tuple(article.channels),
         )
 
     def features(self, request: features_pb2.GetOnlineFeaturesRequest) -> tuple[str, tuple[str, ...], list[EntityKey]]:

@@ -15,6 +15,9 @@ class Scope(StrEnum):
     FEATURES_READ = "features:read"
     RECOMMENDATIONS_READ = "recommendations:read"
     TEXTS_READ = "texts:read"
+    ASSISTANT_ASK = "assistant:ask"
+    ARTICLES_READ = "articles:read"
+    ARTICLES_WRITE = "articles:write"
     MODELS_READ = "models:read"
     ADMIN = "admin"
 
@@ -30,11 +33,13 @@ CHANNEL_SCOPES = frozenset(
         Scope.FEATURES_READ,
         Scope.RECOMMENDATIONS_READ,
         Scope.TEXTS_READ,
+        Scope.ASSISTANT_ASK,
+        Scope.ARTICLES_READ,
     }
 )
 ALL_SCOPES = frozenset(Scope)
-# An item has one title, one price and one list of channels for the whole shop: nobody writes it for one channel alone.
-SHOP_SCOPES = frozenset({Scope.CATALOG_WRITE})
+# An item has one title, one price and one list of channels for the whole shop, and so has an article: nobody writes it for one channel.
+SHOP_SCOPES = frozenset({Scope.CATALOG_WRITE, Scope.ARTICLES_WRITE})
 
 SCOPE_OF = {
     "EventService/RecordEvents": Scope.EVENTS_WRITE,
@@ -55,6 +60,10 @@ SCOPE_OF = {
     "SearchService/Search": Scope.RECOMMENDATIONS_READ,
     "SearchService/Suggest": Scope.CATALOG_READ,
     "UnderstandingService/EmbedText": Scope.TEXTS_READ,
+    "AssistantService/Ask": Scope.ASSISTANT_ASK,
+    "ArticleService/UpsertArticles": Scope.ARTICLES_WRITE,
+    "ArticleService/ListArticles": Scope.ARTICLES_READ,
+    "ArticleService/DeleteArticles": Scope.ARTICLES_WRITE,
     "UnderstandingService/DetectIntent": Scope.TEXTS_READ,
     "UnderstandingService/AnalyzeSentiment": Scope.TEXTS_READ,
     "ModelService/ListModels": Scope.MODELS_READ,
@@ -68,6 +77,9 @@ SCOPE_OF_FLAG = {
     "IdentityService/ResolveIdentity": ("create_if_missing", True, Scope.IDENTITY_WRITE),
     "SearchService/Search": ("skip_recording", False, Scope.EVENTS_WRITE),
 }
+
+# Methods that record what their subject did: an identity in it is one that the caller writes, as in an event.
+RECORDING = frozenset({"AssistantService/Ask"})
 
 # Served on the admin port; the first of them there alone. An operator looks at models where they are moved.
 ADMIN_PORT_SCOPES = frozenset({Scope.ADMIN, Scope.MODELS_READ})

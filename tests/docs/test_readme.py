@@ -106,7 +106,18 @@ async def test_the_python_example_runs(tmp_path):
 
 
 def _request(service: str, method: str):
-    for module in ("catalog", "events", "features", "identity", "models", "profile", "recommendation", "understanding"):
+    for module in (
+        "articles",
+        "assistant",
+        "catalog",
+        "events",
+        "features",
+        "identity",
+        "models",
+        "profile",
+        "recommendation",
+        "understanding",
+    ):
         contract = importlib.import_module(f"concord.v1.{module}_pb2")
         if service in contract.DESCRIPTOR.services_by_name:
             return getattr(contract, contract.DESCRIPTOR.services_by_name[service].methods_by_name[method].input_type.name)

@@ -100,6 +100,11 @@ def words(settings: ServerSettings) -> Words:
             "prefix": ["", "en", "linen t", "enmael", "绿"],
             "limit": [0, 5, 20, 100],
             "weight": [0.0, 0.5, 1.0],
+            "text": ["how much is it?", "where is my order?", "what is your return policy?", "something cheaper", "退货", "hello"],
+            "body": ["# Returns\n\nWithin 30 days.", "plain"],
+            "url": ["https://shop.example/a", ""],
+            "article_id": [f"article-{k}" for k in range(9)],
+            "article_ids": [f"article-{k}" for k in range(9)],
             "related_item_id": [f"rel-{k}" for k in range(20)],
         }
     )

@@ -68,7 +68,7 @@ def test_every_service_says_what_it_needs_and_nothing_unknown() -> None:
         (("postgres", "redis", "snapshot"), set(SERVICE_NAMES)),
         (("redis", "snapshot"), {RECOMMENDATION, "concord.v1.FeatureService", SEARCH, UNDERSTANDING}),
         (("postgres", "snapshot"), set(SERVICE_NAMES)),
-        (("postgres", "redis"), set(SERVICE_NAMES) - {RECOMMENDATION, SEARCH, UNDERSTANDING}),
+        (("postgres", "redis"), set(SERVICE_NAMES) - {RECOMMENDATION, SEARCH, UNDERSTANDING, "concord.v1.AssistantService"}),
         (("snapshot", "model", "index", "registry"), set()),
     ],
 )

@@ -47,7 +47,7 @@ def mapping(tmp_path: Path, text: str = MINIMAL) -> Mapping:
 
 
 def test_every_ready_mapping_loads() -> None:
-    assert ready_mappings() == ("online_retail", "rees46", "sample_shop")
+    assert ready_mappings() == ("faq", "online_retail", "rees46", "sample_shop")
     for name in ready_mappings():
         assert load_mapping(name).dataset == name
 
@@ -84,7 +84,7 @@ def test_a_bad_mapping_names_the_key(tmp_path: Path, change: tuple[str, str], me
 
 
 def test_an_unknown_mapping_lists_the_ready_ones() -> None:
-    with pytest.raises(MappingError, match="neither a file nor one of online_retail, rees46, sample_shop"):
+    with pytest.raises(MappingError, match="neither a file nor one of faq, online_retail, rees46, sample_shop"):
         load_mapping("online_retial")
 
 

@@ -7,7 +7,17 @@ from typing import Any
 import grpc
 import pytest
 
-from concord.v1 import catalog_pb2, common_pb2, events_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2, search_pb2
+from concord.v1 import (
+    assistant_pb2,
+    catalog_pb2,
+    common_pb2,
+    events_pb2,
+    identity_pb2,
+    models_pb2,
+    profile_pb2,
+    recommendation_pb2,
+    search_pb2,
+)
 from server.errors import UnauthenticatedError, UnavailableError
 from server.security.gate import Gate
 from server.security.principals import Principal, principal
@@ -19,6 +29,7 @@ RECORD = "/concord.v1.EventService/RecordEvents"
 ACTIVATE = "/concord.v1.ModelService/ActivateModel"
 LINK = "/concord.v1.IdentityService/LinkIdentities"
 RESOLVE = "/concord.v1.IdentityService/ResolveIdentity"
+ASK = "/concord.v1.AssistantService/Ask"
 SEARCH = "/concord.v1.SearchService/Search"
 Code = grpc.StatusCode
 
@@ -129,6 +140,19 @@ async def test_a_read_that_may_create_needs_the_right_to_write() -> None:
         assert (await refused(edge, RESOLVE, create, **bearer("read-key"))).reason == "SCOPE_MISSING"
         assert (await refused(edge, RESOLVE, find, **bearer("read-key"))).reason == "IDENTITY_UNKNOWN"
         await edge.raw(RESOLVE, create, **bearer("web-key"))
+
+
+async def test_a_question_is_recorded_so_its_identity_must_be_the_callers() -> None:
+    async with serving(guarded()) as edge:
+        for channel, name, allowed in (("web", "web", True), ("web", "app", False), ("app", "app", False)):
+            subject = common_pb2.Subject(identity=common_pb2.ChannelIdentity(channel=name, channel_user_id="a"))
+            request = assistant_pb2.AskRequest(subject=subject, channel=channel, text="hello").SerializeToString()
+            if allowed:
+                await edge.raw(ASK, request, **bearer("web-key"))
+            else:
+                assert (await refused(edge, ASK, request, **bearer("web-key"))).reason == "CHANNEL_FORBIDDEN"
+        named = assistant_pb2.AskRequest(subject=common_pb2.Subject(user_id="u1"), channel="web", text="hello")
+        await edge.raw(ASK, named.SerializeToString(), **bearer("web-key"))
 
 
 async def test_a_search_that_is_recorded_needs_the_right_to_write_events() -> None:

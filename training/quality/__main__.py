@@ -12,12 +12,12 @@ import torch
 import typer
 
 from training.card import render_html, render_markdown
-from training.quality import intents, next_item, online_retail, search, sentiment
+from training.quality import faq, intents, next_item, online_retail, search, sentiment
 from training.quality.result import QualityResult
 
 _PARTS = f"{', '.join(next_item.PARTS)}; of the intents {', '.join(intents.PARTS)}"
 _SETS = (
-    "beauty, cold (beauty with items held out), online_retail, search, sentiment, intents, "
+    "beauty, cold (beauty with items held out), online_retail, search, faq, sentiment, intents, "
     "or intents_5 and intents_20 (of so many examples each)."
 )
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -29,6 +29,7 @@ class Set(StrEnum):
     BEAUTY = "beauty"
     COLD = "cold"
     ONLINE_RETAIL = "online_retail"
+    FAQ = "faq"
     SEARCH = "search"
     SENTIMENT = "sentiment"
     INTENTS = "intents"
@@ -86,6 +87,8 @@ def main(
 
 def _run(name: Set, data: Path, *, seed: int, cut: str, without: frozenset[str], towers: Path | None) -> QualityResult:
     try:
+        if name is Set.FAQ:
+            return faq.run(data, seed=seed)
         if name in _EXAMPLES:
             return intents.run(data, seed=seed, examples=_EXAMPLES[name], without=without)
         if name is Set.SENTIMENT:

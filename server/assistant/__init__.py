@@ -1,0 +1,1 @@
+"""Customer service: what customers ask, answered from articles and live facts."""
