@@ -28,8 +28,6 @@ from server.assistant.assistant import Question, Reply
 from server.assistant.conversations import Turn
 from server.assistant.words import in_words
 from server.domain import (
-    UNJUDGED,
-    Analyzed,
     Answer,
     CustomerProfile,
     Embedded,
@@ -43,8 +41,6 @@ from server.domain import (
     IncomingEvent,
     ItemCard,
     ItemFilter,
-    Judgement,
-    Leaning,
     Link,
     Linked,
     Persona,
@@ -61,7 +57,6 @@ from server.domain import (
     Subject,
     Suggestions,
     SuggestQuery,
-    TextSentiment,
     Token,
     Unlinked,
     Versions,
@@ -75,6 +70,7 @@ from server.settings import ServerSettings
 from server.tracing import Tracing
 from server.understand.entities import Entity, EntityKind
 from server.understand.intents import IntentQuery, Understood
+from server.understand.opinions import UNJUDGED, Analyzed, Judgement, Leaning, TextSentiment
 from server.understand.patterns import Bound
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)

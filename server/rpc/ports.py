@@ -10,7 +10,6 @@ from features.models import Activation, ModelVersion, OnUnready
 from features.replicas import Replica
 from server.assistant.assistant import Question, Reply
 from server.domain import (
-    Analyzed,
     Answer,
     CustomerProfile,
     Embedded,
@@ -36,6 +35,7 @@ from server.domain import (
 from server.security.audit import AuditEntry
 from server.security.principals import Principal
 from server.understand.intents import IntentQuery, Understood
+from server.understand.opinions import Analyzed
 
 
 class Recorder(Protocol):

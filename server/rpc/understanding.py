@@ -3,12 +3,13 @@
 from typing import Any
 
 from concord.v1 import understanding_pb2, understanding_pb2_grpc
-from server.domain import Embedding, Judgement, Leaning, TextSentiment
+from server.domain import Embedding
 from server.rpc.interceptor import Context
 from server.rpc.ports import Embedder, Intents, Sentiments
 from server.rpc.translate import MICROS
 from server.rpc.validation import Validator
 from server.understand.entities import Entity
+from server.understand.opinions import Judgement, Leaning, TextSentiment
 
 _LABELS = {leaning: understanding_pb2.SentimentLabel.Value(f"SENTIMENT_LABEL_{leaning.name}") for leaning in Leaning}
 

@@ -18,9 +18,9 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
 from server.database import Pool
-from server.domain import Analyzed, Leaning
 from server.errors import ConcordError, PreconditionError
 from server.metrics import Metrics
+from server.understand.opinions import Analyzed, Leaning
 from server.understand.sentiment import Sentiments
 
 _log = structlog.get_logger(__name__)

@@ -6,10 +6,10 @@ from functools import partial
 
 from features.aspects import Mention, mentions
 from features.language import LANGUAGES, Language, language_of
-from server.domain import UNJUDGED, Analyzed, Judgement, Leaning, TextSentiment
 from server.errors import PreconditionError
 from server.inference.model import LoadedModel
 from server.understand.classifiers import Classification, Classifiers
+from server.understand.opinions import UNJUDGED, Analyzed, Judgement, Leaning, TextSentiment
 from server.understand.text_runs import TextRuns
 
 CLASSIFIERS = {language: f"sentiment_{language}" for language in LANGUAGES}

@@ -116,6 +116,7 @@ def _request(service: str, method: str):
         "models",
         "profile",
         "recommendation",
+        "search",
         "understanding",
     ):
         contract = importlib.import_module(f"concord.v1.{module}_pb2")
@@ -176,7 +177,7 @@ def test_no_document_leaves_something_to_fill_in():
 
 def test_the_readme_says_what_there_is_not():
     absent = README.partition("## Not yet")[2]
-    assert "Search" in absent
+    assert "GPU" in absent
 
 
 def test_the_table_of_settings_gives_the_real_defaults():

@@ -10,13 +10,14 @@ import psycopg
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.domain import UNJUDGED, Analyzed, Judgement, Leaning, Subject, TextSentiment
+from server.domain import Subject
 from server.errors import PreconditionError
 from server.ingest.writer import Written
 from server.metrics import Metrics
 from server.settings import ServerSettings
 from server.understand import judging
 from server.understand.judging import START, Judge, Place, Step
+from server.understand.opinions import UNJUDGED, Analyzed, Judgement, Leaning, TextSentiment
 from server.understand.sentiment import Sentiments
 from tests.integration.fixtures import NewShop
 from tests.integration.replicas import Names, Pair, Replica, app, query, replica, view, web

@@ -8,11 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from features.aspects import mentions
-from server.domain import UNJUDGED, Judgement, Leaning
 from server.errors import OverloadedError, PreconditionError
 from server.inference.model import LoadedModel, load_model
 from server.metrics import Metrics
 from server.recommend.computing import Computing
+from server.understand.opinions import UNJUDGED, Judgement, Leaning
 from server.understand.sentiment import Sentiments
 from server.understand.text_runs import TextRuns
 from tests.unit.bundles import write_bundle
