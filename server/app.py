@@ -19,7 +19,7 @@ from server.assistant.rooms import open_assistant
 from server.catalog.offers import Offers
 from server.catalog.service import Catalog
 from server.database import ONLINE_REFUSES, RECORD_AWAY, connector, postgres_breaker, postgres_pool, redis_breaker, redis_client
-from server.errors import ConcordError
+from server.errors import ConcordError, PreconditionError
 from server.fleet import FleetWatch
 from server.health import PostgresProbe, Probe, probes
 from server.identifiers import new_identifier
@@ -191,7 +191,7 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
             catalog.run(),
             features.run(settings.registry_seconds),
             Vitals(pool, client, recorder, journal, runs, fleet, metrics).run(),
-            Judge(pool, sentiments, metrics, pause_seconds=settings.judge_seconds).run(),
+            Judge(pool, Sentiments(partial(_loaded, fleet), runs), metrics, pause_seconds=settings.judge_seconds).run(),
             *helping.loops,
             *([keys.run()] if keys else []),
         )
@@ -227,6 +227,13 @@ async def open_rooms(settings: ServerSettings, metrics: Metrics) -> AsyncIterato
 async def _answering(standings: Standings) -> LoadedModel:
     """Returns the model that the fleet answers with; raises as ``Standings.of_nobody``, and PreconditionError where none is active."""
     return (await standings.of_nobody()).snapshot.require_model()
+
+
+async def _loaded(fleet: FleetWatch) -> LoadedModel:
+    """Returns the model in memory: what can wait asks no store where the fleet stands, and has nothing loaded for its sake."""
+    if fleet.current is None:
+        raise PreconditionError("no model is loaded yet", reason="NO_ACTIVE_MODEL")
+    return fleet.current.require_model()
 
 
 async def _caught_up(recovery: Recovery, fleet: FleetWatch) -> bool:
