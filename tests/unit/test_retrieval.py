@@ -16,6 +16,7 @@ from features.signals import CollaborativeWeights
 from server.inference.model import load_model
 from server.recommend.compute import Policy, Ranked, compute_slate, score_items, similar_items
 from server.recommend.snapshot import Snapshot, SnapshotBuilder
+from server.understand.names import NO_NAMES
 from tests.unit.bundles import write_bundle
 from tests.unit.tables import activity, table
 
@@ -104,7 +105,7 @@ async def test_a_snapshot_of_a_large_catalogue_is_built_with_an_index() -> None:
         collaborative=CollaborativeWeights.empty(INDEXED_FROM),
     )
     builder = SnapshotBuilder(cast("Any", None), dsn="")
-    builder._tables |= {1: items, 2: table(INDEXED_FROM - 1)}  # as if read
+    builder._tables |= {1: (items, NO_NAMES), 2: (table(INDEXED_FROM - 1), NO_NAMES)}  # as if read
     large, small = [await builder.build(cast("Any", model), version) for version in (1, 2)]
     assert (large.vectors.dtype, small.vectors.dtype) == (np.float16, np.float32)
     assert large.vectors.tobytes() == model.item_vectors.astype(np.float16).tobytes()
