@@ -1,4 +1,4 @@
-"""Runs the ten benchmarks of docs/PERFORMANCE.md, one after the other, and collects their last lines.
+"""Runs the twelve benchmarks of docs/PERFORMANCE.md, one after the other, and collects their last lines.
 
     python bench/run_all.py                      # about forty minutes on two cores
     python bench/run_all.py recommend ingest     # some of them
@@ -29,6 +29,8 @@ BENCHMARKS = (
     "text_encoding",
     "scaling",
     "startup",
+    "search",
+    "assistant",
 )
 _SECONDS = 600
 

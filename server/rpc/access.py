@@ -173,11 +173,12 @@ class Access:
 
     def _checked(self, rule: Rule, caller: Principal, request: Any) -> str:
         """Returns the channel the request counts for, once it is known to be the caller's."""
-        if rule.flag and getattr(request, rule.flag[0]) is rule.flag[1]:
-            caller.require(rule.flag[2])
+        flagged = rule.flag[2] if rule.flag and getattr(request, rule.flag[0]) is rule.flag[1] else None
+        if flagged:
+            caller.require(flagged)
         if caller.channels is not None:
             caller.require_channels(_channels_of(request))
-            if rule.method in RECORDING:
+            if rule.method in RECORDING or flagged is Scope.EVENTS_WRITE:
                 caller.require_channels([request.subject.identity.channel])
         channel = next(filter(None, _channels_of(request)), "") or caller.only_channel
         return channel if channel in self._channels else ""

@@ -163,6 +163,12 @@ async def test_a_search_that_is_recorded_needs_the_right_to_write_events() -> No
         assert (await refused(edge, SEARCH, recorded.SerializeToString(), **bearer("read-key"))).reason == "SCOPE_MISSING"
         await edge.raw(SEARCH, looked.SerializeToString(), **bearer("read-key"))
         await edge.raw(SEARCH, recorded.SerializeToString(), **bearer("web-key"))
+        of_app = common_pb2.Subject(identity=common_pb2.ChannelIdentity(channel="app", channel_user_id="a"))
+        # What is recorded is the caller's; who a customer is may be known from any channel.
+        met = search_pb2.SearchRequest(subject=of_app, channel="web", query="mug")
+        assert (await refused(edge, SEARCH, met.SerializeToString(), **bearer("web-key"))).reason == "CHANNEL_FORBIDDEN"
+        met.skip_recording = True
+        await edge.raw(SEARCH, met.SerializeToString(), **bearer("web-key"))
         elsewhere = search_pb2.SearchRequest(subject=subject, channel="app", query="mug", skip_recording=True)
         assert (await refused(edge, SEARCH, elsewhere.SerializeToString(), **bearer("web-key"))).reason == "CHANNEL_FORBIDDEN"
 
