@@ -73,7 +73,7 @@ async def tried(switch: Switch, settings: ServerSettings, *, off: bool) -> Findi
 
 def _differing_arithmetic(patch: pytest.MonkeyPatch) -> None:
     """No two computations of a slate give the same bits, as on replicas with different processors."""
-    compute, dice = slates.compute_slate, np.random.default_rng(1)
+    compute, dice = slates.compute_place, np.random.default_rng(1)
 
     def noisy(*arguments: Any) -> Ranked:
         ranked = compute(*arguments)
@@ -81,7 +81,7 @@ def _differing_arithmetic(patch: pytest.MonkeyPatch) -> None:
         order = np.argsort(-scores, kind="stable")
         return replace(ranked, rows=ranked.rows[order], scores=scores[order], sources=ranked.sources[order])
 
-    patch.setattr(slates, "compute_slate", noisy)
+    patch.setattr(slates, "compute_place", noisy)
 
 
 def _lost_writes(patch: pytest.MonkeyPatch) -> None:
