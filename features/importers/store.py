@@ -129,6 +129,8 @@ class EventStore:
 
     def __init__(self, connection: Connection[TupleRow]) -> None:
         self._connection = connection
+        # What an import has stored it knows by this time, so of two that begin at once one waits for a later one.
+        connection.execute("SELECT pg_advisory_xact_lock(hashtext('concord event imports'))")
         row = connection.execute("SELECT clock_timestamp()").fetchone()
         assert row is not None
         self._received_at = row[0]
