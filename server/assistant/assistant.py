@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from server.assistant.answer import Answer, Format, Kind
 from server.assistant.conversations import Conversations, Line, Talk, Turn
 from server.assistant.facts import offered, order_lines, quotes, suggested
 from server.assistant.library import ArticleLibrary
-from server.assistant.phrasing import Phraser
 from server.assistant.plan import Plan, planned
 from server.assistant.reading import Reading, read
 from server.assistant.rules import AssistantRules
@@ -30,6 +30,9 @@ from server.recommend.slates import Slates
 from server.recommend.snapshot import Snapshot
 from server.recommend.standing import Stand, Standings
 from server.understand.classifiers import Classification, Classifiers
+
+if TYPE_CHECKING:
+    from server.assistant.phrasing import Phraser
 
 # Each turn follows a message of the same customer, or a pointer, that overtook this one; more than a few in one call are a crowd.
 _TURNS = 6
@@ -83,7 +86,7 @@ class Assistant:
         library: ArticleLibrary,
         classifiers: Classifiers,
         computing: Computing,
-        phraser: Phraser | None,
+        phraser: "Phraser | None",
         rules: AssistantRules,
         hide_out_of_stock: bool,
         metrics: Metrics,

@@ -102,25 +102,22 @@ _PLACES = {"first": 0, "1st": 0, "一": 0, "1": 0, "second": 1, "2nd": 1, "二":
 _PLACES |= {"fourth": 3, "4th": 3, "四": 3, "4": 3, "fifth": 4, "5th": 4, "五": 4, "5": 4, "last": -1, "最后": -1}
 _CHEAPER = re.compile(r"\bcheaper\b|\bless expensive\b|便宜[一点些]|更便宜", re.IGNORECASE)
 _ELLIPSIS = re.compile(r"^\W{0,5}(?:and|what about|how about|or|but|also)\b|^\W{0,5}(?:那|那么|还有)|呢\W{0,3}$", re.IGNORECASE)
+# Written as `words` cuts them: to cut Chinese here would load its dictionary, 32 MB, in every shop.
 # Words of a wish that do not describe what is wished for.
 _WISH = frozenset(
-    words(
-        """recommend recommendation recommendations suggest suggestion suggestions something anything similar like alternative alternatives
-        looking look for gift idea ideas more cheaper nice need buy good best present 推荐 类似 差不多 便宜 想 买 好 一点"""
-    )
+    """recommend recommendation recommendations suggest suggestion suggestions something anything similar like alternative alternatives
+        looking look for gift idea ideas more cheaper nice need buy good best present 推荐 类似 差不多 不多 便宜 想 买 好 一点""".split()  # noqa: SIM905 - one in a line would be a hundred lines
 )
 # Words of a follow-up that say nothing of the thing meant: "and in blue?" is about blue.
 _FILLERS = frozenset(
-    words(
-        """and or but also what about how in the a an one ones is are there do does you have with for of it that this them those these
+    """and or but also what about how in the a an one ones is are there do does you have with for of it that this them those these
         please same
         much cost costs price stock available can get i want would like any some still left to by from me show
-        那 那么 呢 吗 有 的 这个 那个 这 它 还有 要"""
-    )
+        那 那么 呢 吗 有 的 这个 那个 这 它 还有 要""".split()  # noqa: SIM905
 )
 
 
-_BOUNDS = frozenset(words("under below less than most over above at up within 以下 以内 不 超过 元 块"))
+_BOUNDS = frozenset("under below less than most over above at up within 以下 以内 不 超过 元 块".split())  # noqa: SIM905
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 from server.assistant.assistant import Assistant
 from server.assistant.conversations import Conversations
 from server.assistant.library import ArticleLibrary
-from server.assistant.phrasing import open_phraser
 from server.catalog.offers import Offers
 from server.database import Pool
 from server.fleet import FleetWatch
@@ -54,6 +53,8 @@ async def open_assistant(
     async with AsyncExitStack() as stack:
         phraser = None
         if settings.generator_url:
+            from server.assistant.phrasing import open_phraser  # here: 7 MB that a shop without a generator never loads
+
             phraser = await stack.enter_async_context(
                 open_phraser(
                     settings.generator_url,
