@@ -22,8 +22,6 @@ _log = structlog.get_logger(__name__)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Runs that nobody made use of, in so many seconds: of MiniLM on 64 tokens they are 2 % of a core. One that is made use of is no work more.
 _UNUSED, _SECONDS = 8, 8.0
-# A search is recorded while it is answered, which goes first: looked for its end so often, so many seconds apart.
-_LOOKS, _LOOK_SECONDS = 50, 0.002
 
 
 class Online(Protocol):
@@ -49,11 +47,10 @@ class Identities(Protocol):
 
 @dataclass
 class _Run:
-    """A run of the user tower, done for a customer who is known once identified; ``begun`` once it waits for nothing else."""
+    """A run of the user tower, done for a customer who is known once identified."""
 
     task: "asyncio.Task[None] | None" = None
     user_id: str = ""
-    begun: bool = False
 
     @property
     def busy(self) -> bool:
@@ -104,14 +101,12 @@ class Ahead:
             self._run.task = asyncio.create_task(self._compute(self._run, snapshot, events[0]))
 
     async def asked(self, user_id: str) -> None:
-        """Waits for the run of a customer about whom an answer is to be computed, if it is under way; one that waits is dropped."""
+        """Waits for the run of a customer about whom an answer is to be computed, if it is under way."""
         for place, (acted, _) in enumerate(self._unused):
             if acted == user_id:
                 del self._unused[place]
                 break
         if self._run.task is not None and self._run.user_id == user_id:
-            if not self._run.begun:
-                self._run.task.cancel()
             await asyncio.wait([self._run.task])
 
     @property
@@ -126,20 +121,11 @@ class Ahead:
                     return
                 run.user_id = user_id
                 self._unused.append((user_id, self._clock()))
-                if event.action == "search":
-                    await self._last()
-                run.begun = True
                 activity = activity_of((await self._online.user_features(user_id, datetime.now(UTC)))[ACTIVITY_VIEW])
                 if activity is not None:
                     await self._computing.run(_vector, snapshot, _after(activity, event))
         except Exception as error:  # noqa: BLE001 - an answer that needs this vector will fail likewise, and tell its caller
             _log.warning("no user vector ahead of the answer", error=type(error).__name__)
-
-    async def _last(self) -> None:
-        for _ in range(_LOOKS):
-            await asyncio.sleep(_LOOK_SECONDS)
-            if self._computing.idle:
-                return
 
 
 def _after(activity: Activity, event: IncomingEvent) -> Activity:

@@ -150,22 +150,6 @@ async def test_nothing_runs_beside_other_work() -> None:
     assert room.items == ["2"]
 
 
-async def test_a_search_is_answered_before_what_may_follow_it_and_nobody_waits_for_that() -> None:
-    for asked, expected in ((False, 1), (True, 0)):
-        room, other = Room(), threading.Event()
-        room.ahead.arriving([event("", text="mug", action="search")])
-        search = asyncio.create_task(room.computing.run(other.wait, 10))
-        await asyncio.sleep(0.02)
-        assert room.ran == []
-        if asked:
-            async with asyncio.timeout(2):
-                await room.ahead.asked("u")
-        other.set()
-        await search
-        await room.settled()
-        assert len(room.ran) == expected
-
-
 async def test_one_run_at_a_time_even_of_events_that_come_at_once() -> None:
     room = Room()
     for item_id in "12":
