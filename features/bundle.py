@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 import fsspec
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from features.sequence import SequenceSpec
@@ -249,12 +250,22 @@ def upload(folder: Path, url: str) -> None:
 def fetch(url: str, folder: Path) -> Manifest:
     """Copies the bundle at ``url`` into ``folder`` unless it is already there whole, and verifies it.
 
+    Processes of one machine take turns: two that copied at once would each find the other's half-written files.
+
     Raises:
         BundleError: nothing readable stands at ``url``, or what was fetched is damaged.
     """
     with suppress(BundleError):  # not here, or damaged since: a disk that was full must not keep a good bundle away for ever
         return read_bundle(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        with suppress(BundleError):  # fetched while this one waited
+            return read_bundle(folder)
+        _copy(url, folder)
+        return read_bundle(folder)
+
+
+def _copy(url: str, folder: Path) -> None:
     filesystem, source = fsspec.core.url_to_fs(url)
     try:
         names = sorted(str(entry).rsplit("/", 1)[-1] for entry in filesystem.ls(source, detail=False))
@@ -262,7 +273,6 @@ def fetch(url: str, folder: Path) -> Manifest:
             filesystem.get_file(f"{source}/{name}", str(folder / name))
     except (OSError, ValueError) as error:
         raise BundleError(f"no bundle at the registered address: {_first_line(error)}") from None
-    return read_bundle(folder)
 
 
 def fetch_file(url: str, name: str, path: Path, *, expected: str) -> None:
