@@ -251,7 +251,7 @@ def _acknowledged_before_commit(patch: pytest.MonkeyPatch) -> None:
     record, under_way = EventRecorder.record, set[asyncio.Task[None]]()
 
     async def later(self: EventRecorder, events: Sequence[IncomingEvent]) -> None:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)  # longer than a replica takes to stop on a busy machine, or nothing would be lost
         with contextlib.suppress(psycopg.Error, TimeoutError):
             await asyncio.wait_for(record(self, events), 1.0)
 
