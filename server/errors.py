@@ -73,3 +73,8 @@ class UnavailableError(ConcordError):
 
 class StaleStateError(UnavailableError):
     """The state that a consistency token asks for did not become visible before the deadline."""
+
+
+def unknown_customer() -> NotFoundError:
+    """Returns the error for an explicit user id of nobody."""
+    return NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")

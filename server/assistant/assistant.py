@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from server.assistant.answer import Answer, Format, Kind
+from server.assistant.article_library import ArticleLibrary
 from server.assistant.conversations import Conversations, Line, Talk, Turn
 from server.assistant.facts import offered, order_lines, quotes, suggested
-from server.assistant.library import ArticleLibrary
 from server.assistant.plan import Plan, planned
 from server.assistant.reading import Reading, read
 from server.assistant.rules import AssistantRules
 from server.assistant.words import in_words
 from server.catalog.offers import Offers
 from server.domain import IncomingEvent, Stored, Subject, Token, Versions
-from server.errors import ConflictError, NotFoundError
+from server.errors import ConflictError, unknown_customer
 from server.ingest.identities import Identities, Known
 from server.ingest.personas import refuse_forgotten
 from server.ingest.recorder import EventRecorder
@@ -30,13 +30,13 @@ from server.recommend.slates import Slates
 from server.recommend.snapshot import Snapshot
 from server.recommend.standing import Stand, Standings
 from server.understand.classifiers import Classification, Classifiers
+from server.understand.intents import INTENT
 
 if TYPE_CHECKING:
     from server.assistant.phrasing import Phraser
 
 # Each turn follows a message of the same customer, or a pointer, that overtook this one; more than a few in one call are a crowd.
 _TURNS = 6
-_INTENT = "intent"
 _SURFACE = Place("chat")  # suggestions that start from no item are the customer's own slate for a conversation
 _LINES, _LOOKED_AT = 5, 200  # order lines shown; looked at where an order is named
 _ACTIONS = {Kind.ORDERS: "purchase", Kind.RETURNS: "return"}
@@ -141,7 +141,7 @@ class Assistant:
         recorded = await self._recorder.record([event])
         outcome = recorded.outcomes[0]
         if outcome.status is Stored.REJECTED:
-            raise refuse_forgotten("subject") if outcome.reason == "SUBJECT_FORGOTTEN" else _unknown()
+            raise refuse_forgotten("subject") if outcome.reason == "SUBJECT_FORGOTTEN" else unknown_customer()
         return recorded.tokens[0]
 
     async def _turn(self, question: Question, known: Known, recorded: Token, minimum: int, asked_at: datetime, clock: StageClock) -> Turn:
@@ -212,11 +212,7 @@ class Assistant:
         return await self._conversations.history(user_id, _ACTIONS[plan.kind], user_version=version, limit=limit)
 
     async def _intent(self, reading: Reading, snapshot: Snapshot) -> Classification | None:
-        if snapshot.model is None or _INTENT not in snapshot.model.classifiers or not reading.readable:
+        if snapshot.model is None or INTENT not in snapshot.model.classifiers or not reading.readable:
             return None
-        (found,) = await self._classifiers.classify(snapshot.model, _INTENT, [reading.text])
+        (found,) = await self._classifiers.classify(snapshot.model, INTENT, [reading.text])
         return found
-
-
-def _unknown() -> NotFoundError:
-    return NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")

@@ -11,7 +11,7 @@ from psycopg.rows import TupleRow
 from server.assistant.answer import Answer, decode
 from server.database import Pool
 from server.domain import Versions
-from server.errors import NotFoundError
+from server.errors import unknown_customer
 from server.online.states import MergedError, RegroupedError
 from server.transactions import retried
 
@@ -105,7 +105,7 @@ class Conversations:
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
             customer = await (await connection.execute(_CUSTOMER, [user_id])).fetchone()
             if customer is None:
-                raise _unknown()
+                raise unknown_customer()
             if customer[0] is not None:
                 raise MergedError(customer[0])
             answered = await (await connection.execute(_ANSWERED, [user_id, event_id])).fetchone()
@@ -157,7 +157,7 @@ async def _hold(connection: AsyncConnection[TupleRow], persona_id: str, user_id:
     rows: Sequence[TupleRow] = await (await connection.execute(_LOCK, {"persona": persona_id, "user": user_id})).fetchall()
     found = {persona: merged_into or persona for persona, merged_into in rows}
     if persona_id not in found:
-        raise _unknown()
+        raise unknown_customer()
     if found[persona_id] != user_id:
         raise RegroupedError
 
@@ -165,7 +165,3 @@ async def _hold(connection: AsyncConnection[TupleRow], persona_id: str, user_id:
 def _turn(row: TupleRow) -> Turn:
     number, channel, question, answer, *versions, article_version, asked_at = row
     return Turn(number, channel, question, decode(answer), Versions(*versions), article_version, asked_at)
-
-
-def _unknown() -> NotFoundError:
-    return NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from server.assistant.article_library import ArticleLibrary
 from server.assistant.assistant import Assistant
 from server.assistant.conversations import Conversations
-from server.assistant.library import ArticleLibrary
 from server.catalog.offers import Offers
 from server.database import Pool
 from server.fleet import FleetWatch

@@ -9,7 +9,7 @@ from psycopg.rows import TupleRow
 
 from server.database import Pool
 from server.domain import Resolved, Subject, Token
-from server.errors import InvalidRequestError, NotFoundError, UnavailableError
+from server.errors import InvalidRequestError, NotFoundError, UnavailableError, unknown_customer
 from server.ingest.personas import find_or_create, refuse_forgotten
 from server.online.states import MergedError, RegroupedError
 from server.transactions import RestartError, retried
@@ -152,7 +152,7 @@ class Identities:
         async with self._pool.connection() as connection:
             found = await _find(connection, subject)
         if found is None and subject.user_id:
-            raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
+            raise unknown_customer()
         if found is None and not create:
             return Resolved("", 0, created=False)
         if found is None:

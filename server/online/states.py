@@ -16,7 +16,7 @@ from features.activity import CAUGHT_UP, READ_STATE, UserState, UserStateCodec, 
 from features.layout import FeatureValue, ViewLayout
 from server.arrays import number_array, text_array
 from server.database import ONLINE_AWAY, Pool
-from server.errors import NotFoundError, StaleStateError, UnavailableError
+from server.errors import StaleStateError, UnavailableError, unknown_customer
 from server.online.shown import Shown
 from server.online.store import OnlineStore
 
@@ -147,7 +147,7 @@ class UserStates:
         async with self._pool.connection() as connection:
             states = await self.recompute(connection, [user_id])
         if not states:
-            raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
+            raise unknown_customer()
         await self._online.write_users(states)
         if states[0].merged_into:
             raise MergedError(states[0].merged_into)
@@ -184,7 +184,7 @@ class UserStates:
         async with self._pool.connection() as connection:
             row = await (await connection.execute(_RECORDED, [user_id, self._replica_id, user_id])).fetchone()
         if row is None:
-            raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
+            raise unknown_customer()
         self._require_shared(row[3])
         if row[1] is not None:
             raise MergedError(row[1])

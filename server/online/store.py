@@ -7,7 +7,7 @@ from typing import NamedTuple
 from features.activity import FORGOTTEN_FIELD, MEMBERSHIP_FIELD, WRITE_STATE, UserState, UserStateCodec
 from features.layout import FeatureValue, decode_value
 from server.database import OnlineClient
-from server.errors import NotFoundError
+from server.errors import unknown_customer
 from server.online.breaker import CircuitBreaker
 from server.online.wire import Argument, Command, Script
 
@@ -185,7 +185,7 @@ class OnlineStore:
         async with self._breaker.call():
             (standing,) = await self._client.wire.run(_COMMIT, [_COMMIT.on(self.slates_key(user_id, slot), *arguments)])
         if standing is None:
-            raise NotFoundError("no such customer", reason="SUBJECT_UNKNOWN", field="subject.user_id")
+            raise unknown_customer()
         found: bytes = standing
         return found
 

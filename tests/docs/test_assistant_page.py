@@ -9,7 +9,8 @@ from google.protobuf import json_format
 
 from server.settings import ServerSettings
 from tests.docs.test_readme import _GRPCURL, _request, blocks
-from tests.fakes import Fakes, serving
+from tests.edge import serving
+from tests.fakes import Fakes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "assistant.md").read_text()
 

@@ -18,7 +18,7 @@ import yaml
 
 from features.schema import head_revision
 from server.settings import ServerSettings
-from tests.fakes import serving
+from tests.edge import serving
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

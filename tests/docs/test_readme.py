@@ -14,7 +14,8 @@ from google.protobuf import json_format
 
 from cli.main import app
 from features.settings import Settings
-from tests.fakes import Fakes, serving
+from tests.edge import serving
+from tests.fakes import Fakes
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [

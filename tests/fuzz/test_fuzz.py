@@ -7,7 +7,8 @@ import psutil
 import pytest
 
 from server.settings import ServerSettings
-from tests.fakes import FakeRecommender, Fakes, serving
+from tests.edge import serving
+from tests.fakes import FakeRecommender, Fakes
 from tests.fuzz.attack import Attack, Findings
 from tests.fuzz.campaign import campaign, modules
 from tests.fuzz.cases import KINDS, Words, cases, methods

@@ -184,22 +184,6 @@ async def test_the_loop_finds_what_comes_and_what_was_committed_late(one: tuple[
         await asyncio.wait([running])
 
 
-@pytest.fixture(scope="module")
-def settings(new_shop: NewShop) -> ServerSettings:
-    return new_shop().model_copy(update={"postgres_pool_size": 10})
-
-
-@pytest.fixture(scope="module")
-async def two(settings: ServerSettings) -> AsyncIterator[Pair]:
-    async with replica(settings) as first, replica(settings) as second:
-        yield first, second
-
-
-@pytest.fixture
-def names(request: pytest.FixtureRequest) -> Names:
-    return lambda name: f"{request.node.name}-{name}"
-
-
 async def review(made: Replica, subject: Subject, name: str) -> Written:
     event = view(subject, name)._replace(action="review", text="fine", occurred_at=datetime.now(UTC) - timedelta(hours=1))
     (written,) = await made.writer.write([[event]])

@@ -25,7 +25,8 @@ from server.security.keys import ApiKeys
 from server.security.scopes import CHANNEL_SCOPES
 from server.settings import ServerSettings
 from tests.certificates import Authority
-from tests.fakes import Fakes, serving
+from tests.edge import serving
+from tests.fakes import Fakes
 from tests.integration.test_processes import environment, process_and_ports, run
 
 Code = grpc.StatusCode

@@ -14,7 +14,7 @@ from server.errors import UnavailableError
 from server.health import DEPENDENCIES, NEEDS, Health, HealthWatch, Probe
 from server.metrics import Metrics
 from server.rpc.server import SERVICE_NAMES
-from tests.fakes import serving
+from tests.edge import serving
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 RECOMMENDATION, EVENT = "concord.v1.RecommendationService", "concord.v1.EventService"

@@ -22,7 +22,8 @@ from server.errors import UnauthenticatedError, UnavailableError
 from server.security.gate import Gate
 from server.security.principals import Principal, principal
 from server.security.scopes import ALL_SCOPES, CHANNEL_SCOPES, Scope
-from tests.fakes import Edge, FakeAudit, FakeRecommender, Fakes, Refusal, refusal, serving
+from tests.edge import Edge, Refusal, refusal, serving
+from tests.fakes import FakeAudit, FakeRecommender, Fakes
 
 RECOMMEND = "/concord.v1.RecommendationService/Recommend"
 RECORD = "/concord.v1.EventService/RecordEvents"

@@ -12,7 +12,8 @@ from concord.v1.common_pb2 import ChannelIdentity, Money, Subject
 from features.articles import Article as Stored
 from server.assistant.answer import Format
 from server.domain import Subject as Asked
-from tests.fakes import Edge, Fakes, refusal, serving
+from tests.edge import Edge, refusal, serving
+from tests.fakes import Fakes
 
 EVENT = "00000000-0000-4000-8000-000000000001"
 

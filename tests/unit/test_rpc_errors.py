@@ -23,7 +23,8 @@ from server.errors import (
     StaleStateError,
     UnavailableError,
 )
-from tests.fakes import Edge, FakeRecommender, Fakes, refusal, serving
+from tests.edge import Edge, refusal, serving
+from tests.fakes import FakeRecommender, Fakes
 
 RECOMMEND = "/concord.v1.RecommendationService/Recommend"
 REQUEST = recommendation_pb2.RecommendRequest(subject=common_pb2.Subject(user_id="u1"), channel="web", surface="home")

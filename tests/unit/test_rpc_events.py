@@ -16,7 +16,8 @@ from server import tokens
 from server.domain import IncomingEvent, Subject, Token
 from server.errors import OverloadedError, UnavailableError
 from server.rpc import events as rpc_events
-from tests.fakes import NOW, Edge, FakeRecorder, Fakes, refusal, serving
+from tests.edge import Edge, refusal, serving
+from tests.fakes import NOW, FakeRecorder, Fakes
 
 ID = "00000000-0000-4000-8000-0000000000{:02}"
 STREAM = "/concord.v1.EventService/StreamEvents"

@@ -7,7 +7,8 @@ from concord.v1 import identity_pb2, identity_pb2_grpc
 from concord.v1.common_pb2 import ChannelIdentity, Subject
 from server import domain, tokens
 from server.errors import PreconditionError
-from tests.fakes import NOW, Fakes, refusal, serving
+from tests.edge import refusal, serving
+from tests.fakes import NOW, Fakes
 
 PHONE, CARD = ChannelIdentity(channel="app", channel_user_id="a"), Subject(identity=ChannelIdentity(channel="web", channel_user_id="b"))
 

@@ -22,7 +22,8 @@ from concord.v1.search_pb2 import (
     SuggestRequest,
 )
 from concord.v1.search_pb2_grpc import SearchServiceStub
-from tests.fakes import NOW, Edge, refusal, serving
+from tests.edge import Edge, refusal, serving
+from tests.fakes import NOW
 
 ANNA = Subject(identity=ChannelIdentity(channel="web", channel_user_id="anna"))
 EVENT_ID = "5f0c7a52-6f0e-4d0b-9d0a-1c7a3a9f2b11"

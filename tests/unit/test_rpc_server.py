@@ -21,7 +21,8 @@ from server.logs import configure
 from server.metrics import Metrics
 from server.rpc.server import SERVICE_NAMES, build_server
 from server.settings import ServerSettings
-from tests.fakes import FakeRecommender, Fakes, serving
+from tests.edge import serving
+from tests.fakes import FakeRecommender, Fakes
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

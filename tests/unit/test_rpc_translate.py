@@ -32,7 +32,8 @@ from server.domain import EmbedQuery, FeatureTable, Purpose
 from server.rpc import rules
 from server.rpc.translate import datetime_of, micros_of, money_of, set_duration, timestamp_of, timestamp_of_micros
 from server.understand.intents import IntentQuery
-from tests.fakes import NOW, FakeCatalog, FakeFeatures, Fakes, serving
+from tests.edge import serving
+from tests.fakes import NOW, FakeCatalog, FakeFeatures, Fakes
 
 SUBJECT = common_pb2.Subject(user_id="u1")
 

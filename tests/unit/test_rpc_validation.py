@@ -14,7 +14,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from concord.v1 import catalog_pb2, common_pb2, features_pb2, identity_pb2, models_pb2, profile_pb2, recommendation_pb2, understanding_pb2
 from server import tokens
 from server.domain import EntityKey, ItemFilter, RecommendQuery, Subject, Token
-from tests.fakes import Edge, Script, refusal, serving
+from tests.edge import Edge, refusal, serving
+from tests.fakes import Script
 
 USER = common_pb2.Subject(user_id="u1")
 TOKEN = tokens.encode(Token("u1", 3))

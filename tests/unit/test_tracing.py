@@ -27,7 +27,8 @@ from server.metrics import Metrics
 from server.recommend.computing import Computing
 from server.traced import statement_name
 from server.tracing import Tracing, on_behalf_of, origin, span, trace_provider
-from tests.fakes import FakeRecommender, Fakes, refusal, serving
+from tests.edge import refusal, serving
+from tests.fakes import FakeRecommender, Fakes
 
 RECOMMEND = "/concord.v1.RecommendationService/Recommend"
 REQUEST = recommendation_pb2.RecommendRequest(subject=common_pb2.Subject(user_id="secret-customer"), channel="web", surface="home")
